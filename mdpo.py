@@ -1,0 +1,135 @@
+"""mDPO: Conditional Preference Optimization for Multimodal Large Language Models (arXiv:2406.11839).
+
+An example is an image `m_w`, a question `q`, a chosen response `y_w`, a rejected response `y_l`, and a rejected image
+`m_l` made from `m_w` (by default a crop that keeps 1-20% of it). With the implicit reward
+
+    r(m, q, y) = beta * (log pi(y | m, q) - log pi_ref(y | m, q))
+
+mDPO adds to DPO a preference between two *images* for the same words, and a floor under the chosen reward:
+
+    mDPO (eq. 8) = DPO_m (eq. 5) + CoPO (eq. 6) + AncPO (eq. 7)
+
+This file is the method and nothing else: `mdpo_loss`, made to be copied into other trainers, and the log-probabilities
+it needs, `response_logps`, for a batch made by `data.make_batch`. It imports torch alone.
+
+Where it departs from the authors' code (the README says why):
+- one rejected image an example, made with the data, so that policy and reference see the same;
+- two packed rows an example instead of three, each image encoded once, logits of response tokens only: same numbers.
+"""
+
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class LogPs(NamedTuple):
+    """Log-probabilities of whole responses, in nats: float tensors of shape (B,), summed over the tokens."""
+
+    chosen: torch.Tensor  # log pi(y_w | m_w, q)
+    rejected: torch.Tensor  # log pi(y_l | m_w, q)
+    image_rejected: torch.Tensor | None = None  # log pi(y_w | m_l, q); None where no term asks for it
+
+
+def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, anchors=("chosen",)):
+    """The mDPO objective (eq. 8) and its ablations, one loss per example.
+
+    policy_logps, ref_logps: two `LogPs` (or plain triples in that order) of (B,) float tensors, in nats.
+        Half precision is raised to float32 first; the reference must not require grad.
+    beta: strength of the KL constraint, > 0 (paper 4.1: 0.1). delta: the anchor, in units of reward (paper 4.1: 0).
+    conditional: keep eq. 6 (False: Table 2, minus conditional). With `anchors=()` too, this is DPO.
+    anchors: any of "chosen" (eq. 7), "rejected", "image_rejected" (Table 4); (): Table 2, minus anchored.
+    Returns losses (B,), with gradient, and a dict of detached (B,) metrics, in nats; without image_rejected (None is
+        allowed where no term needs it) its metrics are left out. Raises ValueError naming the argument that is wrong.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0, got {beta}")
+    if isinstance(anchors, str) or not set(anchors) <= set(LogPs._fields):
+        raise ValueError(f"anchors must be a tuple of names among {LogPs._fields}, got {anchors!r}")
+    r = {}  # the rewards, (B,) each
+    for name, policy, ref in zip(LogPs._fields, LogPs(*policy_logps), LogPs(*ref_logps)):
+        if name == "image_rejected" and policy is ref is None and not conditional and name not in anchors:
+            continue
+        for side, logp in ("policy_logps", policy), ("ref_logps", ref):
+            if not (torch.is_tensor(logp) and logp.is_floating_point()):
+                raise ValueError(f"{side}.{name} must be a float tensor, got {getattr(logp, 'dtype', logp)}")
+            if logp.ndim != 1 or len(logp) != len(policy_logps[0]):
+                raise ValueError(f"{side}.{name} must have shape (B,) as policy_logps.chosen, got {tuple(logp.shape)}")
+        if ref.requires_grad:
+            raise ValueError(f"ref_logps.{name} requires grad, but the reference is frozen: are the two swapped?")
+        dtype = torch.promote_types(policy.dtype, torch.float32)
+        r[name] = beta * (policy.to(dtype) - ref.to(dtype))
+
+    margin = r["chosen"] - r["rejected"]
+    metrics = {"loss/dpo": -F.logsigmoid(margin)}  # eq. 5, DPO_m
+    if "image_rejected" in r:
+        image_margin = r["chosen"] - r["image_rejected"]
+    if conditional:
+        metrics["loss/conditional"] = -F.logsigmoid(image_margin)  # eq. 6, CoPO
+    if anchors:
+        toward = {"chosen": 1, "rejected": -1, "image_rejected": -1}  # which side of delta the reward belongs on
+        metrics["loss/anchor"] = sum(-F.logsigmoid(toward[a] * (r[a] - delta)) for a in anchors)  # eq. 7, Table 4
+    losses = sum(metrics.values())  # eq. 8, mDPO
+
+    metrics |= {f"rewards/{name}": reward for name, reward in r.items()}
+    metrics |= {"rewards/accuracies": (margin > 0).float(), "rewards/margins": margin}
+    if "image_rejected" in r:
+        metrics |= {"rewards/image_accuracies": (image_margin > 0).float(), "rewards/image_margins": image_margin}
+    return losses, {name: values.detach() for name, values in metrics.items()}
+
+
+def encode_images(model, batch):
+    """Features of the batch's images: a list of (tokens, hidden) tensors, m_w of every example, then m_l.
+
+    The vision tower and the projector are frozen in mDPO training, so policy and reference can share one encoding.
+    None for a batch without images.
+    """
+    if "pixel_values" not in batch:
+        return None
+    with torch.no_grad():
+        return list(model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output)
+
+
+def packed_attention_mask(segments):
+    """(R, T) segment of each token -> (R, 1, T, T) bool: which keys (last dim) each query may attend to.
+
+    Segment 0 is padding, 1 the prefix (image and question), 2 and above a response each. A response sees the prefix and
+    itself but no other response. Padding sees only padding: a row of the mask with nothing to see would give NaN.
+    """
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    same = segments[:, :, None] == segments[:, None, :]  # (R, T, T)
+    return (causal & (same | (segments[:, None, :] == 1) & (segments[:, :, None] > 0)))[:, None]
+
+
+def response_logps(model, batch, image_features=None):
+    """Summed log-probabilities of the responses in a batch of `data.make_batch`; gradients flow.
+
+    model: an image-text-to-text model of the Llava class, plain or wrapped by peft.
+    batch: R rows of T tokens; either packed rows, [m_w|q|y_w|y_l] and [m_l|q|y_w], or plain rows of one response each.
+    image_features: of `encode_images(model, batch)`, so that two passes can share them; encoded here if None.
+    Returns `LogPs` of (B,) float32 tensors in nats, end-of-sequence included.
+    Raises ValueError for packed rows under an attention implementation other than SDPA: eager attention *adds* the
+    boolean mask as 0 and 1, and is silently wrong.
+    """
+    inputs = {"input_ids": batch["input_ids"], "logits_to_keep": batch["predictors"], "use_cache": False}
+    if "segments" in batch:
+        implementation = model.config.get_text_config()._attn_implementation
+        if implementation != "sdpa":
+            raise ValueError(f"packed rows need attn_implementation='sdpa', the model has {implementation!r}")
+        inputs["attention_mask"] = packed_attention_mask(batch["segments"])
+        inputs["position_ids"] = batch["position_ids"]
+    else:
+        inputs["attention_mask"] = batch["attention_mask"]
+    if image_features is None:
+        image_features = encode_images(model, batch)
+    if image_features is not None:
+        of_rows = [image_features[i] for i in batch["image_of_row"]]
+        inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=of_rows)}
+
+    logits = model(**inputs).logits.float()  # (R, K, V): only the K positions that predict a response token
+    token_logps = -F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")  # (R * K,)
+    token_logps = token_logps.view(-1, batch["batch_size"], logits.shape[1])  # (R / B, B, K)
+    belongs_to = batch["target_field"].view_as(token_logps)  # index into LogPs; -1 where the K slots are padded
+    fields = range(3 if batch["has_image_rejected"] else 2)
+    return LogPs(*(torch.where(belongs_to == field, token_logps, 0).sum((0, 2)) for field in fields))

@@ -1,0 +1,688 @@
+"""Train a multimodal model with mDPO on one GPU (or a tiny one on the CPU).
+
+    python train.py --model BAAI/Bunny-v1_0-3B --data silkie.json
+    python train.py --demo
+
+The policy is the model with a LoRA adapter; the reference is the same model with the adapter switched off, so there is
+no second copy of the weights. Vision tower and projector are frozen, and dropout is off everywhere.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import warnings
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked after the tokenizer was used
+
+import peft
+import torch
+import transformers
+from safetensors import safe_open
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.utils import cached_file
+
+from data import BUNNY_SYSTEM, CROP, STRATEGIES, BadInput, Pairs, make_batch, read_examples
+from mdpo import LogPs, encode_images, mdpo_loss, response_logps
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+# BAAI/Bunny-v1_0-3B is a LLaVA (SigLIP tower -> Linear, GELU, Linear -> Phi-2) under names of its own. Its remote code
+# is for transformers 4.36; with these renames the library's own Llava loads it.
+BUNNY_KEYS = {
+    r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
+    r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
+    r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
+    r"^model\.(embed_tokens|layers|final_layernorm)": r"model.language_model.\1",
+}
+# Bunny's vocabulary has no image token and no spare row; a new row in lm_head would take probability from the others.
+# A token that never occurs in chat text stands for the image instead: the run of nine tabs.
+BUNNY_IMAGE_TOKEN = "\t" * 9
+BUNNY_TEMPLATE = """
+{%- if messages[0].role != 'system' -%} {{- "SYSTEM" -}} {%- endif -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%} {{- 'USER: ' if messages[loop.index0 - 1].role == 'assistant' and not loop.first else ' USER: ' -}}
+    {%- elif message.role == 'assistant' -%} {{- ' ASSISTANT: ' -}} {%- endif -%}
+    {%- for part in message.content -%} {{- "IMAGE\\n" if part.type == 'image' else part.text -}} {%- endfor -%}
+    {%- if message.role == 'assistant' -%} {{- eos_token -}} {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%} {{- ' ASSISTANT:' -}} {%- endif -%}
+""".replace("SYSTEM", BUNNY_SYSTEM).replace("IMAGE", BUNNY_IMAGE_TOKEN.replace("\t", "\\t"))
+
+
+def load_processor(name_or_path):
+    """The model's processor, with a chat template, an image token and a pad token. Raises BadInput."""
+    config = read_config(name_or_path)
+    if is_bunny(config):
+        return bunny_processor(name_or_path, config)
+    with library_errors(name_or_path):
+        processor = transformers.AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+    if getattr(processor, "image_token", None) is None or getattr(processor, "image_processor", None) is None:
+        raise BadInput(f"{name_or_path}: has no image token; mDPO needs a model that takes images and text")
+    if not processor.chat_template:
+        raise BadInput(
+            f"{name_or_path}: its processor has no chat template, so it is not known how to ask it a question"
+        )
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def load_model(name_or_path, device="cpu", dtype=torch.float32):
+    """Load Bunny, LLaVA or another image-text-to-text model of the Llava class, from a folder or the hub.
+
+    Returns (model, processor): the model frozen, without dropout, with SDPA attention, in `dtype` on `device`.
+    Raises BadInput if it cannot be read, is of another kind, or has weights that are missing or unexpected.
+    """
+    processor = load_processor(name_or_path)
+    config = read_config(name_or_path)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
+    with library_errors(name_or_path):
+        if is_bunny(config):
+            model, loading = transformers.LlavaForConditionalGeneration.from_pretrained(
+                name_or_path, config=bunny_config(name_or_path, config, processor), key_mapping=BUNNY_KEYS, **options
+            )
+        else:
+            model, loading = transformers.AutoModelForImageTextToText.from_pretrained(
+                name_or_path, trust_remote_code=False, **options
+            )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, loading[problem])):
+            raise BadInput(f"{name_or_path}: {len(keys)} {problem.replace('_', ' ')} in the weights, such as {keys[0]}")
+    disable_dropout(model)
+    return model.requires_grad_(False).to(device), processor
+
+
+def read_config(name_or_path):
+    with library_errors(name_or_path):
+        return transformers.PreTrainedConfig.get_config_dict(name_or_path)[0]
+
+
+class library_errors:
+    """What the library raises for a model that it cannot load, as one line that says which model."""
+
+    def __init__(self, name_or_path):
+        self.name = name_or_path
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError)) and not isinstance(error, BadInput):
+            lines = str(error).strip().splitlines() or [kind.__name__]
+            where = "the folder" if os.path.isdir(self.name) else "neither a folder here nor readable from the hub"
+            raise BadInput(f"{self.name}: cannot be loaded ({where}): {lines[0]}") from error
+
+
+def is_bunny(config):
+    return config.get("model_type") == "bunny-phi"
+
+
+def bunny_config(name_or_path, config, processor):
+    """Bunny's config.json -> LlavaConfig. What it does not say of the vision tower is read off the weights."""
+    index = cached_file(name_or_path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index:
+        file_of = json.loads(Path(index).read_text())["weight_map"]
+    else:
+        with safe_open(cached_file(name_or_path, "model.safetensors"), "pt") as weights:
+            file_of = dict.fromkeys(weights.keys(), "model.safetensors")
+    layer = "model.vision_tower.vision_tower.vision_model.encoder.layers.{}.mlp.fc1.weight"
+    n_layers = 0  # the hub's checkpoint holds 26: Bunny drops the last of SigLIP's 27
+    while layer.format(n_layers) in file_of:
+        n_layers += 1
+    if not n_layers:
+        raise BadInput(f"{name_or_path}: holds no weights of a vision tower")
+    with safe_open(cached_file(name_or_path, file_of[layer.format(0)]), "pt") as weights:
+        intermediate_size, hidden_size = weights.get_slice(layer.format(0)).get_shape()
+    patch_size, image_size = bunny_patch_and_image_size(name_or_path, config)
+    return transformers.LlavaConfig(
+        text_config=transformers.PhiConfig(
+            **{k: v for k, v in config.items() if k not in ("model_type", "auto_map") and v is not None}
+        ),
+        vision_config=transformers.SiglipVisionConfig(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=n_layers,
+            num_attention_heads=16,
+            image_size=image_size,
+            patch_size=patch_size,
+            vision_use_head=False,
+        ),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        image_token_index=processor.image_token_id,
+        image_seq_length=(image_size // patch_size) ** 2,
+    )
+
+
+def bunny_patch_and_image_size(name_or_path, config):
+    """(14, 384) from `google/siglip-so400m-patch14-384`; no file of the checkpoint says it otherwise."""
+    sizes = re.search(r"patch(\d+)-(\d+)$", config.get("mm_vision_tower", ""))
+    if not sizes:
+        raise BadInput(f"{name_or_path}: mm_vision_tower in config.json does not end in patch<P>-<pixels>")
+    return int(sizes[1]), int(sizes[2])
+
+
+def bunny_processor(name_or_path, config):
+    patch_size, image_size = bunny_patch_and_image_size(name_or_path, config)
+    with library_errors(name_or_path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name_or_path, trust_remote_code=False, extra_special_tokens={"image_token": BUNNY_IMAGE_TOKEN}
+        )
+    if tokenizer.image_token_id >= config["vocab_size"]:
+        raise BadInput(f"{name_or_path}: its tokenizer has no token of nine tabs, which stands for the image")
+    tokenizer.pad_token = tokenizer.eos_token
+    image_processor = LlavaImageProcessorPil(
+        size={"height": image_size, "width": image_size},
+        do_pad=True,  # to a square, in the mean colour
+        do_center_crop=False,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return transformers.LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="full",
+        chat_template=BUNNY_TEMPLATE,
+    )
+
+
+def disable_dropout(model):
+    """Set every dropout to 0: modules, and rates that layers keep as numbers (Bunny's config asks for resid_pdrop 0.1)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def add_lora(model, rank=64, alpha=128, seed=0):
+    """Wrap `model` with LoRA on every linear layer of its language model, and on nothing else (paper 4.1)."""
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    layers = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
+    leaves = sorted({name.rpartition(".")[2] for name in layers})
+    torch.manual_seed(seed)
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=0.0,
+            target_modules=rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(leaves)})",
+        ),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def plan_steps(n_examples, batch_size, epochs, seed):
+    """What each optimizer step sees: a list of lists of (epoch, index). A last, smaller batch is used, not dropped."""
+    plan = []
+    for epoch in range(epochs):
+        order = list(range(n_examples))
+        random.Random(f"{seed} order {epoch}").shuffle(order)
+        plan += [[(epoch, i) for i in order[at : at + batch_size]] for at in range(0, n_examples, batch_size)]
+    return plan
+
+
+def micro_batches(keys, size):
+    return [keys[at : at + size] for at in range(0, len(keys), size)]
+
+
+def make_loader(pairs, batches, processor, args, image_rejected):
+    return DataLoader(
+        pairs,
+        batch_sampler=batches,
+        collate_fn=partial(
+            make_batch,
+            processor=processor,
+            layout=args.layout,
+            image_rejected=image_rejected,
+            max_length=args.max_length,
+        ),
+        num_workers=min(args.workers, len(batches)),
+        pin_memory=args.device == "cuda",
+        worker_init_fn=ignore_interrupts,
+    )
+
+
+def ignore_interrupts(worker_id):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one stops the workers
+
+
+def forward(model, batch, args):
+    """One batch -> losses (B,), metrics: both passes and the loss."""
+    batch = {k: v.to(args.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    with torch.autocast("cuda", torch.bfloat16) if args.device == "cuda" else nullcontext():
+        image_features = encode_images(model, batch)
+        with torch.no_grad(), model.disable_adapter():
+            ref_logps = response_logps(model, batch, image_features)
+        policy_logps = response_logps(model, batch, image_features)
+    return mdpo_loss(policy_logps, ref_logps, args.beta, args.delta, args.conditional, args.anchors)
+
+
+class Mean:
+    """Means over examples, of tensors (B,) that stay on their device until they are asked for."""
+
+    def __init__(self):
+        self.rows = defaultdict(list)
+
+    def add(self, losses, metrics):
+        for name, values in {"loss": losses.detach(), **metrics}.items():
+            self.rows[name].append(values)
+
+    def result(self):
+        means = torch.stack([torch.cat(values).double().mean() for values in self.rows.values()]).tolist()
+        return dict(zip(self.rows, means))
+
+
+@torch.no_grad()
+def evaluate(model, loader, args):
+    mean = Mean()
+    for batch in tqdm(loader, desc="held out", leave=False, disable=None):
+        mean.add(*forward(model, batch, args))
+    return {f"eval/{name}": value for name, value in mean.result().items()}
+
+
+def train(model, processor, examples, held_out, args, out):
+    """The training loop: every step of the plan that `out` has not seen yet. Returns the signal that stopped it, or 0."""
+    pairs = Pairs(examples, args.reject, args.crop, args.seed, pool=examples + held_out)
+    eval_keys = micro_batches([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
+    eval_pairs = Pairs(held_out, args.reject, args.crop, args.seed, pool=examples + held_out)
+    evaluate_now = partial(
+        evaluate, model, make_loader(eval_pairs, eval_keys, processor, args, not args.no_image), args
+    )
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=args.device == "cuda"
+    )
+    plan = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup * len(plan)), len(plan))
+    done = load_checkpoint(out, model, optimizer, schedule) if args.resume else 0
+    log = open_log(out, done)
+    if held_out and done == 0:
+        log({"step": 0, **evaluate_now()})
+
+    needs_image_rejected = args.conditional or "image_rejected" in args.anchors
+    todo = [micro for keys in plan[done:] for micro in micro_batches(keys, args.micro_batch_size)]
+    batches = iter(make_loader(pairs, todo, processor, args, needs_image_rejected)) if todo else iter(())
+    model.train()
+    with StopSignals() as stop, tqdm(total=len(plan), initial=done, desc="mDPO", dynamic_ncols=True) as bar:
+        for step, keys in enumerate(plan[done:], done + 1):
+            started, mean = time.perf_counter(), Mean()
+            for _ in micro_batches(keys, args.micro_batch_size):
+                losses, metrics = forward(model, next(batches), args)
+                (losses.sum() / len(keys)).backward()  # the mean of the whole batch, whatever the micro-batches
+                mean.add(losses, metrics)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            record = {"step": step, "epoch": step * args.epochs / len(plan), **mean.result()}  # waits for the device
+            record |= {"lr": schedule.get_last_lr()[0], "grad_norm": grad_norm.item()}
+            if not math.isfinite(record["loss"] + record["grad_norm"]):
+                ids = ", ".join(examples[i].id for _, i in keys)
+                raise BadInput(f"step {step}: the loss or its gradient is not finite; examples of the batch: {ids}")
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+            record["examples_per_second"] = len(keys) / (time.perf_counter() - started)
+            record["peak_memory_gib"] = peak_memory_gib(args.device)
+            end_of_epoch = step == len(plan) or plan[step][0][0] != keys[0][0]
+            if held_out and end_of_epoch:
+                record |= evaluate_now()
+            log(record)
+            show(bar, record)
+            if end_of_epoch or stop or (args.save_every and step % args.save_every == 0):
+                save_checkpoint(out, step, model, optimizer, schedule)
+            if stop and step < len(plan):
+                return stop[0]
+    model.save_pretrained(out, save_embedding_layers=False)
+    processor.save_pretrained(out)
+    return 0
+
+
+def show(bar, record):
+    names = {"loss": "loss", "rewards/image_accuracies": "image_acc", "rewards/chosen": "chosen_reward"}
+    values = {short: f"{record[name]:.3f}" for name, short in names.items() if name in record}
+    bar.set_postfix(
+        values | {"ex/s": f"{record['examples_per_second']:.2f}", "GiB": f"{record['peak_memory_gib']:.1f}"}
+    )
+    bar.update()
+
+
+def peak_memory_gib(device):
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class StopSignals(list):
+    """While open, Ctrl-C and SIGTERM are only noted here, so that the step ends and is saved. A second one stops at once."""
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        if self:
+            raise KeyboardInterrupt
+        self.append(number)
+        tqdm.write("stopping after this step (again to stop at once)", file=sys.stderr)
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------- the run and its folder
+
+
+def claim_folder(args):
+    """The folder of this run, made and writable; never one that holds something else. Raises BadInput."""
+    if args.out is None:
+        stem, number = f"{Path(args.model).name}-{Path(args.data).stem}", 1
+        while Path("runs", f"{stem}-{number}").exists():
+            number += 1
+        args.out = str(Path("runs", f"{stem}-{number}"))
+    out = Path(args.out)
+    holds_run = (out / "args.json").is_file()
+    if args.resume and not holds_run:
+        raise BadInput(f"{out}: holds no run to resume; leave out --resume to start one")
+    if holds_run and not (args.resume or args.overwrite):
+        raise BadInput(f"{out}: already holds a run; go on with it by --resume, or replace it by --overwrite")
+    if out.is_dir() and any(out.iterdir()) and not holds_run:
+        raise BadInput(f"{out}: is not empty and holds no run; name a new folder with --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
+    except OSError as error:
+        raise BadInput(f"{out}: cannot be written to ({error.strerror})") from None
+    return out
+
+
+# What may differ when a run goes on: it changes speed, not what is trained.
+MAY_DIFFER = {"out", "resume", "overwrite", "debug", "workers", "save_every"}
+MAY_DIFFER |= {"micro_batch_size", "device", "layout", "checkpointing"}  # the same but for rounding
+
+
+def start_or_check(out, args, examples, held_out):
+    """Write the run's arguments to args.json; for --resume, compare with those there. Raises BadInput."""
+    texts = json.dumps([asdict(example) for example in examples + held_out])
+    mine = json.loads(json.dumps(vars(args))) | {"data_sha256": hashlib.sha256(texts.encode()).hexdigest()}
+    if args.resume:
+        theirs = json.loads((out / "args.json").read_text())
+        for name in mine.keys() - MAY_DIFFER:
+            if mine[name] != theirs.get(name):
+                what = "the data" if name == "data_sha256" else f"--{name.replace('_', '-')}"
+                raise BadInput(f"{out}: {what} is not as when the run began ({theirs.get(name)}, now {mine[name]})")
+        return
+    for name in ("adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "checkpoint.pt"):
+        (out / name).unlink(missing_ok=True)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    write_whole(out / "args.json", json.dumps(mine | {"versions": versions}, indent=2))
+
+
+def write_whole(path, text):
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(out, step, model, optimizer, schedule):
+    """All that a resumed run needs: order, crops and random images are pure functions of the seed."""
+    state = {
+        "step": step,
+        "adapter": {name: p for name, p in model.named_parameters() if p.requires_grad},
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+    }
+    torch.save(state, out / "checkpoint.pt.tmp")
+    os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")
+
+
+def load_checkpoint(out, model, optimizer, schedule):
+    """-> the number of steps done, 0 if the run was stopped before its first checkpoint."""
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state["adapter"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["step"]
+
+
+def read_log(out):
+    """The records of metrics.jsonl; a last line that a kill cut short is left out."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1]]  # every whole line ends in a newline
+
+
+def open_log(out, done):
+    """A function that appends a record to metrics.jsonl, in which steps after `done` are dropped: they come again."""
+    kept = [record for record in read_log(out) if record["step"] <= done and done > 0]
+    write_whole(out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    file = open(out / "metrics.jsonl", "a", buffering=1)
+    return lambda record: file.write(json.dumps(record) + "\n")
+
+
+def before_and_after(out):
+    """A table: held-out metrics before and after; with nothing held out, the first and the last tenth of the steps."""
+    records = read_log(out)
+    ends = [record for record in records if "eval/loss" in record]
+    if ends:
+        first, last, title = ends[:1], ends[-1:], "held-out examples"
+    else:
+        tenth = math.ceil(len(records) / 10)
+        first, last, title = records[:tenth], records[-tenth:], f"training, first and last {tenth} steps"
+    prefix = "eval/" if ends else ""
+    names = [n for n in first[0] if n.startswith((prefix + "loss", prefix + "rewards/"))]
+    mean = lambda records, name: sum(record[name] for record in records) / len(records)
+    lines = [f"{title:34} before     after"]
+    lines += [f"  {name.removeprefix(prefix):28} {mean(first, name):10.4f} {mean(last, name):9.4f}" for name in names]
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, as for every other mistake
+        raise BadInput(f"{message} (--help lists the arguments)")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        has_value = action.default is not None and action.nargs != 0
+        return super()._get_help_string(action) if has_value else action.help
+
+
+def parse_args(argv):
+    parser = Parser(description="Train a multimodal model with mDPO.", formatter_class=Help)
+    add = parser.add_argument
+    add("--model", help="folder or hub name: Bunny, LLaVA-1.5, or another model of the Llava class")
+    add("--data", help="preference file, see the README for its formats")
+    add("--images", metavar="DIR", help="where relative image paths begin (default: the data file's folder)")
+    add("--out", metavar="DIR", help="folder for the adapter and the log (default: a new one, runs/...-1, -2, ...)")
+    add("--demo", action="store_true", help="make a tiny model and drawn data, and train on them")
+    data = parser.add_argument_group("data")
+    data.add_argument("--subset", metavar="PREFIX", help="only ids that begin so; the paper's is llava (4.1)")
+    data.add_argument("--limit", type=int, metavar="N", help="a sample of N examples; the paper's is 10000 (4.1)")
+    data.add_argument("--eval-size", type=int, default=0, metavar="N", help="examples held out, never trained on")
+    data.add_argument("--skip-bad", action="store_true", help="drop bad records instead of stopping")
+    data.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and response (authors' config)")
+    data.add_argument("--reject", choices=STRATEGIES, default="crop", help="how the rejected image is made (Table 3)")
+    data.add_argument("--crop", type=float, nargs=2, default=CROP, metavar=("LO", "HI"),
+                      help="share of the image's area that a crop keeps (Table 3: 0-20 %% or 20-50 %%)")  # fmt: skip
+    data.add_argument("--no-image", action="store_true",
+                      help="leave every image out: DPO (No Image) of Fig. 1; no conditional term, no anchor by default")  # fmt: skip
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--beta", type=float, default=0.1, help="strength of the KL constraint (paper 4.1)")
+    loss.add_argument("--delta", type=float, default=0.0, help="the anchor, in units of reward (paper 4.1)")
+    loss.add_argument("--no-conditional", dest="conditional", action="store_false", default=True,
+                      help="drop eq. 6 (Table 2, minus conditional)")  # fmt: skip
+    loss.add_argument("--anchors", nargs="+", choices=(*LogPs._fields, "none"), metavar="NAME",
+                      help="anchored rewards, any of chosen (eq. 7), rejected, image_rejected (Table 4); none is Table 2, "
+                      "minus anchored (default: chosen)")  # fmt: skip
+    optim = parser.add_argument_group("optimization")
+    optim.add_argument("--epochs", type=int, default=3, help="passes over the data (paper 4.1)")
+    optim.add_argument("--batch-size", type=int, default=32, help="examples an update (paper 4.1)")
+    optim.add_argument(
+        "--micro-batch-size", type=int, default=4, help="examples at a time; for memory, not for the result"
+    )
+    optim.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (paper 4.1)")
+    optim.add_argument("--warmup", type=float, default=0.1, help="share of the steps; a cosine follows (paper 4.1)")
+    optim.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.98), help="of AdamW (authors' config)")
+    optim.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW (authors' config)")
+    optim.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping (authors' config)")
+    optim.add_argument("--lora-rank", type=int, default=64, help="paper 4.1")
+    optim.add_argument("--lora-alpha", type=int, default=128, help="paper 4.1")
+    optim.add_argument("--seed", type=int, default=0, help="of order, samples, rejected images and adapter")
+    system = parser.add_argument_group("system")
+    system.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    system.add_argument("--layout", choices=("packed", "plain"), default="packed",
+                        help="two packed rows an example, or three plain ones: the same numbers, more slowly")  # fmt: skip
+    system.add_argument("--no-checkpointing", dest="checkpointing", action="store_false", default=True,
+                        help="keep activations instead of computing them again: faster, takes more memory")  # fmt: skip
+    system.add_argument("--workers", type=int, default=4, help="processes that decode images")
+    system.add_argument("--save-every", type=int, metavar="N", help="a checkpoint every N steps, beside each epoch's")
+    system.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
+    system.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    system.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if "--demo" in argv:
+        from examples.demo import DEFAULTS
+
+        parser.set_defaults(**DEFAULTS)
+    return parser.parse_args(argv)
+
+
+def check_args(args):
+    """Everything that can be known to be wrong before reading a file. Fills in what depends on other arguments."""
+    for name in ("model", "data"):
+        if not getattr(args, name):
+            raise BadInput(f"--{name} is missing (or try --demo)")
+    above_zero = ("beta", "epochs", "batch_size", "micro_batch_size", "lr", "max_grad_norm", "lora_rank", "lora_alpha",
+                  "max_length", "limit", "save_every")  # fmt: skip
+    for name in above_zero:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            raise BadInput(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+    for name in ("eval_size", "workers", "weight_decay"):
+        if not getattr(args, name) >= 0:
+            raise BadInput(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
+    if args.batch_size % args.micro_batch_size:
+        raise BadInput(
+            f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}"
+        )
+    if not 0 < args.crop[0] <= args.crop[1] <= 1:
+        raise BadInput(f"--crop needs 0 < LO <= HI <= 1, got {args.crop[0]} {args.crop[1]}")
+    if not 0 <= args.warmup <= 1 or not all(0 <= beta < 1 for beta in args.betas) or not math.isfinite(args.delta):
+        raise BadInput("--warmup must be within 0..1, each of --betas within 0..1 (1 excluded), --delta finite")
+    if args.resume and (args.overwrite or args.out is None):
+        raise BadInput("--resume needs --out, the folder of the run, and excludes --overwrite")
+    if args.no_image:
+        args.conditional = False
+    if args.anchors is None:
+        args.anchors = [] if args.no_image else ["chosen"]
+    elif "none" in args.anchors:
+        if len(args.anchors) > 1:
+            raise BadInput("--anchors none stands alone")
+        args.anchors = []
+    if args.no_image and "image_rejected" in args.anchors:
+        raise BadInput("--no-image leaves no rejected image to anchor")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: no CUDA device was found")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(args):
+    if args.demo:
+        from examples.demo import write_demo
+
+        if args.resume:
+            raise BadInput("--demo starts afresh; to go on with one, give its own --model, --data and --out")
+        args.model, args.data, args.out = write_demo(args.out)
+    check_args(args)
+    out = claim_folder(args)
+    try:
+        processor = load_processor(args.model)
+        examples = read_examples(args.data, args.images, subset=args.subset, limit=args.limit, seed=args.seed,
+                                 with_images=not args.no_image, skip_bad=args.skip_bad, processor=processor,
+                                 max_length=args.max_length)  # fmt: skip
+        if args.eval_size >= len(examples):
+            raise BadInput(f"--eval-size {args.eval_size} leaves nothing of {len(examples)} examples to train on")
+        held = set(random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size))
+        held_out = [example for i, example in enumerate(examples) if i in held]
+        examples = [example for i, example in enumerate(examples) if i not in held]
+
+        cuda = args.device == "cuda"
+        torch.set_float32_matmul_precision("high")  # tf32 for what stays in float32 on a GPU
+        model, processor = load_model(args.model, args.device, torch.bfloat16 if cuda else torch.float32)
+        if args.checkpointing:
+            with warnings.catch_warnings():  # renamed in newer releases of the library, which still take this name
+                warnings.simplefilter("ignore", FutureWarning)
+                model.get_decoder().gradient_checkpointing_enable({"use_reentrant": False})
+            model.get_decoder().disable_input_require_grads()  # only reentrant checkpointing needs it
+        model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+        trainable, _ = model.get_nb_trainable_parameters()
+        layers = sum(name.endswith("lora_A") for name, _ in model.named_modules())
+        where = f"{torch.cuda.get_device_name()}, bf16" if cuda else "CPU, float32 (no CUDA device is used)"
+        print(f"{where}; LoRA on {layers} linear layers of the language model, {trainable:,} parameters train")
+        steps = args.epochs * math.ceil(len(examples) / args.batch_size)
+        print(f"{len(examples)} examples, {len(held_out)} held out; {steps} steps of {args.batch_size} -> {out}")
+
+        start_or_check(out, args, examples, held_out)
+        stopped_by = train(model, processor, examples, held_out, args, out)
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"out of GPU memory at --micro-batch-size {args.micro_batch_size}: try a smaller one") from error
+    finally:
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+    if stopped_by:
+        print(f"stopped and saved; the same command with --out {out} --resume goes on")
+        return 128 + stopped_by
+    print(f"\n{before_and_after(out)}\n\nadapter, log and arguments: {out}")
+    return 0
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return run(parse_args(argv))
+    except KeyboardInterrupt:
+        return 130
+    except BadInput as error:
+        if "--debug" in argv:
+            raise
+        print(f"error: {str(error).strip()}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
