@@ -140,6 +140,8 @@ def load_records(path):
                 records.append((number, json.loads(line)))
             except json.JSONDecodeError as error:
                 problems.append(f"record {number}: not valid JSON: {error}")
+    if problems and not records:
+        raise BadInput(f"{path}: neither a JSON list nor JSON lines ({problems[0]})")
     return records, problems
 
 
@@ -268,7 +270,7 @@ def open_image(path):
             if image.mode.startswith("I;16"):
                 image = image.point(lambda value: value / 256).convert("L")
             return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a broken file can make a decoder raise almost anything
         raise BadInput(f"image {path} cannot be decoded ({error})") from None
 
 

@@ -211,6 +211,12 @@ def disable_dropout(model):
                 setattr(module, name, 0.0)
 
 
+def enable_checkpointing(model):
+    """Recompute the language model's activations in the backward pass, layer by layer."""
+    model.get_decoder().gradient_checkpointing_enable({"use_reentrant": False})
+    model.get_decoder().disable_input_require_grads()  # a need of reentrant checkpointing alone
+
+
 def add_lora(model, rank=64, alpha=128, seed=0):
     """Wrap `model` with LoRA on every linear layer of its language model, and on nothing else (paper 4.1)."""
     decoder = model.get_decoder()
@@ -317,9 +323,9 @@ def train(model, processor, examples, held_out, args, out):
     plan = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup * len(plan)), len(plan))
     done = load_checkpoint(out, model, optimizer, schedule) if args.resume else 0
-    log = open_log(out, done)
+    start_log(out, done)
     if held_out and done == 0:
-        log({"step": 0, **evaluate_now()})
+        append_log(out, {"step": 0, **evaluate_now()})
 
     needs_image_rejected = args.conditional or "image_rejected" in args.anchors
     todo = [micro for keys in plan[done:] for micro in micro_batches(keys, args.micro_batch_size)]
@@ -347,7 +353,7 @@ def train(model, processor, examples, held_out, args, out):
             end_of_epoch = step == len(plan) or plan[step][0][0] != keys[0][0]
             if held_out and end_of_epoch:
                 record |= evaluate_now()
-            log(record)
+            append_log(out, record)
             show(bar, record)
             if end_of_epoch or stop or (args.save_every and step % args.save_every == 0):
                 save_checkpoint(out, step, model, optimizer, schedule)
@@ -483,12 +489,15 @@ def read_log(out):
     return [json.loads(line) for line in lines[:-1]]  # every whole line ends in a newline
 
 
-def open_log(out, done):
-    """A function that appends a record to metrics.jsonl, in which steps after `done` are dropped: they come again."""
+def start_log(out, done):
+    """Drop what metrics.jsonl says of steps after `done`: they come again."""
     kept = [record for record in read_log(out) if record["step"] <= done and done > 0]
     write_whole(out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
-    file = open(out / "metrics.jsonl", "a", buffering=1)
-    return lambda record: file.write(json.dumps(record) + "\n")
+
+
+def append_log(out, record):
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def before_and_after(out):
@@ -623,8 +632,8 @@ def run(args):
     if args.demo:
         from examples.demo import write_demo
 
-        if args.resume:
-            raise BadInput("--demo starts afresh; to go on with one, give its own --model, --data and --out")
+        if args.resume or args.model or args.data:
+            raise BadInput("--demo makes its own model and data, afresh; leave out --model, --data and --resume")
         args.model, args.data, args.out = write_demo(args.out)
     check_args(args)
     out = claim_folder(args)
@@ -643,10 +652,7 @@ def run(args):
         torch.set_float32_matmul_precision("high")  # tf32 for what stays in float32 on a GPU
         model, processor = load_model(args.model, args.device, torch.bfloat16 if cuda else torch.float32)
         if args.checkpointing:
-            with warnings.catch_warnings():  # renamed in newer releases of the library, which still take this name
-                warnings.simplefilter("ignore", FutureWarning)
-                model.get_decoder().gradient_checkpointing_enable({"use_reentrant": False})
-            model.get_decoder().disable_input_require_grads()  # only reentrant checkpointing needs it
+            enable_checkpointing(model)
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         trainable, _ = model.get_nb_trainable_parameters()
         layers = sum(name.endswith("lora_A") for name, _ in model.named_modules())
@@ -671,6 +677,7 @@ def run(args):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries' renames speak to us, not to who trains
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -680,7 +687,10 @@ def main(argv=None):
     except BadInput as error:
         if "--debug" in argv:
             raise
-        print(f"error: {str(error).strip()}", file=sys.stderr)
+        message = str(error).strip()
+        if message.startswith("Caught"):  # raised in a DataLoader worker: its traceback, then the message
+            message = message.splitlines()[-1].partition(": ")[2]
+        print(f"error: {message}", file=sys.stderr)
         return 2
 
 

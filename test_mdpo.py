@@ -1,0 +1,1046 @@
+"""Tests, and worked examples: `pytest test_mdpo.py`. Each says what breaks if it fails. Tiny random models, no network."""
+
+import inspect
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+import data
+import mdpo
+import train
+from data import BadInput, Pairs, make_batch, open_image, read_examples, reject_image, tokenize
+from examples import demo
+from mdpo import LogPs, mdpo_loss, response_logps
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+ROOT = Path(__file__).parent
+TEXTS = [
+    data.BUNNY_SYSTEM + " USER: Describe the picture. ASSISTANT: There is a red circle and a blue square. answers"
+] * 3
+HUB_LLAVA_TEMPLATE = (  # what llava-hf/llava-1.5-7b-hf does: no space after ASSISTANT:, one after the answer, no </s>
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def softplus(x):
+    """-log sigmoid(-x), with nothing but math."""
+    return math.log1p(math.exp(x))
+
+
+# ------------------------------------------------------------------------------------------------------- the loss
+
+# beta 0.5: r(m_w,q,y_w) = 0.5 * (-10 + 11) = 0.5, r(m_w,q,y_l) = 0.5 * (-14 + 12) = -1, r(m_l,q,y_w) = 0.5 * (-13 + 12)
+# = -0.5; margins 0.5 + 1 = 1.5 and 0.5 + 0.5 = 1. Every expected value below follows from these three rewards.
+POLICY = LogPs(torch.tensor([-10.0]), torch.tensor([-14.0]), torch.tensor([-13.0]))
+REF = LogPs(torch.tensor([-11.0]), torch.tensor([-12.0]), torch.tensor([-12.0]))
+DPO, CONDITIONAL, ANCHOR = softplus(-1.5), softplus(-1.0), softplus(-0.5)
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, DPO + CONDITIONAL + ANCHOR),  # mDPO, eq. 8
+        ({"conditional": False}, DPO + ANCHOR),  # Table 2, minus conditional
+        ({"anchors": ()}, DPO + CONDITIONAL),  # Table 2, minus anchored
+        ({"conditional": False, "anchors": ()}, DPO),  # minus both
+        ({"delta": 0.25}, DPO + CONDITIONAL + softplus(0.25 - 0.5)),
+        ({"anchors": ("chosen", "rejected")}, DPO + CONDITIONAL + ANCHOR + softplus(-1.0)),  # Table 4: 0 - r_l = 1
+        ({"anchors": ("chosen", "image_rejected")}, DPO + CONDITIONAL + ANCHOR + softplus(-0.5)),  # Table 4
+        ({"anchors": ("rejected",), "delta": 0.25}, DPO + CONDITIONAL + softplus(-1.25)),  # delta - r_l = 1.25
+    ],
+)
+def test_loss_is_the_papers(options, expected):
+    """A wrong sign, term or anchor direction trains something that is not mDPO."""
+    losses, metrics = mdpo_loss(POLICY, REF, beta=0.5, **options)
+    assert losses.shape == (1,) and losses.item() == pytest.approx(expected, abs=1e-6)
+    assert sum(v.item() for k, v in metrics.items() if k.startswith("loss/")) == pytest.approx(expected, abs=1e-6)
+
+
+def test_metrics_are_the_rewards_of_their_names():
+    """Swapped or scaled metrics mislead every reader of the log."""
+    _, metrics = mdpo_loss(POLICY, REF, beta=0.5)
+    expected = {"chosen": 0.5, "rejected": -1, "image_rejected": -0.5, "margins": 1.5, "image_margins": 1}
+    expected |= {"accuracies": 1, "image_accuracies": 1}
+    assert {k.removeprefix("rewards/"): v.item() for k, v in metrics.items() if "rewards" in k} == expected
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_gradients_push_each_logp_the_right_way():
+    """At policy = reference each term's slope is sigmoid(0) = 1/2: chosen -3 beta/2 (up), the two rejected +beta/2."""
+    policy = LogPs(*(torch.tensor([-5.0], requires_grad=True) for _ in range(3)))
+    mdpo_loss(policy, LogPs(*(p.detach() for p in policy)), beta=0.1)[0].sum().backward()
+    assert [p.grad.item() for p in policy] == pytest.approx([-0.15, 0.05, 0.05])
+
+
+def test_anchor_is_what_stops_the_chosen_from_falling():
+    """DPO and CoPO see only differences, so all three may fall together for free; AncPO charges for it."""
+    fallen = LogPs(*(p - 30 for p in REF))
+    without, _ = mdpo_loss(fallen, REF, anchors=())
+    assert without.item() == pytest.approx(2 * math.log(2), abs=1e-5)  # as if nothing had happened
+    assert mdpo_loss(fallen, REF)[0].item() == pytest.approx(2 * math.log(2) + softplus(3.0), abs=1e-5)
+
+
+def test_dpo_needs_no_third_logp():
+    """Plain DPO must not be charged for the pass over m_l."""
+    losses, metrics = mdpo_loss(POLICY[:2], LogPs(*REF[:2]), beta=0.5, conditional=False, anchors=())
+    assert losses.item() == pytest.approx(DPO, abs=1e-6) and not any("image" in name for name in metrics)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_raised_to_float32(dtype):
+    """bf16 steps are 4 nats wide at -1000: subtracting there would erase the margin."""
+    policy = LogPs(*(p.to(dtype) for p in POLICY))
+    losses, _ = mdpo_loss(policy, REF, beta=0.5)
+    assert losses.dtype == torch.float32 and losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-6)
+
+
+B2 = torch.zeros(2)
+WRONG_ARGUMENTS = {
+    "policy_logps.rejected must have shape": lambda: mdpo_loss((B2, torch.zeros(2, 1), B2), (B2, B2, B2)),
+    "policy_logps.chosen must have shape": lambda: mdpo_loss((torch.tensor(0.0), B2, B2), (B2, B2, B2)),
+    "ref_logps.image_rejected must have shape": lambda: mdpo_loss((B2, B2, B2), (B2, B2, torch.zeros(3))),
+    "ref_logps.chosen must be a float tensor": lambda: mdpo_loss((B2, B2, B2), (B2.long(), B2, B2)),
+    "policy_logps.image_rejected must be a float tensor": lambda: mdpo_loss((B2, B2), (B2, B2, B2)),
+    "are the two swapped": lambda: mdpo_loss((B2, B2, B2), (B2.clone().requires_grad_(), B2, B2)),
+    "beta must be above 0": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), beta=0),
+    "anchors must be a tuple": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), anchors=("cropped",)),
+    "anchors must be a tuple of": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), anchors="chosen"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_ARGUMENTS)
+def test_wrong_arguments_are_named(message):
+    """(B,) against (B, 1) broadcasts to (B, B) and trains on nonsense if it is let through."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        WRONG_ARGUMENTS[message]()
+
+
+def test_loss_copied_alone_works():
+    """The README tells people to copy LogPs and mdpo_loss into their own trainer."""
+    scope = {"torch": torch, "F": F, "NamedTuple": NamedTuple, "__name__": "elsewhere"}
+    exec(inspect.getsource(LogPs) + "\n" + inspect.getsource(mdpo_loss), scope)
+    losses, _ = scope["mdpo_loss"](tuple(POLICY), tuple(REF), beta=0.5)
+    assert losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-6)
+    imports = re.findall(r"^(?:import|from) (\w+)", Path(mdpo.__file__).read_text(), re.MULTILINE)
+    assert set(imports) == {"torch", "types", "typing"}
+
+
+# -------------------------------------------------------------------------------------------- models and batches
+
+
+@pytest.fixture(scope="session")
+def bunny(tmp_path_factory):
+    """A folder in Bunny's file format; its config asks for dropout."""
+    return demo.write_bunny(tmp_path_factory.mktemp("models") / "bunny", TEXTS, hidden=32, vision_tower="x-patch8-32")
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory):
+    """A folder as llava-hf/llava-1.5-7b-hf: CLIP + Llama, sentencepiece-like tokenizer, the hub's template."""
+    folder = tmp_path_factory.mktemp("models") / "llava"
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(TEXTS, trainer)
+    vocabulary = json.loads(bpe.to_str())["model"]
+    tokenizer = transformers.LlamaTokenizer(
+        vocab=vocabulary["vocab"],
+        merges=[tuple(merge) for merge in vocabulary["merges"]],
+        extra_special_tokens={"image_token": "<image>"},
+        pad_token="<pad>",
+    )
+    pixels = {"height": 32, "width": 32}
+    image_processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=pixels)
+    processor = transformers.LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=HUB_LLAVA_TEMPLATE,
+    )
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    text = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(tokenizer),
+        attention_dropout=0.1,
+    )
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config=vision, image_token_index=processor.image_token_id
+    )
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["bunny", "llava"])
+def loaded(request):
+    """(model, processor) of each family, with sharper weights than a random start has."""
+    model, processor = train.load_model(str(request.getfixturevalue(request.param)))
+    torch.manual_seed(1)
+    for parameter in model.model.language_model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.train(), processor
+
+
+def noise(seed, size=(48, 32)):
+    return Image.frombytes("RGB", size, random.Random(seed).randbytes(3 * size[0] * size[1]))
+
+
+ITEMS = [  # (question, chosen, rejected, image, rejected_image): lengths differ every way
+    ("Describe the picture.", "There is a red circle.", "There is a blue square and a red circle.", noise(1), noise(2)),
+    ("What is in it?", "A blue square, and a red circle too.", "No.", noise(3, (32, 40)), noise(4, (32, 40))),
+    ("How many?", "One.", "There is a red square.", noise(5), noise(6)),
+]
+
+
+def sequence_logp(model, processor, prompt, response, image):
+    """The yardstick: the library's own call on one whole sequence; the response is what follows the prompt's tokens."""
+    whole = processor(text=[prompt + response], images=[image], return_tensors="pt")
+    start = processor(text=[prompt], images=[image], return_tensors="pt")["input_ids"].shape[1]
+    with torch.no_grad():
+        logps = model(**whole).logits.log_softmax(-1)[0, start - 1 : -1]
+    return logps.gather(1, whole["input_ids"][0, start:, None]).sum().item()
+
+
+def full_text(processor, question, response):
+    """(prompt, response) as the model was tuned on them, written out."""
+    if processor.tokenizer.eos_token == "</s>":
+        return f"USER: <image>\n{question} ASSISTANT:", f" {response}</s>"
+    nine_tabs = "\t" * 9
+    return f"{data.BUNNY_SYSTEM} USER: {nine_tabs}\n{question} ASSISTANT:", f" {response}<|endoftext|>"
+
+
+@pytest.mark.parametrize("layout", ["packed", "plain"])
+def test_logps_are_those_of_the_librarys_own_call(loaded, layout):
+    """Any error of template, boundary, end-of-sequence, mask, positions or image order moves these by whole nats."""
+    model, processor = loaded
+    logps = response_logps(model, make_batch(ITEMS, processor, layout))
+    for i, (question, chosen, rejected, image, rejected_image) in enumerate(ITEMS):
+        prompt, y_w = full_text(processor, question, chosen)
+        _, y_l = full_text(processor, question, rejected)
+        pairs = ((y_w, image), (y_l, image), (y_w, rejected_image))
+        expected = [sequence_logp(model, processor, prompt, y, m) for y, m in pairs]
+        assert [logps[field][i].item() for field in range(3)] == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["packed", "plain"])
+def test_tokens_are_those_of_the_librarys_own_call(loaded, layout):
+    """Splicing the image's tokens in must give what the processor gives for the whole text."""
+    _, processor = loaded
+    batch = make_batch(ITEMS, processor, layout)
+    for i, (question, chosen, _, image, _) in enumerate(ITEMS):
+        ids = processor(text=["".join(full_text(processor, question, chosen))], images=[image])["input_ids"][0]
+        assert batch["input_ids"][i, : len(ids)].tolist() == ids  # rows open with prompt and y_w in both layouts
+
+
+def test_packed_gradients_equal_plain(loaded):
+    """Packing is a matter of speed: one training step must not depend on it."""
+    model, processor = loaded
+    weight = model.model.language_model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    gradients = []
+    for layout in ("packed", "plain"):
+        logps = response_logps(model, make_batch(ITEMS, processor, layout))
+        mdpo_loss(logps, LogPs(*(p.detach() - 1 for p in logps)))[0].mean().backward()
+        gradients.append(weight.grad)
+        weight.grad = None
+    weight.requires_grad_(False)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5 * gradients[1].abs().max().item())
+
+
+def test_padding_and_neighbours_do_not_change_an_example(loaded):
+    """If they did, the loss of an example would depend on which others share its batch."""
+    model, processor = loaded
+    together = response_logps(model, make_batch(ITEMS, processor))
+    for i, item in enumerate(ITEMS):
+        alone = response_logps(model, make_batch([item], processor))
+        assert [p[i].item() for p in together] == pytest.approx([p.item() for p in alone], abs=1e-4)
+
+
+def test_rejected_response_does_not_see_the_chosen_one(loaded):
+    """In a packed row y_l stands behind y_w; one leaked attention entry would let it copy."""
+    model, processor = loaded
+    question, _, rejected, *images = ITEMS[0]
+    logps = [
+        response_logps(model, make_batch([(question, chosen, rejected, *images)], processor)).rejected.item()
+        for chosen in ("One.", "There is a blue square and a red circle, a red circle.")
+    ]
+    assert logps[0] == pytest.approx(logps[1], abs=1e-4)
+
+
+def test_packed_rows_refuse_eager_attention(bunny):
+    """Eager attention adds a boolean mask as 0 and 1: wrong by nats, and silent."""
+    model, processor = train.load_model(str(bunny))
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="sdpa"):
+        response_logps(model, make_batch(ITEMS, processor))
+
+
+def test_dpo_computes_no_row_of_the_rejected_image(loaded):
+    """conditional=False, anchors=() must cost one row an example, not two."""
+    model, processor = loaded
+    batch = make_batch(ITEMS, processor, image_rejected=False)
+    assert batch["input_ids"].shape[0] == batch["pixel_values"].shape[0] == len(ITEMS)
+    full = response_logps(model, make_batch(ITEMS, processor))
+    part = response_logps(model, batch)
+    assert part.image_rejected is None
+    torch.testing.assert_close(part.rejected, full.rejected)
+
+
+def test_no_image_leaves_the_placeholder_out(loaded):
+    """DPO (No Image) of Fig. 1: the text alone, with no stray image token in it."""
+    model, processor = loaded
+    batch = make_batch([(*item[:3], None, None) for item in ITEMS], processor, image_rejected=False)
+    assert "pixel_values" not in batch and not (batch["input_ids"] == processor.image_token_id).any()
+    prompt, response = full_text(processor, *ITEMS[0][:2])
+    whole = processor.tokenizer(prompt.replace(processor.image_token + "\n", "") + response, return_tensors="pt")
+    with torch.no_grad():
+        logps = model(**whole).logits.log_softmax(-1)[0, :-1].gather(1, whole["input_ids"][0, 1:, None])
+    n_response = (batch["target_field"][0] == 0).sum()
+    chosen = response_logps(model, batch).chosen[0].item()
+    assert chosen == pytest.approx(logps[-n_response:].sum().item(), rel=1e-5)
+
+
+def test_boundary_where_tokens_merge_across_it(bunny):
+    """prompt 'answ' + response 'ers' is one token of the whole: tokenised apart, the model would be scored on text that
+    it never produces. The boundary moves back to the last token that all three texts share."""
+    _, processor = train.load_model(str(bunny))
+    processor.chat_template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    ids, tokenizer = lambda text: processor.tokenizer(text).input_ids, processor.tokenizer
+    assert ids(" answ")[-1] != ids(" answers")[-1]  # else this shows nothing
+    text = tokenize(processor, "a red answ", "ers", "x", has_image=False)
+    start = text.prompt_ids[: text.n_shared]
+    assert start + text.responses[0] == [*ids("a red answers"), tokenizer.eos_token_id]
+    assert start + text.responses[1] == [*ids("a red answx"), tokenizer.eos_token_id]
+    assert text.n_shared < len(text.prompt_ids)
+
+
+def test_what_a_template_appends_after_the_end_is_dropped(bunny):
+    """A newline after <|im_end|> is never generated; scoring it would reward a token nobody produces."""
+    _, processor = train.load_model(str(bunny))
+    eos = processor.tokenizer.eos_token
+    processor.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text | trim }}{% endfor %}{{ eos_token }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    text = tokenize(processor, "Which?", "No.", "Yes.", has_image=False)
+    assert processor.tokenizer.decode(text.responses[0]) == f"No.{eos}"
+    assert text.prompt_ids[text.n_shared :] == []
+
+
+def test_truncation_cuts_the_response_never_the_image(loaded):
+    """A cut image leaves fewer tokens than features: the model raises, or worse, looks at half an image."""
+    _, processor = loaded
+    full = make_batch(ITEMS[:1], processor)
+    prefix = int((full["segments"][0] == 1).sum())
+    cut = make_batch(ITEMS[:1], processor, max_length=prefix + 2)
+    assert (cut["target_field"][0] == 0).sum() == (cut["target_field"][0] == 1).sum() == 2
+    assert torch.equal(cut["input_ids"][0, :prefix], full["input_ids"][0, :prefix])
+    assert cut["targets"][0, :2].tolist() == full["targets"][0, :2].tolist()
+    with pytest.raises(BadInput, match="no room"):
+        make_batch(ITEMS[:1], processor, max_length=prefix)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 5)])
+def test_images_of_one_pixel_and_of_extreme_shape(loaded, size):
+    """Such files exist in scraped data and must not stop a run."""
+    model, processor = loaded
+    image = noise(0, size)
+    for strategy in data.STRATEGIES:
+        rejected = reject_image(image, strategy, random.Random(0), other=noise(1))
+        assert rejected.size == size
+        logps = response_logps(model, make_batch([("Which?", "This.", "That.", image, rejected)], processor))
+        assert all(math.isfinite(p.item()) for p in logps)
+
+
+# -------------------------------------------------------------------------------------------------- model loading
+
+
+def test_every_bunny_weight_lands_in_its_place(bunny):
+    """A tensor left out would be random: the run would go on, and be worthless."""
+    model, _ = train.load_model(str(bunny))
+    weights = {}
+    for file in bunny.glob("*.safetensors"):
+        weights |= load_file(file)
+    state = model.state_dict()
+    assert len(state) == len(weights)
+    for name, tensor in weights.items():
+        for pattern, ours in train.BUNNY_KEYS.items():
+            name = re.sub(pattern, ours, name)
+        assert torch.equal(state[name], tensor.float()), name
+    assert model.config.vision_config.num_hidden_layers == 2 and model.config.image_seq_length == 16
+
+
+def test_dropout_of_the_base_is_off(loaded):
+    """Bunny asks for resid_pdrop 0.1, this LLaVA for attention_dropout 0.1: either makes the step-0 loss random."""
+    model, _ = loaded
+    rates = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    rates += [
+        value for m in model.modules() for k, value in vars(m).items() if "drop" in k and isinstance(value, float)
+    ]
+    assert rates and not any(rates)
+
+
+def with_lora(folder, checkpointing=True):
+    model, processor = train.load_model(str(folder))
+    if checkpointing:
+        train.enable_checkpointing(model)
+    return train.add_lora(model, rank=4, alpha=8).train(), processor
+
+
+ARGS = train.parse_args(["--device", "cpu", "--anchors", "chosen"])
+
+
+@pytest.mark.parametrize("family", ["bunny", "llava"])
+def test_step_0_loss_is_3_ln_2(family, request):
+    """Policy and reference are the same network at step 0, so each of the three terms is ln 2: any difference of image,
+    dropout or adapter between the two passes shows here."""
+    model, processor = with_lora(request.getfixturevalue(family))
+    losses, _ = train.forward(model, make_batch(ITEMS, processor), ARGS)
+    assert losses.tolist() == pytest.approx([3 * math.log(2)] * 3, abs=1e-5)
+
+
+def test_reference_is_the_base_model(bunny):
+    """With the adapter left on, every reward is 0 for ever, and training pulls at nothing."""
+    model, processor = with_lora(bunny)
+    batch = make_batch(ITEMS, processor)
+    base = response_logps(model, batch)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    moved = response_logps(model, batch)
+    _, metrics = train.forward(model, batch, ARGS)
+    assert metrics["rewards/chosen"].abs().min() > 1e-3
+    torch.testing.assert_close(metrics["rewards/chosen"], 0.1 * (moved.chosen - base.chosen).detach())
+
+
+def test_policy_and_reference_see_one_encoding_of_the_same_images(bunny, monkeypatch):
+    """A crop drawn anew for the reference would make the margin compare two images. One call, two images an example."""
+    model, processor = with_lora(bunny)
+    seen, given = [], []
+    encode, score = train.encode_images, train.response_logps
+    monkeypatch.setattr(train, "encode_images", lambda m, b: seen.append(b["pixel_values"]) or encode(m, b))
+    monkeypatch.setattr(train, "response_logps", lambda m, b, f=None: given.append((b, f)) or score(m, b, f))
+    batch = make_batch(ITEMS, processor)
+    train.forward(model, batch, ARGS)
+    assert len(seen) == 1 and torch.equal(seen[0], batch["pixel_values"]) and len(seen[0]) == 2 * len(ITEMS)
+    (ref_batch, ref_features), (policy_batch, policy_features) = given
+    assert ref_batch is policy_batch and ref_features is policy_features is not None
+
+
+@pytest.mark.parametrize("family", ["bunny", "llava"])
+def test_lora_is_on_every_linear_layer_of_the_language_model_and_trains(family, request):
+    """A layer without gradient (reentrant checkpointing does that) or an adapter in the vision tower is a silent bug."""
+    model, processor = with_lora(request.getfixturevalue(family))
+    language_model = model.get_base_model().model.language_model
+    linear = [n for n, m in language_model.named_modules() if n.endswith("base_layer")]
+    assert len(linear) == len([n for n, m in language_model.named_modules() if n.endswith("lora_A")]) > 0
+    plain = [n for n, m in language_model.named_modules() if type(m) is torch.nn.Linear and ".lora_" not in n]
+    assert sorted(plain) == sorted(linear)
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trainable) == 2 * len(linear)
+    assert all(".language_model." in n and ".lora_" in n for n in trainable)
+    for name, parameter in trainable.items():  # B starts at 0, which would leave A without a gradient
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    train.forward(model, make_batch(ITEMS, processor), ARGS)[0].mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trainable.values())
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_checkpointing_does_not_change_gradients(bunny):
+    """It trades time for memory and nothing else."""
+    gradients = []
+    for checkpointing in (True, False):
+        model, processor = with_lora(bunny, checkpointing)
+        train.forward(model, make_batch(ITEMS, processor), ARGS)[0].mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert gradients[0] and all(map(torch.equal, *gradients))
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A data folder with images a.png and merged_images/llava-1.jpg."""
+    noise(1).save(tmp_path / "a.png")
+    (tmp_path / "merged_images").mkdir()
+    noise(2).save(tmp_path / "merged_images" / "llava-1.jpg")
+    return tmp_path
+
+
+def authors(**changes):
+    prompt = f"{data.BUNNY_SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
+    return {"img_path": "a.png", "prompt": prompt, "chosen": "A cat.", "rejected": "A dog."} | changes
+
+
+def completion(response, *ratings):
+    aspects = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
+    annotations = {a: {"Rating": r, "Rationale": "..."} for a, r in zip(aspects, ratings)}
+    return {"model": "m", "response": response, "annotations": annotations}
+
+
+VLFEEDBACK = {
+    "id": "llava-1",
+    "prompt": "What is it?",
+    "models": ["m"] * 4,
+    "completions": [  # means 4, 5, 2; the last is unrated
+        completion("Middling.", "4", "4", "4"),
+        completion("A cat【6†source】.", "5", "5", "5"),
+        completion("A dog.", "1", "4", "1"),
+        completion("Never.", "N/A", "5", "5"),
+    ],
+}
+AS_COLUMNS = VLFEEDBACK | {
+    "completions": {
+        "model": ["m"] * 4,
+        "response": [c["response"] for c in VLFEEDBACK["completions"]],
+        "annotations": {
+            aspect: {"Rating": [c["annotations"][aspect]["Rating"] for c in VLFEEDBACK["completions"]]}
+            for aspect in ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
+        },
+    }
+}
+MESSAGES = {
+    "images": ["a.png"],
+    "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}],
+    "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}],
+    "rejected": [{"role": "assistant", "content": "A dog."}],
+}
+PLAIN = {"image": "a.png", "question": "<image>\nWhat is it?", "chosen": " A cat.\n", "rejected": "A dog."}
+
+
+@pytest.mark.parametrize("record", [authors(), VLFEEDBACK, AS_COLUMNS, MESSAGES, PLAIN])
+@pytest.mark.parametrize(
+    "name, form", [("x.json", "[{}]"), ("x.jsonl", "{}\n"), ("x.json", "\n{}\n"), ("x.jsonl", "[{}]")]
+)
+def test_every_format_gives_the_same_example(folder, record, name, form):
+    """Formats are told apart by the records, not by the file's name."""
+    (example,) = read_examples(write(folder / name, form.replace("{}", json.dumps(record))))
+    assert (example.question, example.chosen, example.rejected) == ("What is it?", "A cat.", "A dog.")
+    assert Path(example.image).name == ("llava-1.jpg" if "completions" in record else "a.png")
+
+
+def test_ties_and_unrated_records_are_left_out_and_counted(folder):
+    """A pair of equal ratings says nothing; training on it is noise."""
+    tie = VLFEEDBACK | {"completions": [completion("A", "3", "3", "3"), completion("B", "4", "3", "2")]}
+    unrated = VLFEEDBACK | {"completions": [completion("A", "N/A", "3", "3")]}
+    path = write(folder / "x.jsonl", "\n".join(map(json.dumps, [VLFEEDBACK, tie, unrated])))
+    said = []
+    assert len(read_examples(path, log=said.append)) == 1 and "left out 2" in said[0]
+
+
+def test_subset_and_limit(folder):
+    """The paper's data is a sample of 10K among ids that begin with llava; the sample is the seed's alone."""
+    records = [VLFEEDBACK | {"id": f"{kind}-{i}", "img_path": "a.png"} for i in range(20) for kind in ("llava", "svit")]
+    path = write(folder / "x.json", records)
+    ids = [e.id for e in read_examples(path, subset="llava", limit=5, seed=1)]
+    assert len(set(ids)) == 5 and all(id.startswith("llava") for id in ids)
+    assert ids == [e.id for e in read_examples(path, subset="llava", limit=5, seed=1)]
+    assert ids != [e.id for e in read_examples(path, subset="llava", limit=5, seed=2)]
+    assert len(read_examples(path, limit=100)) == 40
+
+
+def test_images_folder_can_be_elsewhere(folder):
+    """--images; an absolute path is taken as it is."""
+    path = write(folder / "deep" / "x.json", [authors(), authors(img_path=str(folder / "a.png"))])
+    assert len(read_examples(path, image_dir=folder)) == 2
+
+
+BAD_RECORDS = {
+    "has no field 'chosen'": authors(chosen=None),
+    "has no field 'prompt' or 'question'": {"image": "a.png", "chosen": "a", "rejected": "b"},
+    "'chosen' is a number": authors(chosen=3),
+    "is text, not an object": "text",
+    "'rejected' is empty": authors(rejected=" \n"),
+    "'chosen' and 'rejected' are equal": authors(rejected="A cat. "),
+    "no image 'b.png'": authors(img_path="b.png"),
+    "cannot be decoded": authors(img_path="broken.png"),
+    "has no image path": {"question": "Q", "chosen": "a", "rejected": "b"},
+    "climbs out of the image folder": authors(img_path="../a.png"),
+    "'chosen' holds the image token": authors(chosen="An <image>"),
+    "'prompt' holds the image token": authors(prompt="Is <image> a picture?"),
+    "has 2 images": authors(img_path=None, images=["a.png", "a.png"]),
+    "not supported": MESSAGES | {"prompt": [{"role": "system", "content": "S"}, *MESSAGES["prompt"]]},
+    "is not Bunny's": authors(prompt="Be rude. USER: <image>\nWhat? ASSISTANT:"),
+    "not in VLFeedback's form": VLFEEDBACK | {"completions": [{"response": "x"}]},
+    "not valid JSON": None,
+}
+
+
+@pytest.mark.parametrize("reason", BAD_RECORDS)
+def test_bad_records_are_all_reported_with_number_id_and_reason(folder, reason):
+    """One bad record stops the run before the model is loaded, and says which; --skip-bad drops it and says how many."""
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    bad = json.dumps(BAD_RECORDS[reason]) if BAD_RECORDS[reason] else "{"
+    path = write(folder / "x.jsonl", f"{json.dumps(authors(id='first'))}\n{bad}\n{bad}\n")
+    with pytest.raises(BadInput, match="(?s)x.jsonl: 2 bad.*record 2.*record 3") as error:
+        read_examples(path)
+    assert str(error.value).count(reason) == 2
+    said = []
+    assert [e.id for e in read_examples(path, skip_bad=True, log=said.append)] == ["first"]
+    assert "dropped 2 bad records" in said[0]
+
+
+def test_the_models_own_image_token_in_text_is_bad(folder, bunny):
+    """Nine tabs are Bunny's image token: in a table of tabs they would be taken for an image."""
+    path = write(folder / "x.json", [authors(chosen="a" + "\t" * 9 + "b")])
+    with pytest.raises(BadInput, match="'chosen' holds the image token"):
+        read_examples(path, processor=train.load_processor(str(bunny)))
+    with pytest.raises(BadInput, match="no room to answer"):
+        path = write(folder / "y.json", [authors()])
+        read_examples(path, processor=train.load_processor(str(bunny)), max_length=40)
+
+
+MODES = {
+    "palette": lambda im: im.convert("P"),
+    "transparent palette": lambda im: im.convert("P"),
+    "grey": lambda im: im.convert("L"),
+    "grey alpha": lambda im: im.convert("LA"),
+    "rgba": lambda im: im.convert("RGBA"),
+    "one bit": lambda im: im.convert("1"),
+    "cmyk": lambda im: im.convert("CMYK"),
+    "16 bit": lambda im: Image.new("I;16", im.size, 40000),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_image_mode_becomes_rgb(tmp_path, mode):
+    """Scraped images come in all of these; a wrong channel count kills the run hours in."""
+    path = tmp_path / ("x.jpg" if mode == "cmyk" else "x.png")
+    MODES[mode](noise(1)).save(path, **({"transparency": 0} if mode == "transparent palette" else {}))
+    image = open_image(path)
+    assert image.mode == "RGB" and image.size == (48, 32)
+    if mode == "16 bit":
+        assert image.getpixel((0, 0)) == (156, 156, 156)  # 40000 / 256; clipped, it would be white
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    """A phone's picture lies on its side otherwise."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    noise(1).save(tmp_path / "x.jpg", exif=exif)
+    assert open_image(tmp_path / "x.jpg").size == (32, 48)
+
+
+def boxes_of(monkeypatch, image, low, high, n=300):
+    """The boxes that random_crop cuts, seen through PIL's resize."""
+    boxes, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda im, size, how, box: boxes.append(box) or resize(im, size, how, box)
+    )
+    for seed in range(n):
+        assert reject_image(image, "crop", random.Random(seed), (low, high)).size == image.size
+    return boxes
+
+
+@pytest.mark.parametrize("low, high", [(0.01, 0.2), (0.2, 0.5)])
+def test_crops_keep_the_area_and_aspect_asked_for(monkeypatch, low, high):
+    """Table 3 rests on how much is kept; the rounding of a 640 x 480 image's box moves it by under half a percent."""
+    boxes = boxes_of(monkeypatch, Image.new("RGB", (640, 480)), low, high)
+    areas = [(x1 - x0) * (y1 - y0) / (640 * 480) for x0, y0, x1, y1 in boxes]
+    aspects = [(x1 - x0) / (y1 - y0) for x0, y0, x1, y1 in boxes]
+    assert low * 0.98 <= min(areas) < low + 0.02 and high - 0.02 < max(areas) <= high * 1.005
+    assert sum(areas) / len(areas) == pytest.approx((low + high) / 2, abs=0.02)  # uniform
+    assert 0.74 <= min(aspects) < 0.78 and 1.28 < max(aspects) <= 1.35
+    assert sum(map(math.log, aspects)) / len(aspects) == pytest.approx(0, abs=0.04)  # log-uniform around 1
+    assert all(0 <= x0 < x1 <= 640 and 0 <= y0 < y1 <= 480 for x0, y0, x1, y1 in boxes)
+
+
+def test_crops_of_long_images_keep_the_area(monkeypatch):
+    """A panorama has no room for half its area at aspect 4/3: there the aspect gives way, not the area."""
+    for x0, y0, x1, y1 in boxes_of(monkeypatch, Image.new("RGB", (2000, 100)), 0.3, 0.5):
+        assert 0.295 <= (x1 - x0) * (y1 - y0) / 200_000 <= 0.505
+
+
+def as_examples(folder, n=4):
+    return read_examples(str(demo.write_data(folder / "drawn", n)))
+
+
+@pytest.mark.parametrize("strategy", data.STRATEGIES)
+def test_rejected_image_is_a_pure_function_of_seed_epoch_and_index(tmp_path, strategy):
+    """Resuming and DataLoader workers rest on it; a new epoch and a new seed draw a new one."""
+    examples = as_examples(tmp_path)
+    draw = lambda seed, epoch: Pairs(examples, strategy, seed=seed)[epoch, 0][4].tobytes()
+    assert draw(0, 0) == draw(0, 0)
+    assert len({draw(0, 0), draw(0, 1), draw(0, 2), draw(1, 0), draw(2, 0)}) > 2
+    question, chosen, rejected, image, rejected_image = Pairs(examples, strategy)[0, 0]
+    assert image.tobytes() == open_image(examples[0].image).tobytes() and rejected_image.size == image.size
+
+
+def test_random_image_is_never_the_examples_own(tmp_path):
+    """The same file may serve several questions: index and path both count."""
+    examples = as_examples(tmp_path, 2)
+    examples = [examples[0]] * 3 + [examples[1]]
+    other = data.ImageOps.fit(open_image(examples[3].image), open_image(examples[0].image).size)
+    assert all(Pairs(examples, "random")[epoch, 1][4].tobytes() == other.tobytes() for epoch in range(10))
+    with pytest.raises(BadInput, match="two different images"):
+        Pairs(examples[:3], "random")
+
+
+def test_moco_draws_each_augmentation_as_often_as_it_says():
+    """Table 3's row: flip 1/2, grey 1/5, measured on an image whose augmentations can be told apart."""
+    image = Image.new("RGB", (40, 40), (200, 60, 60))
+    results = [reject_image(image, "moco", random.Random(seed)).getpixel((20, 20)) for seed in range(1000)]
+    assert sum(r == g == b for r, g, b in results) / 1000 == pytest.approx(0.2, abs=0.04)
+    jittered = [
+        rgb for rgb in results if max(rgb) != min(rgb) and max(abs(a - b) for a, b in zip(rgb, (200, 60, 60))) > 2
+    ]
+    assert len(jittered) / sum(max(rgb) != min(rgb) for rgb in results) == pytest.approx(0.8, abs=0.05)
+    half = Image.new("RGB", (40, 40))
+    half.paste((255, 255, 255), (0, 0, 20, 40))
+    flips = [reject_image(half, "moco", random.Random(seed)) for seed in range(400)]
+    sides = [sum(f.getpixel((2, 20))) - sum(f.getpixel((37, 20))) for f in flips]
+    assert sum(s < 0 for s in sides) / sum(s != 0 for s in sides) == pytest.approx(0.5, abs=0.08)
+
+
+def test_data_command_counts_good_and_bad(folder, capsys):
+    """`python data.py FILE` is how a user finds out before renting a GPU."""
+    path = write(folder / "x.json", [authors(), authors(chosen="")])
+    assert data.main([path]) == 1
+    out, err = capsys.readouterr()
+    assert "1 good, 1 bad" in out and "chosen words:" in out and "record 2: 'chosen' is empty" in err
+    assert data.main([write(folder / "y.json", [authors()])]) == 0
+    assert data.main([str(folder / "none.json")]) == 2
+
+
+# --------------------------------------------------------------------------------------------------------- the run
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """7 drawn examples: with batches of 4 and micro-batches of 2, an epoch is 2 + 2, then 2 + 1."""
+    return str(demo.write_data(tmp_path_factory.mktemp("data") / "small", 7))
+
+
+def command(bunny, small, out, *more):
+    base = f"--model {bunny} --data {small} --out {out} --epochs 2 --batch-size 4 --micro-batch-size 2 --lr 1e-3"
+    return [*base.split(), *"--workers 0 --lora-rank 4 --lora-alpha 8 --device cpu".split(), *map(str, more)]
+
+
+def adapter(out):
+    return load_file(Path(out) / "adapter_model.safetensors")
+
+
+def log_of(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def finished(bunny, small, tmp_path_factory):
+    """A whole run, nothing in its way."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    assert train.main(command(bunny, small, out)) == 0
+    return out
+
+
+def test_run_writes_what_the_readme_promises(finished, bunny):
+    """Adapter, processor, arguments, log: each is somebody's next step."""
+    names = {path.name for path in finished.iterdir()}
+    promised = "adapter_model.safetensors adapter_config.json tokenizer.json processor_config.json args.json"
+    assert set(promised.split()) | {"metrics.jsonl", "checkpoint.pt"} <= names
+    assert json.loads((finished / "adapter_config.json").read_text())["base_model_name_or_path"] == str(bunny)
+    records = log_of(finished)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-5)
+    assert records[-1]["epoch"] == 2
+
+
+def test_adapter_reloads_with_plain_peft(finished, bunny):
+    """Users load it with PeftModel.from_pretrained; a key that does not match would be left out in silence."""
+    model, processor = train.load_model(str(bunny))
+    before = response_logps(model, make_batch(ITEMS, processor)).chosen
+    tuned = peft.PeftModel.from_pretrained(model, finished)
+    after = response_logps(tuned, make_batch(ITEMS, processor)).chosen
+    assert (after - before).abs().min() > 1e-4
+    by_hand = train.add_lora(train.load_model(str(bunny))[0], rank=4, alpha=8)
+    saved = torch.load(finished / "checkpoint.pt", weights_only=True)["adapter"]
+    by_hand.load_state_dict(saved, strict=False)
+    torch.testing.assert_close(after, response_logps(by_hand, make_batch(ITEMS, processor)).chosen)
+
+
+def test_saved_processor_reloads(finished, bunny):
+    """The folder alone must be enough to ask the tuned model a question."""
+    saved, original = transformers.AutoProcessor.from_pretrained(finished), train.load_processor(str(bunny))
+    ours, theirs = (make_batch(ITEMS, processor) for processor in (saved, original))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours if torch.is_tensor(ours[k]))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_micro_batch_size_does_not_change_the_update(finished, bunny, small, tmp_path, micro_batch_size):
+    """The gradient is the mean over the batch, the last partial one too (3 of 4: micro-batches of 2 and 1), not a mean
+    of micro-batch means, which would weigh the single example twice."""
+    out = tmp_path / "out"
+    assert train.main(command(bunny, small, out, "--micro-batch-size", micro_batch_size)) == 0
+    for ours, theirs in zip(log_of(out), log_of(finished), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def test_plain_layout_trains_the_same(finished, bunny, small, tmp_path):
+    """--layout plain is the yardstick a user can switch to."""
+    assert train.main(command(bunny, small, tmp_path / "out", "--layout", "plain")) == 0
+    for ours, theirs in zip(log_of(tmp_path / "out"), log_of(finished), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys, torch, train
+save, calls = torch.save, []
+def save_half(state, path):
+    calls.append(path)
+    save(state, path)
+    if len(calls) == 2:  # the second checkpoint: cut the file short, then die
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save_half
+train.main(sys.argv[1:])
+"""
+
+
+def child(*arguments, **options):
+    return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize("where", ["at a random step", "inside the writing of a checkpoint"])
+def test_resume_after_sigkill_is_exact(bunny, small, tmp_path, where):
+    """Hours of training hang on it: the adapter must come out bit for bit, and the log hold each step once."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    more = ("--epochs", 6, "--save-every", 1, "--eval-size", 1)
+    assert train.main(command(bunny, small, whole, *more)) == 0
+    if where == "at a random step":
+        process = child("train.py", *command(bunny, small, cut, *more))
+        steps = random.SystemRandom().randint(1, 9)
+        while not (cut / "metrics.jsonl").exists() or len((cut / "metrics.jsonl").read_text().splitlines()) <= steps:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.002)
+        process.kill()
+    else:
+        process = child("-c", KILLED_WHILE_SAVING, *command(bunny, small, cut, *more))
+    assert process.wait() == -signal.SIGKILL
+    assert not (cut / "adapter_model.safetensors").exists()
+    assert train.main(command(bunny, small, cut, *more, "--resume")) == 0
+    assert [record["step"] for record in log_of(cut)] == list(range(13))
+    ours, theirs = adapter(cut), adapter(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_before_leaving(finished, bunny, small, tmp_path, monkeypatch, capsys, number):
+    """A cluster's preemption must not cost an epoch."""
+    out, show = tmp_path / "out", train.show
+    with monkeypatch.context() as patched:
+        stop_at_3 = lambda bar, record: record["step"] == 3 and os.kill(os.getpid(), number)
+        patched.setattr(train, "show", stop_at_3)
+        assert train.main(command(bunny, small, out)) == 128 + number
+    assert "--resume" in capsys.readouterr().out and train.show is show
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert signal.getsignal(number) != train.StopSignals.note
+    assert train.main(command(bunny, small, out, "--resume")) == 0
+    assert all(torch.equal(v, adapter(finished)[k]) for k, v in adapter(out).items())
+
+
+def test_held_out_examples_are_never_trained_on_and_keep_their_image(bunny, small, tmp_path, monkeypatch):
+    """Otherwise the before/after table measures memory, or luck of the crop."""
+    seen = {}
+    get = Pairs.__getitem__
+    monkeypatch.setattr(Pairs, "__getitem__", lambda self, key: seen.setdefault((key, self.examples[key[1]].id), []).append(
+        item := get(self, key)) or item)  # fmt: skip
+    out = tmp_path / "out"
+    assert train.main(command(bunny, small, out, "--eval-size", 2, "--no-conditional", "--anchors", "none")) == 0
+    held_out = {id for (epoch, _), id in seen if epoch == "held out"}
+    trained = {id for (epoch, _), id in seen if epoch != "held out"}
+    assert len(held_out) == 2 and len(trained) == 5 and not held_out & trained
+    for (key, _), items in seen.items():
+        if key[0] == "held out":
+            assert len(items) == 3 and len({item[4].tobytes() for item in items}) == 1
+    before = log_of(out)[0]  # a DPO run reports the image metrics of the held-out examples too
+    assert (
+        before["step"] == 0
+        and before["eval/loss"] == pytest.approx(math.log(2))
+        and "eval/rewards/image_margins" in before
+    )
+    assert "rewards/image_margins" not in log_of(out)[1]
+
+
+def test_no_image_run_needs_no_images(bunny, tmp_path):
+    """Fig. 1's DPO (No Image)."""
+    path = write(tmp_path / "x.json", [authors(img_path="nowhere.png", chosen=f"A cat {i}.") for i in range(5)])
+    assert train.main(command(bunny, path, tmp_path / "out", "--no-image", "--eval-size", 1)) == 0
+    assert log_of(tmp_path / "out")[1]["loss"] == pytest.approx(math.log(2))
+
+
+def test_without_out_each_run_gets_its_own_folder(bunny, small, tmp_path, monkeypatch):
+    """The user's own command must run twice, and lose nothing."""
+    monkeypatch.chdir(tmp_path)
+    arguments = command(bunny, small, "x", "--epochs", 1)
+    arguments = arguments[:4] + arguments[6:]  # no --out
+    assert train.main(arguments) == train.main(arguments) == 0
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["bunny-silkie-1", "bunny-silkie-2"]
+
+
+def test_a_run_is_replaced_only_when_asked(bunny, small, tmp_path, capsys):
+    """--overwrite replaces the run's files and nothing else in the folder."""
+    out = tmp_path / "out"
+    assert train.main(command(bunny, small, out)) == 0
+    first = adapter(out)
+    write(out / "notes.txt", "mine")
+    assert train.main(command(bunny, small, out)) == 2 and "--overwrite" in capsys.readouterr().err
+    assert train.main(command(bunny, small, out, "--overwrite", "--seed", 1)) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+    assert any(not torch.equal(first[k], v) for k, v in adapter(out).items())
+    assert train.main(command(bunny, small, out, "--resume")) == 2 and "--seed" in capsys.readouterr().err
+
+
+def broken_model(bunny, folder, change):
+    folder.mkdir()
+    for path in bunny.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    file = folder / "model-00002-of-00002.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
+def text_model(bunny, folder):
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=500)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(bunny, trust_remote_code=False).save_pretrained(folder)
+    return folder
+
+
+BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_path)
+    "--model is missing": lambda b, t: ["--model", ""],
+    "nowhere: cannot be loaded": lambda b, t: ["--model", t / "nowhere"],
+    "has no image token": lambda b, t: ["--model", text_model(b, t / "text")],
+    "1 missing keys in the weights, such as lm_head.weight": lambda b, t: [
+        "--model", broken_model(b, t / "m", lambda w: w.pop("lm_head.weight"))],
+    "1 unexpected keys in the weights, such as model.surprise": lambda b, t: [
+        "--model", broken_model(b, t / "m", lambda w: w.update({"model.surprise": torch.zeros(1)}))],
+    "none.json: cannot be read": lambda b, t: ["--data", t / "none.json"],
+    "no example is left": lambda b, t: ["--data", write(t / "x.json", [])],
+    "(with ids in 'llava')": lambda b, t: ["--subset", "llava"],
+    "not valid JSON": lambda b, t: ["--data", write(t / "x.json", "[{]")],
+    "neither a JSON list nor JSON lines": lambda b, t: ["--data", write(t / "x.json", '{\n"a": 1}')],
+    "not a text file": lambda b, t: ["--data", ROOT / Path(b) / "model-00001-of-00002.safetensors"],
+    "no such image folder": lambda b, t: ["--images", t / "none"],
+    "--batch-size 4 is not a multiple of --micro-batch-size 3": lambda b, t: ["--micro-batch-size", 3],
+    "--beta must be above 0": lambda b, t: ["--beta", 0],
+    "--beta must be above 0, got -0.1": lambda b, t: ["--beta", -0.1],
+    "--lr must be above 0": lambda b, t: ["--lr", 0],
+    "--crop needs": lambda b, t: ["--crop", 0.5, 0.2],
+    "--anchors none stands alone": lambda b, t: ["--anchors", "none", "chosen"],
+    "--no-image leaves": lambda b, t: ["--no-image", "--anchors", "image_rejected"],
+    "invalid choice": lambda b, t: ["--anchors", "cropped"],
+    "invalid int value": lambda b, t: ["--epochs", "many"],
+    "unrecognized arguments: --bata": lambda b, t: ["--bata", 1],
+    "leaves nothing of 7 examples": lambda b, t: ["--eval-size", 7],
+    "no room to answer": lambda b, t: ["--max-length", 20],
+    "holds no run to resume": lambda b, t: ["--resume"],
+    "is not empty and holds no run": lambda b, t: ["--out", b, "--overwrite"],
+    "cannot be written to": lambda b, t: ["--out", write(t / "file", "") + "/out"],
+    "--device cuda: no CUDA": lambda b, t: ["--device", "cuda"],
+    "makes its own model and data": lambda b, t: ["--demo"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD_INPUTS)
+def test_bad_input_is_one_line_and_status_2(bunny, small, tmp_path, capsys, message):
+    """A traceback tells a user nothing; and what failed must leave nothing behind."""
+    if "no CUDA" in message and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    arguments = command(bunny, small, tmp_path / "out", *BAD_INPUTS[message](bunny, tmp_path))
+    assert train.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert lines[-1 if "bad record" not in error else 0].startswith("error: ") and "Traceback" not in error
+    assert len(lines) == 1 or "bad record" in error
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BadInput):
+        train.main([*arguments, "--debug"])
+
+
+def test_nan_stops_the_run_and_names_the_batch(bunny, small, tmp_path, capsys, monkeypatch):
+    """Training on after a NaN ruins the adapter in silence."""
+    loss = train.mdpo_loss
+    monkeypatch.setattr(train, "mdpo_loss", lambda *a: (loss(*a)[0] * float("nan"), loss(*a)[1]))
+    assert train.main(command(bunny, small, tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    ids = re.search(r"examples of the batch: (.*)", error)[1].split(", ")
+    assert "step 1" in error and len(ids) == 4 and set(ids) <= {str(i) for i in range(1, 8)}
+
+
+def test_out_of_gpu_memory_names_the_flag(bunny, small, tmp_path, capsys, monkeypatch):
+    """The first thing a user meets on a small GPU."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "forward", full)
+    assert train.main(command(bunny, small, tmp_path / "out")) == 2
+    assert "--micro-batch-size 2" in capsys.readouterr().err
+
+
+def test_an_image_that_vanishes_is_named_from_a_worker(bunny, tmp_path, capsys, monkeypatch):
+    """An error inside a DataLoader worker arrives as a page of traceback; the user needs its last line."""
+    path = demo.write_data(tmp_path / "data", 4)
+    load = train.load_model
+    monkeypatch.setattr(train, "load_model", lambda *a: (tmp_path / "data/images/2.png").unlink() or load(*a))
+    assert train.main(command(bunny, path, tmp_path / "out", "--workers", 1)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: image") and "2.png cannot be decoded" in error
+
+
+def test_nothing_ever_asks_a_question(bunny, small, tmp_path):
+    """With standard input open, a library that asks whether to run remote code would wait for ever."""
+    process = child("train.py", *command(bunny, small, tmp_path / "out", "--epochs", 1), stdin=subprocess.PIPE)
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+
+
+def test_demo_runs_again_and_again(tmp_path, monkeypatch, capsys):
+    """The README's first command, shortened; each time in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    write_data = demo.write_data
+    monkeypatch.setattr(demo, "write_data", lambda folder, n, seed: write_data(folder, 12, seed))
+    for number in (1, 2):
+        assert train.main("--demo --device cpu --epochs 1 --eval-size 4 --workers 1".split()) == 0
+        assert f"runs/demo-{number}/out" in capsys.readouterr().out
+    assert all(torch.equal(v, adapter("runs/demo-1/out")[k]) for k, v in adapter("runs/demo-2/out").items())
