@@ -412,9 +412,10 @@ def test_dropout_of_the_base_is_off(loaded):
 
 def with_lora(folder, checkpointing=True):
     model, processor = train.load_model(str(folder))
+    model = train.add_lora(model, rank=4, alpha=8)
     if checkpointing:
         train.enable_checkpointing(model)
-    return train.add_lora(model, rank=4, alpha=8).train(), processor
+    return model.train(), processor
 
 
 ARGS = train.parse_args(["--device", "cpu", "--anchors", "chosen"])
@@ -1044,3 +1045,65 @@ def test_demo_runs_again_and_again(tmp_path, monkeypatch, capsys):
         assert train.main("--demo --device cpu --epochs 1 --eval-size 4 --workers 1".split()) == 0
         assert f"runs/demo-{number}/out" in capsys.readouterr().out
     assert all(torch.equal(v, adapter("runs/demo-1/out")[k]) for k, v in adapter("runs/demo-2/out").items())
+
+
+# ------------------------------------------------------------------------------------------------------- the README
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_table_points_at_code_that_is_there():
+    """A table of equations that rots sends a student to the wrong line."""
+    source = inspect.getsource(mdpo_loss)
+    for equation, key in re.findall(r"^\| eq\. (\d).*`(loss\S*)` in `mdpo.mdpo_loss`", README, re.MULTILINE):
+        assert re.search(rf"{key}\b.*# eq\. {equation}", source), (equation, key)
+    named = re.findall(r"`(mdpo|data|train)\.(\w+)`", README)
+    assert len(named) >= 8
+    for module, name in named:
+        assert name == "py" or hasattr(globals()[module], name), f"{module}.{name}"
+
+
+def test_readme_flags_exist():
+    """Each row of the table of paper settings must be a command that runs."""
+    rows = re.findall(r"^\| (?:DPO|Fig|Table|4\.1).*\| `(--[^`]+)`", README, re.MULTILINE)
+    assert len(rows) >= 12
+    for flags in rows:
+        train.check_args(train.parse_args(["--model", "m", "--data", "d", *flags.split()]))
+
+
+def test_readme_training_command_runs(bunny, tmp_path, monkeypatch):
+    """The user's own command, to the letter, with a tiny model under Bunny's name and no flag but the README's."""
+    monkeypatch.chdir(tmp_path)
+    demo.write_data(tmp_path / "data", 5)
+    for path in (tmp_path / "data").iterdir():
+        path.rename(tmp_path / path.name)
+    (tmp_path / "BAAI").mkdir()
+    (tmp_path / "BAAI" / "Bunny-v1_0-3B").symlink_to(bunny)
+    (line,) = re.findall(r"^python train.py (--model BAAI/Bunny-v1_0-3B --data silkie.json)$", README, re.MULTILINE)
+    assert train.main(line.split()) == 0
+    assert len(log_of("runs/Bunny-v1_0-3B-silkie-1")) == 3  # 3 epochs of one partial batch
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
+    """What people copy first. The demo's folders are as its first run leaves them."""
+    monkeypatch.chdir(tmp_path)
+    write_data = demo.write_data
+    monkeypatch.setattr(demo, "write_data", lambda folder, n, seed: write_data(folder, 8, seed))
+    assert train.main("--demo --device cpu --epochs 1 --eval-size 0 --workers 0".split()) == 0
+    capsys.readouterr()
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippets) == 2
+    for snippet in snippets:
+        exec(snippet, {})
+    assert "loss/conditional" in capsys.readouterr().out
+
+
+def test_preview_draws_every_strategy(tmp_path, capsys):
+    """`examples/preview.py` is how a user sees what the rejected images look like; it must not overwrite a file."""
+    from examples import preview
+
+    path, out = demo.write_data(tmp_path / "data", 3), tmp_path / "sheet.png"
+    assert preview.main([str(path), str(out), "--count", "2"]) == 0
+    assert Image.open(out).size == (5 * 250 + 10, 2 * 320 + 10)
+    assert preview.main([str(path), str(out)]) == 2 and "already exists" in capsys.readouterr().err

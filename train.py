@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import cached_file
 
-from data import BUNNY_SYSTEM, CROP, STRATEGIES, BadInput, Pairs, make_batch, read_examples
+from data import BUNNY_SYSTEM, CROP, LAYOUTS, STRATEGIES, BadInput, Pairs, make_batch, read_examples
 from mdpo import LogPs, encode_images, mdpo_loss, response_logps
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -263,7 +263,7 @@ def make_loader(pairs, batches, processor, args, image_rejected):
             image_rejected=image_rejected,
             max_length=args.max_length,
         ),
-        num_workers=min(args.workers, len(batches)),
+        num_workers=min(args.workers, len(batches), os.cpu_count() or 1),
         pin_memory=args.device == "cuda",
         worker_init_fn=ignore_interrupts,
     )
@@ -531,63 +531,58 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if has_value else action.help
 
 
+# fmt: off
 def parse_args(argv):
     parser = Parser(description="Train a multimodal model with mDPO.", formatter_class=Help)
     add = parser.add_argument
     add("--model", help="folder or hub name: Bunny, LLaVA-1.5, or another model of the Llava class")
-    add("--data", help="preference file, see the README for its formats")
+    add("--data", help="preference file (README, Data)")
     add("--images", metavar="DIR", help="where relative image paths begin (default: the data file's folder)")
-    add("--out", metavar="DIR", help="folder for the adapter and the log (default: a new one, runs/...-1, -2, ...)")
+    add("--out", metavar="DIR", help="folder for adapter and log (default: a new one, runs/...-1, -2 and so on)")
     add("--demo", action="store_true", help="make a tiny model and drawn data, and train on them")
-    data = parser.add_argument_group("data")
-    data.add_argument("--subset", metavar="PREFIX", help="only ids that begin so; the paper's is llava (4.1)")
-    data.add_argument("--limit", type=int, metavar="N", help="a sample of N examples; the paper's is 10000 (4.1)")
-    data.add_argument("--eval-size", type=int, default=0, metavar="N", help="examples held out, never trained on")
-    data.add_argument("--skip-bad", action="store_true", help="drop bad records instead of stopping")
-    data.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and response (authors' config)")
-    data.add_argument("--reject", choices=STRATEGIES, default="crop", help="how the rejected image is made (Table 3)")
-    data.add_argument("--crop", type=float, nargs=2, default=CROP, metavar=("LO", "HI"),
-                      help="share of the image's area that a crop keeps (Table 3: 0-20 %% or 20-50 %%)")  # fmt: skip
-    data.add_argument("--no-image", action="store_true",
-                      help="leave every image out: DPO (No Image) of Fig. 1; no conditional term, no anchor by default")  # fmt: skip
-    loss = parser.add_argument_group("loss")
-    loss.add_argument("--beta", type=float, default=0.1, help="strength of the KL constraint (paper 4.1)")
-    loss.add_argument("--delta", type=float, default=0.0, help="the anchor, in units of reward (paper 4.1)")
-    loss.add_argument("--no-conditional", dest="conditional", action="store_false", default=True,
-                      help="drop eq. 6 (Table 2, minus conditional)")  # fmt: skip
-    loss.add_argument("--anchors", nargs="+", choices=(*LogPs._fields, "none"), metavar="NAME",
-                      help="anchored rewards, any of chosen (eq. 7), rejected, image_rejected (Table 4); none is Table 2, "
-                      "minus anchored (default: chosen)")  # fmt: skip
-    optim = parser.add_argument_group("optimization")
-    optim.add_argument("--epochs", type=int, default=3, help="passes over the data (paper 4.1)")
-    optim.add_argument("--batch-size", type=int, default=32, help="examples an update (paper 4.1)")
-    optim.add_argument(
-        "--micro-batch-size", type=int, default=4, help="examples at a time; for memory, not for the result"
-    )
-    optim.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (paper 4.1)")
-    optim.add_argument("--warmup", type=float, default=0.1, help="share of the steps; a cosine follows (paper 4.1)")
-    optim.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.98), help="of AdamW (authors' config)")
-    optim.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW (authors' config)")
-    optim.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping (authors' config)")
-    optim.add_argument("--lora-rank", type=int, default=64, help="paper 4.1")
-    optim.add_argument("--lora-alpha", type=int, default=128, help="paper 4.1")
-    optim.add_argument("--seed", type=int, default=0, help="of order, samples, rejected images and adapter")
-    system = parser.add_argument_group("system")
-    system.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    system.add_argument("--layout", choices=("packed", "plain"), default="packed",
-                        help="two packed rows an example, or three plain ones: the same numbers, more slowly")  # fmt: skip
-    system.add_argument("--no-checkpointing", dest="checkpointing", action="store_false", default=True,
-                        help="keep activations instead of computing them again: faster, takes more memory")  # fmt: skip
-    system.add_argument("--workers", type=int, default=4, help="processes that decode images")
-    system.add_argument("--save-every", type=int, metavar="N", help="a checkpoint every N steps, beside each epoch's")
-    system.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
-    system.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    system.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument_group("data").add_argument
+    add("--subset", metavar="PREFIX", help="only ids that begin so; the paper's is llava (4.1)")
+    add("--limit", type=int, metavar="N", help="a sample of N examples; the paper's is 10000 (4.1)")
+    add("--eval-size", type=int, default=0, metavar="N", help="examples held out, never trained on")
+    add("--skip-bad", action="store_true", help="drop bad records instead of stopping")
+    add("--max-length", type=int, default=2048, metavar="N", help="tokens of prompt and one response (authors' config)")
+    add("--reject", choices=STRATEGIES, default="crop", help="how the rejected image is made (Table 3)")
+    add("--crop", type=float, nargs=2, default=CROP, metavar=("LO", "HI"), help="share of the area that a crop keeps (Table 3)")
+    add("--no-image", action="store_true", help="the data without images, DPO (No Image) of Fig. 1: no conditional term, "
+        "and no anchor unless --anchors asks for one")
+    add = parser.add_argument_group("loss").add_argument
+    add("--beta", type=float, default=0.1, help="strength of the KL constraint (paper 4.1)")
+    add("--delta", type=float, default=0.0, help="the anchor, in units of reward (paper 4.1)")
+    add("--no-conditional", dest="conditional", action="store_false", help="drop eq. 6 (Table 2, minus conditional)")
+    add("--anchors", nargs="+", choices=(*LogPs._fields, "none"), metavar="NAME", help="anchored rewards: any of chosen "
+        "(eq. 7), rejected, image_rejected (Table 4); none is Table 2, minus anchored (default: chosen)")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=int, default=3, metavar="N", help="passes over the data (paper 4.1)")
+    add("--batch-size", type=int, default=32, metavar="N", help="examples an update (paper 4.1)")
+    add("--micro-batch-size", type=int, default=4, metavar="N", help="examples at a time: for memory, not for the result")
+    add("--lr", type=float, default=1e-5, help="peak learning rate (paper 4.1)")
+    add("--warmup", type=float, default=0.1, help="share of the steps, before a cosine to 0 (paper 4.1)")
+    add("--betas", type=float, nargs=2, default=(0.9, 0.98), metavar=("B1", "B2"), help="of AdamW (authors' config)")
+    add("--weight-decay", type=float, default=0.05, help="of AdamW (authors' config)")
+    add("--max-grad-norm", type=float, default=1.0, help="gradient clipping (authors' config)")
+    add("--lora-rank", type=int, default=64, metavar="R", help="(paper 4.1)")
+    add("--lora-alpha", type=int, default=128, metavar="A", help="(paper 4.1)")
+    add("--seed", type=int, default=0, help="of adapter, order, samples and rejected images")
+    add = parser.add_argument_group("system").add_argument
+    add("--device", choices=("cuda", "cpu"), help="(default: cuda if there is one)")
+    add("--layout", choices=LAYOUTS, default="packed", help="two packed rows an example, or three plain ones, for comparison")
+    add("--no-checkpointing", dest="checkpointing", action="store_false", help="keep activations: faster, more memory")
+    add("--workers", type=int, default=4, metavar="N", help="processes that decode images")
+    add("--save-every", type=int, metavar="N", help="a checkpoint every N steps, beside each epoch's")
+    add("--resume", action="store_true", help="go on with the run in --out, exactly")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--debug", action="store_true", help="show the traceback of an error")
     if "--demo" in argv:
         from examples.demo import DEFAULTS
 
         parser.set_defaults(**DEFAULTS)
     return parser.parse_args(argv)
+# fmt: on
 
 
 def check_args(args):
@@ -651,9 +646,9 @@ def run(args):
         cuda = args.device == "cuda"
         torch.set_float32_matmul_precision("high")  # tf32 for what stays in float32 on a GPU
         model, processor = load_model(args.model, args.device, torch.bfloat16 if cuda else torch.float32)
+        model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         if args.checkpointing:
             enable_checkpointing(model)
-        model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         trainable, _ = model.get_nb_trainable_parameters()
         layers = sum(name.endswith("lora_A") for name, _ in model.named_modules())
         where = f"{torch.cuda.get_device_name()}, bf16" if cuda else "CPU, float32 (no CUDA device is used)"
