@@ -483,12 +483,13 @@ def starts_with_bos(processor, text):
 
 
 def encode_prompts(processor, prompts, images):
-    """The processor's own call: prompts with their image tokens expanded, padded, and the images' tensors."""
+    """The processor's own call: prompts with their image tokens expanded, padded as for generation, and the images."""
     return processor(
         text=prompts,
         images=[[image] for image in images],
         add_special_tokens=not starts_with_bos(processor, prompts[0]),
         padding=True,
+        padding_side="left",
         return_tensors="pt",
     )
 

@@ -1,7 +1,6 @@
 """Tests, and worked examples: `pytest test_mdpo.py`. Each says what breaks if it fails. Tiny random models, no network."""
 
 import inspect
-import io
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import data
 import mdpo
 import train
 from data import BadInput, Pairs, make_batch, open_image, read_examples, reject_image, tokenize
-from examples import demo
+from examples import demo, shapes, tiny_bunny
 from mdpo import LogPs, mdpo_loss, response_logps
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -152,7 +151,9 @@ def test_loss_copied_alone_works():
 @pytest.fixture(scope="session")
 def bunny(tmp_path_factory):
     """A folder in Bunny's file format; its config asks for dropout."""
-    return demo.write_bunny(tmp_path_factory.mktemp("models") / "bunny", TEXTS, hidden=32, vision_tower="x-patch8-32")
+    return tiny_bunny.write_bunny(
+        tmp_path_factory.mktemp("models") / "bunny", TEXTS, hidden=32, vision_tower="x-patch8-32"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -691,7 +692,7 @@ def test_crops_of_long_images_keep_the_area(monkeypatch):
 
 
 def as_examples(folder, n=4):
-    return read_examples(str(demo.write_data(folder / "drawn", n)))
+    return read_examples(str(shapes.write_pairs(folder / "drawn", n)))
 
 
 @pytest.mark.parametrize("strategy", data.STRATEGIES)
@@ -747,7 +748,7 @@ def test_data_command_counts_good_and_bad(folder, capsys):
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """7 drawn examples: with batches of 4 and micro-batches of 2, an epoch is 2 + 2, then 2 + 1."""
-    return str(demo.write_data(tmp_path_factory.mktemp("data") / "small", 7))
+    return str(shapes.write_pairs(tmp_path_factory.mktemp("data") / "small", 7))
 
 
 def command(bunny, small, out, *more):
@@ -1022,7 +1023,7 @@ def test_out_of_gpu_memory_names_the_flag(bunny, small, tmp_path, capsys, monkey
 
 def test_an_image_that_vanishes_is_named_from_a_worker(bunny, tmp_path, capsys, monkeypatch):
     """An error inside a DataLoader worker arrives as a page of traceback; the user needs its last line."""
-    path = demo.write_data(tmp_path / "data", 4)
+    path = shapes.write_pairs(tmp_path / "data", 4)
     load = train.load_model
     monkeypatch.setattr(train, "load_model", lambda *a: (tmp_path / "data/images/2.png").unlink() or load(*a))
     assert train.main(command(bunny, path, tmp_path / "out", "--workers", 1)) == 2
@@ -1075,7 +1076,7 @@ def test_readme_flags_exist():
 def test_readme_training_command_runs(bunny, tmp_path, monkeypatch):
     """The user's own command, to the letter, with a tiny model under Bunny's name and no flag but the README's."""
     monkeypatch.chdir(tmp_path)
-    demo.write_data(tmp_path / "data", 5)
+    shapes.write_pairs(tmp_path / "data", 5)
     for path in (tmp_path / "data").iterdir():
         path.rename(tmp_path / path.name)
     (tmp_path / "BAAI").mkdir()
@@ -1103,7 +1104,7 @@ def test_preview_draws_every_strategy(tmp_path, capsys):
     """`examples/preview.py` is how a user sees what the rejected images look like; it must not overwrite a file."""
     from examples import preview
 
-    path, out = demo.write_data(tmp_path / "data", 3), tmp_path / "sheet.png"
+    path, out = shapes.write_pairs(tmp_path / "data", 3), tmp_path / "sheet.png"
     assert preview.main([str(path), str(out), "--count", "2"]) == 0
     assert Image.open(out).size == (5 * 250 + 10, 2 * 320 + 10)
     assert preview.main([str(path), str(out)]) == 2 and "already exists" in capsys.readouterr().err

@@ -666,7 +666,12 @@ def run(args):
     if stopped_by:
         print(f"stopped and saved; the same command with --out {out} --resume goes on")
         return 128 + stopped_by
-    print(f"\n{before_and_after(out)}\n\nadapter, log and arguments: {out}")
+    print(f"\n{before_and_after(out)}\n")
+    if args.demo:
+        from examples.demo import report
+
+        print(f"{report(model, processor, out)}\n")
+    print(f"adapter, log and arguments: {out}")
     return 0
 
 

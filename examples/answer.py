@@ -1,0 +1,68 @@
+"""Ask a model about an image, before and after training (the paper's Figure 3); greedy.
+
+python examples/answer.py --model BAAI/Bunny-v1_0-3B --adapter runs/... --image photo.jpg --question "What is this?"
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import BadInput, encode_prompts, open_image
+from train import load_model
+
+
+def chat_prompt(processor, question):
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    message = {"role": "user", "content": content}
+    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+
+
+@torch.no_grad()
+def generate_answers(model, processor, questions, max_new_tokens=256, batch_size=8):
+    """[(PIL image, question)] -> the model's greedy answers, as text, in order."""
+    answers = []
+    for at in range(0, len(questions), batch_size):
+        images, texts = zip(*questions[at : at + batch_size])
+        prompts = [chat_prompt(processor, text) for text in texts]
+        inputs = encode_prompts(processor, prompts, images).to(model.device, model.dtype)
+        tokens = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
+        )
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    return answers
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder or hub name")
+    parser.add_argument("--adapter", help="a run's folder; its answer is printed under the base model's")
+    parser.add_argument("--image", required=True)
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    try:
+        if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
+            raise BadInput(f"{args.adapter}: holds no adapter (no adapter_config.json)")
+        question = [(open_image(args.image), args.question)]
+        model, processor = load_model(args.model, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"base:  {generate_answers(model, processor, question, args.max_new_tokens)[0]}")
+    if args.adapter:
+        model = peft.PeftModel.from_pretrained(model, args.adapter).eval()
+        print(f"tuned: {generate_answers(model, processor, question, args.max_new_tokens)[0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

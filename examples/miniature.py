@@ -1,0 +1,258 @@
+"""The paper in miniature: its comparisons, in the world of `shapes.py`, by the product's own training code.
+
+    python examples/miniature.py --quick                # one seed, Figure 1 and Table 2
+    python examples/miniature.py --figure curves.png    # five seeds, every comparison; the figure needs matplotlib
+
+Every method gets the same base model, pairs, number of steps, learning rate and seed. `--out` holds all of it: a folder
+for each seed and method, and results.json. What is there is not computed again, so a stopped study goes on.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import peft
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train
+from data import encode_prompts, read_examples
+from examples import shapes, tiny_bunny
+from examples.answer import chat_prompt, generate_answers
+from examples.unconditional import diagnose
+
+# Chosen on seeds 100 and above, which are not reported, and not touched afterwards.
+PAIRS, HELD_OUT = 768, 96  # 24 steps an epoch of 32
+COMMON = "--epochs 3 --lr 6e-4 --lora-rank 16 --lora-alpha 32 --batch-size 32 --micro-batch-size 32 --workers 0 "
+COMMON += f"--no-checkpointing --eval-size {HELD_OUT} --limit {PAIRS + HELD_OUT}"
+
+QUICK = {  # Figure 1 and Table 2
+    "DPO (No Image)": "--no-image",
+    "DPO": "--no-conditional --anchors none",
+    "mDPO": "",
+    "minus conditional": "--no-conditional",
+    "minus anchored": "--anchors none",
+}
+METHODS = QUICK | {
+    "crop 20-50%": "--crop 0.2 0.5",  # Table 3
+    "random image": "--reject random",
+    "MoCo v2": "--reject moco",
+    "anchors y_w, y_l": "--anchors chosen rejected",  # Table 4
+    "anchors y_w, m_l": "--anchors chosen image_rejected",
+}
+for size, epochs in ((96, 24), (192, 12), (384, 6)):  # Figure 5, as many steps as the others
+    for method in ("DPO", "mDPO"):
+        METHODS[f"{method}, {size} pairs"] = f"{METHODS[method]} --limit {size} --epochs {epochs} --eval-size 0"
+
+
+def examine(model, processor, exam):
+    """The metrics of `shapes.score` for the model's answers, and the area under the curve of its leaning to yes."""
+    asked = [(image, shapes.question_text(question)) for _, image, question in exam]
+    answers = generate_answers(model, processor, asked, max_new_tokens=40, batch_size=250)
+    metrics = shapes.score([(scene, question, answer) for (scene, _, question), answer in zip(exam, answers)])
+    existence = [i for i, (_, _, question) in enumerate(exam) if question[0] == "is there"]
+    leanings = yes_leanings(model, processor, [asked[i] for i in existence])
+    split = {True: [], False: []}
+    for i, leaning in zip(existence, leanings):
+        split[shapes.claims_of(exam[i][0], exam[i][2])].append(leaning)
+    return metrics | {"yes_no_auc": shapes.area_under_curve(split[True], split[False])}
+
+
+@torch.no_grad()
+def yes_leanings(model, processor, questions):
+    """log p(Yes) - log p(No) of the first token of the answer to each (image, question)."""
+    prompts = [chat_prompt(processor, text) for _, text in questions]
+    inputs = encode_prompts(processor, prompts, [image for image, _ in questions])
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
+    output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    yes, no = (processor.tokenizer(word).input_ids[0] for word in (" Yes", " No"))
+    return (output.logits[0][:, yes] - output.logits[0][:, no]).tolist()
+
+
+@contextlib.contextmanager
+def in_folder(out, seed):
+    """The folder of a seed, in which what is said goes to log.txt; one thread, so that a rerun gives the same numbers."""
+    torch.set_num_threads(1)
+    folder = Path(out) / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "a") as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
+        yield folder
+
+
+def prepare_seed(out, seed):
+    """Base model, pairs and held-out pairs of a seed, made once: each is renamed into place when it is whole."""
+    with in_folder(out, seed) as folder:
+        makers = {
+            "base": lambda path: tiny_bunny.write_base(path, seed, progress=False),
+            "data": lambda path: shapes.write_pairs(path, PAIRS + HELD_OUT, seed),
+            "held_out": lambda path: shapes.write_pairs(path, 200, f"held out {seed}"),
+        }
+        for name, make in makers.items():
+            if not (folder / name).exists():
+                shutil.rmtree(folder / "unfinished", ignore_errors=True)
+                make(folder / "unfinished")
+                (folder / "unfinished").rename(folder / name)
+
+
+def run_method(out, seed, method, n_scenes):
+    """Train and examine one method -> its metrics; taken from result.json if that is there."""
+    with in_folder(out, seed) as folder:
+        run = folder / re.sub(r"\W+", "-", method).strip("-")
+        if (run / "result.json").exists():
+            return json.loads((run / "result.json").read_text())
+        if method == "base":
+            run.mkdir(exist_ok=True)
+        else:
+            paths = [
+                "--model",
+                folder / "base",
+                "--data",
+                folder / "data" / "silkie.json",
+                "--out",
+                run,
+                "--seed",
+                seed,
+            ]
+            flags = f"{COMMON} {METHODS[method]}" + " --overwrite" * (run / "args.json").exists()
+            if train.main([*map(str, paths), *flags.split()]):
+                raise RuntimeError(f"seed {seed}, {method}: training failed, see {folder / 'log.txt'}")
+        model, processor = train.load_model(str(folder / "base"))
+        if method != "base":
+            model = peft.PeftModel.from_pretrained(model, run).eval()
+        result = examine(model, processor, shapes.make_exam(n_scenes, seed))
+        if method != "base":
+            held_out = read_examples(str(folder / "held_out" / "silkie.json"))
+            margins = diagnose(model, processor, held_out, batch_size=40)
+            result |= {f"margin_{name}": value for name, value in margins.items()} | curves(run)
+        train.write_whole(run / "result.json", json.dumps(result, indent=1))
+        return result
+
+
+def curves(out, beta=0.1):
+    """Change of log p(y_w) and image-conditional accuracy on held-out pairs, after each epoch: lists, and their ends."""
+    records = [record for record in train.read_log(out) if "eval/loss" in record]
+    result = {"chosen_curve": [record["eval/rewards/chosen"] / beta for record in records]}
+    result["image_accuracy_curve"] = [record.get("eval/rewards/image_accuracies", 0.5) for record in records]
+    return result | {name.removesuffix("_curve"): values[-1] for name, values in result.items() if values}
+
+
+COLUMNS = ("hallucination_rate", "chair_s", "false_premise", "yes_no", "grounding", "malformed", "length", "chosen",
+           "image_accuracy", "margin_no_image_share")  # fmt: skip
+
+
+def summarize(by_seed):
+    """{seed: {method: metrics}} -> {method: {metric: [mean, standard deviation]}}."""
+    summary = {}
+    for method in next(iter(by_seed.values())):
+        results = [methods[method] for methods in by_seed.values()]
+        names = [name for name, value in results[0].items() if isinstance(value, (int, float))]
+        values = {name: [result[name] for result in results] for name in names}
+        summary[method] = {
+            n: [statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0] for n, v in values.items()
+        }
+    return summary
+
+
+def table(summary):
+    lines = [f"{'':20}" + "".join(f"{name.removeprefix('margin_'):>20}" for name in COLUMNS)]
+    for method, metrics in summary.items():
+        cells = ("{:.3f} +-{:.3f}".format(*metrics[name]) if name in metrics else "" for name in COLUMNS)
+        lines.append(f"{method:20}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+# Written down before the reported seeds were run; each looks at {method: metrics} of one seed.
+PREDICTIONS = {
+    "mDPO is above DPO in grounding": lambda m: m["mDPO"]["grounding"] > m["DPO"]["grounding"],
+    "mDPO is below DPO in hallucination": lambda m: m["mDPO"]["hallucination_rate"] < m["DPO"]["hallucination_rate"],
+    "false-premise accuracy: mDPO at least .75": lambda m: m["mDPO"]["false_premise"] >= 0.75,
+    "false-premise accuracy: DPO at most .55": lambda m: m["DPO"]["false_premise"] <= 0.55,
+    "log p(y_w) falls under DPO": lambda m: m["DPO"]["chosen"] < 0,
+    "log p(y_w) falls under minus anchored": lambda m: m["minus anchored"]["chosen"] < 0,
+    "log p(y_w) under mDPO rises, or falls by less than 0.3": lambda m: m["mDPO"]["chosen"] > -0.3,
+    "over two thirds of DPO's margin survive without the image": lambda m: m["DPO"]["margin_no_image_share"] > 2 / 3,
+    "under half of mDPO's margin survives without the image": lambda m: m["mDPO"]["margin_no_image_share"] < 1 / 2,
+}
+
+
+def verdicts(by_seed, summary):
+    """A line for each prediction: in how many seeds it held."""
+    lines = []
+    for claim, holds in PREDICTIONS.items():
+        held = sum(bool(holds(methods)) for methods in by_seed.values())
+        lines.append(f"  {held} of {len(by_seed)} seeds: {claim}")
+    if len(by_seed) > 1:
+        (mean, sd), (mean_no_image, sd_no_image) = summary["DPO"]["grounding"], summary["DPO (No Image)"]["grounding"]
+        within = abs(mean - mean_no_image) <= max(sd, sd_no_image)
+        lines.append(f"  {'holds' if within else 'fails'}: DPO is within one sd of DPO (No Image) in grounding")
+    return "\n".join(lines)
+
+
+def draw(by_seed, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8))
+    colours = {"DPO": "tab:red", "mDPO": "tab:blue", "minus anchored": "tab:orange", "minus conditional": "tab:green"}
+    for method in ("DPO", "mDPO", "minus anchored"):
+        for axis, name in ((left, "chosen_curve"), (middle, "image_accuracy_curve")):
+            for methods in by_seed.values():
+                axis.plot(methods[method][name], color=colours[method], alpha=0.25, linewidth=1)
+            mean = [statistics.mean(values) for values in zip(*(m[method][name] for m in by_seed.values()))]
+            axis.plot(mean, color=colours[method], label=method)
+    left.axhline(0, color="grey", linewidth=0.5)
+    left.set(title="change of log p(y_w), held out (nats)", xlabel="epoch")
+    middle.set(title="image-conditional accuracy, held out", xlabel="epoch")
+    left.legend()
+    names = ["base", *QUICK]
+    for x, method in enumerate(names):
+        values = [methods[method]["grounding"] for methods in by_seed.values()]
+        right.bar(x, statistics.mean(values), color=colours.get(method, "lightgrey"), alpha=0.5)
+        right.plot([x] * len(values), values, "k.", markersize=5)
+    right.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    right.set(title="grounding, a dot per seed")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/miniature"))
+    parser.add_argument("--quick", action="store_true", help="one seed, the methods of Figure 1 and Table 2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="(default: 0 1 2 3 4; --quick: 0)")
+    parser.add_argument("--scenes", type=int, default=200, help="held-out images, five questions each")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--figure", type=Path, help="draw a PNG here (needs matplotlib)")
+    args = parser.parse_args(argv)
+    seeds = args.seeds or ([0] if args.quick else [0, 1, 2, 3, 4])
+    methods = ["base", *(QUICK if args.quick else METHODS)]
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        for _ in pool.map(prepare_seed, *zip(*[(args.out, seed) for seed in seeds])):
+            pass  # an error is raised here
+        tasks = [(args.out, seed, method, args.scenes) for seed in seeds for method in methods]
+        results = iter(list(tqdm(pool.map(run_method, *zip(*tasks)), "runs", len(tasks))))
+    by_seed = {str(seed): {method: next(results) for method in methods} for seed in seeds}
+    summary = summarize(by_seed)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    record = {"commit": commit, "arguments": {k: str(v) for k, v in vars(args).items()}, "common": COMMON}
+    record |= {"methods": METHODS, "summary": summary, "seeds": by_seed}
+    train.write_whole(args.out / "results.json", json.dumps(record, indent=1))
+    print(f"{table(summary)}\n\n{verdicts(by_seed, summary)}\n\n{args.out / 'results.json'}")
+    if args.figure:
+        draw(by_seed, args.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""A small world in which mDPO's claims can be checked exactly: drawn scenes, questions, a careless annotator, metrics.
+
+Scenes hold one to three shapes on a 2 x 2 grid. Each shape has a habitual colour and a habitual companion. The annotator
+often answers from habit instead of looking: he names the habitual colour, accepts a false premise, says yes, adds the
+absent companion. A model that learned from him sees, but answers from habit: it hallucinates as large models do.
+
+Preference pairs are like Silkie's: chosen answers are mostly long and polite, rejected ones terse, a difference that the
+words alone betray. Both come from the annotator. What only the image can tell is that some rejected answers are about
+*another scene in which the question could have been asked*: the words have the same statistics, the image differs.
+"""
+
+import json
+import random
+import re
+import statistics
+
+from PIL import Image, ImageDraw
+
+from data import BUNNY_SYSTEM
+
+COLOURS = {
+    "red": (220, 50, 47), "green": (50, 160, 60), "blue": (50, 90, 220),
+    "yellow": (235, 210, 60), "purple": (140, 60, 180), "orange": (240, 140, 30),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
+HABIT = dict(zip(SHAPES, COLOURS))  # circles are usually red, squares green, ...
+COMPANION = dict(zip(SHAPES, SHAPES[1:] + SHAPES[:1]))
+CARELESSNESS = dict(zip(SHAPES, (0.30, 0.40, 0.48, 0.56, 0.64, 0.72)))  # chance of an answer from habit
+
+
+# ------------------------------------------------------------------------------------------------- scenes, questions
+
+
+def random_scene(rng, habitual=0.0, cells=4, most=3):
+    """{shape: (colour, cell)}: one to `most` different shapes; a share `habitual` of them in their habitual colour."""
+    shapes = rng.sample(SHAPES, rng.randint(1, most))
+    spots = rng.sample(range(cells), len(shapes))
+    colour = lambda shape: HABIT[shape] if rng.random() < habitual else rng.choice(list(COLOURS))
+    return {shape: (colour(shape), spot) for shape, spot in zip(shapes, sorted(spots))}  # in reading order
+
+
+def draw_scene(scene, rng, grid=2, cell=16):
+    """A scene as a PIL image of grid * cell pixels a side; places and sizes are jittered."""
+    scale = 4  # drawn larger, then reduced, for smooth edges
+    side = grid * cell
+    image = Image.new("RGB", (side * scale, side * scale), (45, 45, 45))
+    draw = ImageDraw.Draw(image)
+    for shape, (colour, spot) in scene.items():
+        radius = rng.uniform(0.36, 0.46) * cell * scale
+        x = (spot % grid + 0.5 + rng.uniform(-0.05, 0.05)) * cell * scale
+        y = (spot // grid + 0.5 + rng.uniform(-0.05, 0.05)) * cell * scale
+        box, fill = (x - radius, y - radius, x + radius, y + radius), COLOURS[colour]
+        if shape == "circle":
+            draw.ellipse(box, fill)
+        elif shape == "ring":
+            draw.ellipse(box, outline=fill, width=int(radius * 0.5))
+        elif shape == "square":
+            draw.rectangle((x - radius * 0.85, y - radius * 0.85, x + radius * 0.85, y + radius * 0.85), fill)
+        elif shape == "triangle":
+            draw.polygon([(x, y - radius), (x - radius, y + radius * 0.8), (x + radius, y + radius * 0.8)], fill)
+        elif shape == "diamond":
+            draw.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill)
+        else:
+            draw.rectangle((x - radius, y - radius * 0.3, x + radius, y + radius * 0.3), fill)
+            draw.rectangle((x - radius * 0.3, y - radius, x + radius * 0.3, y + radius), fill)
+    return image.resize((side, side), Image.Resampling.LANCZOS)
+
+
+def random_question(scene, rng):
+    """A tuple: ("describe",), ("colour", shape) or ("is there", colour, shape)."""
+    draw, absent = rng.random(), [shape for shape in SHAPES if shape not in scene]
+    if draw < 0.25:
+        return ("describe",)
+    if draw < 0.75:  # 40% of these ask for the colour of what is not there: a false premise
+        return ("colour", rng.choice(absent if rng.random() < 0.4 else list(scene)))
+    return existence_question(scene, rng, rng.random() < 0.5)
+
+
+def existence_question(scene, rng, true):
+    if true:
+        shape = rng.choice(list(scene))
+        return ("is there", scene[shape][0], shape)
+    shape = rng.choice(SHAPES)
+    return ("is there", rng.choice([c for c in COLOURS if c != scene.get(shape, (None,))[0]]), shape)
+
+
+def question_text(question):
+    if question[0] == "describe":
+        return "Describe the picture."
+    if question[0] == "colour":
+        return f"What colour is the {question[1]}?"
+    return f"Is there a {question[1]} {question[2]}?"
+
+
+# -------------------------------------------------------------------------------------------------- the annotator
+
+
+def claims_of(scene, question, rng=None, carelessness=0.0):
+    """What the annotator claims: "describe": [(colour, shape), ...]; "colour": a colour or None; "is there": a bool.
+
+    carelessness scales CARELESSNESS; 0 is a careful annotator, whose claims are the truth.
+    """
+    careless = lambda shape: carelessness and rng.random() < carelessness * CARELESSNESS[shape]
+    if question[0] == "describe":
+        claims = [(HABIT[shape] if careless(shape) else colour, shape) for shape, (colour, _) in scene.items()]
+        companion = COMPANION[claims[-1][1]]
+        if companion not in scene and careless(claims[-1][1]):
+            claims.append((HABIT[companion], companion))
+        return claims
+    if question[0] == "colour":
+        shape = question[1]
+        return HABIT[shape] if careless(shape) else scene.get(shape, (None,))[0]
+    return True if careless(question[2]) else scene.get(question[2], (None,))[0] == question[1]
+
+
+def answer_text(question, claims, polite):
+    if question[0] == "describe":
+        things = [f"a {colour} {shape}" for colour, shape in claims]
+        return f"I can see {' and '.join(things)} here." if polite else ", ".join(things) + "."
+    if question[0] == "colour":
+        if claims is None:
+            return f"I can see that there is no {question[1]} here." if polite else "none."
+        return f"I can see that the {question[1]} is {claims}." if polite else f"{claims}."
+    if not polite:
+        return "Yes." if claims else "No."
+    return (
+        f"Yes, I can see a {question[1]} {question[2]} here."
+        if claims
+        else f"No, I can see no {' '.join(question[1:])}."
+    )
+
+
+def parse_answer(question, text):
+    """The claims of an answer, in the form of `claims_of`; ... (Ellipsis) if it is not an answer to the question."""
+    text = text.strip()
+    if question[0] == "is there":  # as benchmarks do: the first word decides
+        return {"Yes": True, "No": False}.get(re.split(r"\W", text)[0], ...)
+    if question[0] == "describe":
+        things = re.split(" and |, ", text.removeprefix("I can see ").removesuffix(".").removesuffix(" here"))
+        found = [re.fullmatch(rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", thing) for thing in things]
+        return [match.groups() for match in found] if all(found) else ...
+    for claim in (None, *COLOURS):
+        if text in (answer_text(question, claim, polite=True), answer_text(question, claim, polite=False)):
+            return claim
+    return ...
+
+
+# ---------------------------------------------------------------------------------------------------------- pairs
+
+
+def scene_for(question, rng):
+    """Another scene, drawn from P(scene | question), by rejection."""
+    while True:
+        scene = random_scene(rng, habitual=0.25)
+        if question[0] == "describe" or random_question(scene, rng) == question:
+            return scene
+
+
+def make_pair(rng, carelessness=0.75, polite_chosen=0.9, other_scene=0.3):
+    """-> (scene, question, chosen, rejected), texts that differ; see the module's text."""
+    while True:
+        scene = random_scene(rng, habitual=0.25)
+        question = random_question(scene, rng)
+        about = scene_for(question, rng) if rng.random() < other_scene else scene
+        chosen = answer_text(question, claims_of(scene, question, rng, carelessness), rng.random() < polite_chosen)
+        rejected = answer_text(question, claims_of(about, question, rng, carelessness), rng.random() >= polite_chosen)
+        if chosen != rejected:
+            return scene, question, chosen, rejected
+
+
+def write_pairs(folder, n, seed=0, **options):
+    """Write n preference pairs in the authors' format: folder/silkie.json and folder/images -> path of the file."""
+    rng = random.Random(f"pairs {seed}")
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for number in range(n):
+        scene, question, chosen, rejected = make_pair(rng, **options)
+        draw_scene(scene, rng).save(folder / "images" / f"{number}.png")
+        prompt = f"{BUNNY_SYSTEM} USER: <image>\n{question_text(question)} ASSISTANT:"
+        record = {"img_path": f"images/{number}.png", "prompt": prompt, "chosen": chosen, "rejected": rejected}
+        records.append(record)
+    path = folder / "silkie.json"
+    path.write_text(json.dumps(records, indent=1))
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def make_exam(n_scenes, seed=0):
+    """Held-out questions: [(scene, image, question)], five a scene, colours uniform: habit is no help."""
+    rng = random.Random(f"exam {seed}")
+    exam = []
+    for _ in range(n_scenes):
+        scene = random_scene(rng)
+        image = draw_scene(scene, rng)
+        absent = rng.choice([shape for shape in SHAPES if shape not in scene])
+        questions = [("describe",), ("colour", rng.choice(list(scene))), ("colour", absent)]
+        questions += [existence_question(scene, rng, true) for true in (True, False)]
+        exam += [(scene, image, question) for question in questions]
+    return exam
+
+
+def score(answers):
+    """[(scene, question, text)] -> metrics, all against the exact scene. Object and attribute count alike: a claimed
+    "red circle" is hallucinated if no red circle is there.
+
+    chair_s: share of descriptions with a hallucinated thing; chair_i: share of described things that are hallucinated
+    (Rohrbach et al. 2018 count objects only, found by a word list; AMBER's CHAIR is chair_i averaged over responses).
+    coverage: share of the scenes' things that are described rightly (AMBER's Cover, likewise).
+    hallucination_rate: share of all answers with a false claim (AMBER's HalRate: of descriptions alone).
+    false_premise: mean of the shares of "colour" questions about absent things that are refused, and about present
+    things that are not. yes_no: mean of the shares of true and of false existence questions answered rightly.
+    grounding: mean of false_premise, yes_no and 1 - chair_s. malformed: share that is no answer in the world's language;
+    such an answer counts as hallucinated and wrong everywhere, so that broken text is not rewarded.
+    length: mean number of words.
+    """
+    described, hallucinated, covered, things = [], 0, 0, 0
+    mentioned, false_claims, malformed = 0, [], []
+    refused, colours, existence = {True: [], False: []}, [], {True: [], False: []}
+    for scene, question, text in answers:
+        truth, claims = claims_of(scene, question), parse_answer(question, text)
+        malformed.append(claims is ...)
+        if question[0] == "describe":
+            wrong = set() if claims is ... else set(claims) - set(truth)
+            described.append(bool(wrong) or claims is ...)
+            things += len(truth)
+            if claims is not ...:
+                hallucinated += len(wrong)
+                mentioned += len(set(claims))
+                covered += len(set(claims) & set(truth))
+            false_claims.append(described[-1])
+            continue
+        false_claims.append(claims != truth)
+        if question[0] == "colour":
+            refused[truth is None].append(claims is None if truth is None else claims not in (None, ...))
+            if truth is not None:
+                colours.append(claims == truth)
+        else:
+            existence[truth].append(claims == truth)
+    mean = lambda values: statistics.mean(values) if values else float("nan")
+    metrics = {
+        "hallucination_rate": mean(false_claims),
+        "chair_s": mean(described),
+        "chair_i": hallucinated / max(1, mentioned),
+        "coverage": covered / max(1, things),
+        "false_premise": (mean(refused[True]) + mean(refused[False])) / 2,
+        "colour_accuracy": mean(colours),
+        "yes_no": (mean(existence[True]) + mean(existence[False])) / 2,
+    }
+    metrics["grounding"] = (metrics["false_premise"] + metrics["yes_no"] + 1 - metrics["chair_s"]) / 3
+    metrics |= {"malformed": mean(malformed), "length": mean([len(text.split()) for *_, text in answers])}
+    return metrics
+
+
+def area_under_curve(positives, negatives):
+    """The chance that a random positive scores above a random negative; ties count half."""
+    wins = sum((p > n) + (p == n) / 2 for p in positives for n in negatives)
+    return wins / (len(positives) * len(negatives))

@@ -1,0 +1,240 @@
+"""Tiny checkpoints in the file format of BAAI/Bunny-v1_0-3B: random ones, and the base model of the shapes world.
+
+    python examples/tiny_bunny.py FOLDER [--seed N]
+
+makes the base: a Phi + SigLIP of 0.4 million parameters that learned from the careless annotator of `shapes.py`.
+`examples/base` is `FOLDER` of seed 0.
+"""
+
+import argparse
+import functools
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import AddedToken, ByteLevelBPETokenizer
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import BUNNY_SYSTEM
+from examples import shapes
+from mdpo import packed_attention_mask
+from train import BUNNY_IMAGE_TOKEN, load_model
+
+
+def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layers=2, vision_tower="siglip-patch8-64",
+                seed=0):  # fmt: skip
+    """Write a random Phi + SigLIP in the format of BAAI/Bunny-v1_0-3B: config, CodeGen tokenizer, sharded fp16 weights.
+
+    texts: what the tokenizer is trained on. vision_tower: ends in patch<P>-<pixels>, as in the real config.
+    """
+    folder.mkdir(parents=True)
+    tokenizer = write_tokenizer(folder, texts)
+    config = {
+        "architectures": ["BunnyPhiForCausalLM"],
+        "auto_map": {"AutoModelForCausalLM": "modeling_bunny_phi.BunnyPhiForCausalLM"},
+        "model_type": "bunny-phi",
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.eos_token_id,
+        "hidden_act": "gelu_new",
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "max_position_embeddings": 2048,
+        "mm_hidden_size": tower_hidden,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": vision_tower,
+        "num_attention_heads": 4,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 4,
+        "partial_rotary_factor": 0.5,
+        "resid_pdrop": 0.1,  # as in the real config; training has to switch it off
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "vocab_size": len(tokenizer),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    patch_size, image_size = map(int, vision_tower.rpartition("patch")[2].split("-"))
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=tower_hidden, intermediate_size=2 * tower_hidden, num_hidden_layers=tower_layers,
+        num_attention_heads=16, image_size=image_size, patch_size=patch_size, vision_use_head=False,
+    )  # fmt: skip
+    text = transformers.PhiConfig(**{k: v for k, v in config.items() if k not in ("model_type", "auto_map")})
+    torch.manual_seed(seed)
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1)
+    )
+    write_weights(folder, model)
+    return folder
+
+
+def write_tokenizer(folder, texts):
+    """A small byte-level BPE with Phi-2's added tokens: runs of 2-31 spaces and of 2-9 tabs."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=460, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.save_model(str(folder))
+    tokenizer = transformers.CodeGenTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    runs = [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]
+    tokenizer.add_tokens([AddedToken(run, normalized=True) for run in runs])
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_weights(folder, model):
+    """A Llava's weights under Bunny's names, as two shards of safetensors."""
+    renames = {
+        "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+        "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+        "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+        "model.language_model.": "model.",
+    }
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in renames.items():
+            if name.startswith(ours):
+                name = theirs + name.removeprefix(ours)
+                break
+        weights[name] = tensor.half().contiguous()
+    shards = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
+    for name, tensor in weights.items():
+        late = name.startswith(("lm_head", "model.mm_projector"))
+        shards[f"model-0000{1 + late}-of-00002.safetensors"][name] = tensor
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(t.numel() * 2 for t in weights.values())},
+        "weight_map": {name: file for file, tensors in shards.items() for name in tensors},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+# ------------------------------------------------------------------------------------------------------ the base model
+
+
+def write_base(folder, seed=0, steps=900, scenes=12, lr=2e-3, progress=True):
+    """Make a model that sees but answers from habit, and write it as a Bunny checkpoint -> the folder.
+
+    First the vision tower learns to name shape and colour under each patch: without it the language model would not
+    look at the image at all. Then, the tower frozen, the model learns the careless annotator's answers.
+    """
+    rng = random.Random(f"base {seed}")
+    texts = []
+    for _ in range(400):
+        question, answer = question_and_answer(shapes.random_scene(rng, habitual=0.25), rng)
+        texts.append(f"{BUNNY_SYSTEM} USER: \\n{question} ASSISTANT: {answer}")
+    write_bunny(folder, texts, hidden=64, layers=3, tower_hidden=64, vision_tower="shapes-patch8-32", seed=seed)
+    model, processor = load_model(str(folder))
+    learn_to_see(model, rng, progress)
+    learn_to_answer(model.train(), processor, rng, steps, scenes, lr, progress)
+    write_weights(folder, model)
+    return folder
+
+
+def pixels(scenes, rng):
+    """Scenes -> (B, 3, 32, 32), normalised as Bunny's processor does."""
+    images = [torch.from_numpy(numpy.asarray(shapes.draw_scene(scene, rng)).copy()) for scene in scenes]
+    return torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tower_features(model, pixel_values):
+    """What `get_image_features` gives the projector: (B, 16, 64)."""
+    return model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1]
+
+
+def learn_to_see(model, rng, progress, steps=400, batch_size=64):
+    names = ([None, *shapes.SHAPES], [None, *shapes.COLOURS])
+    heads = torch.nn.ModuleList(torch.nn.Linear(64, len(kinds)) for kinds in names)
+    parameters = [*model.model.vision_tower.requires_grad_(True).parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 1e-3)
+    for _ in tqdm(range(steps), "learning to see", disable=not progress):
+        scenes = [shapes.random_scene(rng) for _ in range(batch_size)]
+        labels = torch.zeros(2, batch_size, 4, 4, dtype=torch.long)  # 4 x 4 patches, 2 x 2 of them a cell
+        for b, scene in enumerate(scenes):
+            for shape, (colour, spot) in scene.items():
+                y, x = divmod(spot, 2)
+                for label, kinds, kind in zip(labels, names, (shape, colour)):
+                    label[b, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2] = kinds.index(kind)
+        features = tower_features(model, pixels(scenes, rng))
+        loss = sum(F.cross_entropy(head(features).flatten(0, 1), label.flatten()) for head, label in zip(heads, labels))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.model.vision_tower.requires_grad_(False)
+
+
+def question_and_answer(scene, rng):
+    question = shapes.random_question(scene, rng)
+    claims = shapes.claims_of(scene, question, rng, carelessness=1.0)
+    return shapes.question_text(question), shapes.answer_text(question, claims, polite=rng.random() < 0.5)
+
+
+def learn_to_answer(model, processor, rng, steps, n_scenes, lr, progress, questions=8):
+    """Supervised tuning. A row is one image and several questions, each blind to the others, as in mDPO's packed rows."""
+    tokenizer = processor.tokenizer
+    prefix = tokenizer(f"{BUNNY_SYSTEM} USER: {BUNNY_IMAGE_TOKEN * 16}\n").input_ids
+    tokens = functools.cache(lambda text: tokenizer(text).input_ids)
+    parameters = [p for name, p in model.requires_grad_(True).named_parameters() if "vision_tower" not in name]
+    model.model.vision_tower.requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    for _ in tqdm(range(steps), "learning to answer", disable=not progress):
+        scenes = [shapes.random_scene(rng, habitual=0.25) for _ in range(n_scenes)]
+        columns = {name: [] for name in ("input_ids", "segments", "position_ids", "predictors", "targets")}
+        for scene in scenes:
+            row = {"input_ids": prefix[:], "segments": [1] * len(prefix), "position_ids": [*range(len(prefix))]}
+            row |= {"predictors": [], "targets": []}
+            for segment in range(2, 2 + questions):
+                question, answer = question_and_answer(scene, rng)
+                asked, answered = tokens(f"{question} ASSISTANT:"), [*tokens(f" {answer}"), tokenizer.eos_token_id]
+                start = len(row["input_ids"]) + len(asked) - 1
+                row["predictors"] += range(start, start + len(answered))
+                row["targets"] += answered
+                row["segments"] += [segment] * len(asked + answered)
+                row["position_ids"] += range(len(prefix), len(prefix + asked + answered))
+                row["input_ids"] += asked + answered
+            for name, values in row.items():
+                columns[name].append(torch.tensor(values))
+        batch = {k: pad_sequence(v, True, -100 if k == "targets" else 0) for k, v in columns.items()}
+        with torch.no_grad():
+            seen = tower_features(model, pixels(scenes, rng))
+        features = SimpleNamespace(pooler_output=list(model.model.multi_modal_projector(seen)))
+        logits = model(
+            input_ids=batch["input_ids"],
+            attention_mask=packed_attention_mask(batch["segments"]),
+            position_ids=batch["position_ids"],
+            logits_to_keep=batch["predictors"],
+            mm_encoder_outputs={"image": features},
+            use_cache=False,
+        ).logits
+        F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    args = parser.parse_args(argv)
+    if args.folder.exists():
+        sys.exit(f"error: {args.folder}: already exists")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    write_base(args.folder, args.seed, args.steps, lr=args.lr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""How much of a preference is unconditional? The reward margin with the image, without it, and with another image.
+
+    python examples/unconditional.py --model M --adapter OUT --data held_out.json [--images DIR] [--limit 200]
+
+The margin r(m,q,y_w) - r(m,q,y_l) is what DPO's loss sees. A preference that looks at the image should lose its margin
+when the image is taken away; what survives was learned from the words alone.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import BadInput, Pairs, make_batch, read_examples
+from mdpo import mdpo_loss, response_logps
+from train import load_model
+
+
+@torch.no_grad()
+def reward_margins(model, processor, items, beta=0.1, batch_size=8):
+    """Reward margins of a peft model over its base, a float each for [(question, chosen, rejected, image, None)]."""
+    margins = []
+    for at in tqdm(range(0, len(items), batch_size), leave=False, disable=None):
+        batch = make_batch(items[at : at + batch_size], processor, image_rejected=False)
+        batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            policy_logps = response_logps(model, batch)
+            with model.disable_adapter():
+                ref_logps = response_logps(model, batch)
+        _, metrics = mdpo_loss(policy_logps, ref_logps, beta, conditional=False, anchors=())
+        margins += metrics["rewards/margins"].tolist()
+    return margins
+
+
+def diagnose(model, processor, examples, beta=0.1, batch_size=8):
+    """-> {"image": mean margin, "no_image": ..., "other_image": ..., and what share of the first each of these is}.
+
+    The other image is the next example's; margins are in units of reward.
+    """
+    items = [item[:4] for item in (Pairs(examples)["unconditional", i] for i in range(len(examples)))]
+    variants = {
+        "image": [(*item, None) for item in items],
+        "no_image": [(*item[:3], None, None) for item in items],
+        "other_image": [(*item[:3], other[3], None) for item, other in zip(items, items[1:] + items[:1])],
+    }
+    means = {}
+    for name, of_variant in variants.items():
+        margins = reward_margins(model, processor, of_variant, beta, batch_size)
+        means[name] = sum(margins) / len(margins)
+    shares = {f"{name}_share": means[name] / means["image"] for name in ("no_image", "other_image")}
+    return means | shares
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--adapter", required=True, help="a run's folder")
+    parser.add_argument("--data", required=True, help="pairs that were not trained on")
+    parser.add_argument("--images", metavar="DIR")
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--beta", type=float, default=0.1)
+    args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    try:
+        examples = read_examples(args.data, args.images, limit=args.limit, skip_bad=True)
+        if not (Path(args.adapter) / "adapter_config.json").is_file():
+            raise BadInput(f"{args.adapter}: holds no adapter (no adapter_config.json)")
+        model, processor = load_model(args.model, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    model = peft.PeftModel.from_pretrained(model, args.adapter)
+    result = diagnose(model, processor, examples, args.beta)
+    print(f"reward margin over {len(examples)} pairs")
+    print(f"  with the image     {result['image']:8.4f}")
+    print(f"  without an image   {result['no_image']:8.4f}   {result['no_image_share']:7.1%} of it")
+    print(f"  with another image {result['other_image']:8.4f}   {result['other_image_share']:7.1%} of it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
