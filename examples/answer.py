@@ -24,7 +24,8 @@ def chat_prompt(processor, question):
 
 @torch.no_grad()
 def generate_answers(model, processor, questions, max_new_tokens=256, batch_size=8):
-    """[(PIL image, question)] -> the model's greedy answers, as text, in order."""
+    """[(PIL image, question)] -> the model's greedy answers, as text, in order. Leaves the model in eval mode."""
+    model.eval()  # under gradient checkpointing, a model in training mode forgets its cache and babbles
     answers = []
     for at in range(0, len(questions), batch_size):
         images, texts = zip(*questions[at : at + batch_size])

@@ -8,7 +8,15 @@ from examples import shapes
 from examples.answer import generate_answers
 
 BASE = Path(__file__).parent / "base"  # made by: python examples/tiny_bunny.py examples/base
-DEFAULTS = {"lr": 6e-4, "lora_rank": 16, "lora_alpha": 32, "micro_batch_size": 32, "eval_size": 80, "workers": 2}
+DEFAULTS = {
+    "lr": 6e-4,
+    "lora_rank": 16,
+    "lora_alpha": 32,
+    "micro_batch_size": 32,
+    "checkpointing": False,
+    "eval_size": 80,
+    "workers": 2,
+}
 
 
 def write_demo(out=None, n_pairs=800, seed=0):

@@ -1,0 +1,195 @@
+"""A model's answers to AMBER, MMHal-Bench or Object HalBench, in the very file that each official scorer reads.
+
+    python examples/benchmarks.py amber --questions query_generative.json --images AMBER/image --model M --adapter OUT --to amber.json
+    python examples/benchmarks.py mmhal --questions response_template.json --images mmhal/images --model M --to mmhal.json
+    python examples/benchmarks.py objhal --questions obj_halbench_300_with_image.jsonl --model M --to objhal.jsonl
+
+Greedy and batched. Answers are kept in TO.partial as they come; the same command goes on where a killed one was.
+A missing image stops the run before the first answer: an empty answer would count as free of hallucination.
+
+    python examples/benchmarks.py types mmhal_scored.json     # MMHal's mean score by type of question (Table 5)
+"""
+
+import argparse
+import base64
+import hashlib
+import io
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import BadInput, open_image
+from examples.answer import generate_answers
+from train import load_model, write_whole
+
+# ------------------------------------------------------------------------------- what each benchmark reads and writes
+
+
+def read_json(path, lines=False):
+    try:
+        text = Path(path).read_text()
+        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
+
+
+def amber(path, images):
+    """query_generative.json: [{id, image, query}] -> [{id, response}], as AMBER's inference.py reads it."""
+    items = read_json(path)
+    questions = [(Path(images or ".") / item["image"], item["query"]) for item in items]
+    write = lambda answers: json.dumps(
+        [{"id": item["id"], "response": answer} for item, answer in zip(items, answers)], indent=1
+    )
+    return questions, write
+
+
+def mmhal(path, images):
+    """response_template.json -> the same list, in order, with `model_answer` filled, as MMHal's eval_gpt4.py reads it.
+
+    The file gives images as URLs; they are looked up in `images` by their last part.
+    """
+    items = read_json(path)
+    questions = [(Path(images or ".") / item["image_src"].rpartition("/")[2], item["question"]) for item in items]
+    write = lambda answers: json.dumps(
+        [item | {"model_answer": answer} for item, answer in zip(items, answers)], indent=1
+    )
+    return questions, write
+
+
+def objhal(path, images, model_id="mdpo"):
+    """JSON lines with question, image (base64), image_id -> JSON lines, as RLAIF-V's eval_gpt_obj_halbench.py reads them:
+    it takes `image_id`, `prompt` and `text`."""
+    items = read_json(path, lines=True)
+    questions = [(item["image"], item["question"]) for item in items]
+
+    def write(answers):
+        lines = [
+            {
+                "question_id": i,
+                "image_id": item["image_id"],
+                "prompt": item["question"],
+                "text": answer,
+                "model_id": model_id,
+            }
+            for i, (item, answer) in enumerate(zip(items, answers))
+        ]
+        return "".join(json.dumps(line) + "\n" for line in lines)
+
+    return questions, write
+
+
+BENCHMARKS = {"amber": amber, "mmhal": mmhal, "objhal": objhal}
+
+
+def load_image(image):
+    """A path, or base64 -> PIL RGB."""
+    if isinstance(image, Path):
+        return open_image(image)
+    return Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
+
+
+# --------------------------------------------------------------------------------------------------------- answering
+
+
+def answer_all(questions, ask, partial, identity, batch_size):
+    """Answers of `ask` to all questions, in order; those in the file `partial` are not asked again.
+
+    identity: of model and questions; a partial file of another raises BadInput. A last line cut short is left out.
+    """
+    lines = partial.read_text().split("\n")[:-1] if partial.exists() else []
+    if lines and json.loads(lines[0]) != identity:
+        raise BadInput(f"{partial}: holds the answers of another model or to other questions; move it away")
+    answers = [json.loads(line) for line in lines[1:]]
+    write_whole(partial, "".join(json.dumps(line) + "\n" for line in [identity, *answers]))
+    with open(partial, "a", buffering=1) as file, tqdm(total=len(questions), initial=len(answers)) as bar:
+        while len(answers) < len(questions):
+            batch = [(load_image(image), text) for image, text in questions[len(answers) : len(answers) + batch_size]]
+            for answer in ask(batch):
+                file.write(json.dumps(answer) + "\n")
+                answers.append(answer)
+            bar.update(len(batch))
+    return answers
+
+
+def run(args):
+    to = Path(args.to)
+    if to.exists():
+        raise BadInput(f"{to}: already exists")
+    questions, write = BENCHMARKS[args.benchmark](args.questions, args.images)
+    missing = [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]
+    if missing:
+        shown = "\n  ".join(missing[:20])
+        raise BadInput(f"{len(missing)} of {len(questions)} images are missing (--images):\n  {shown}")
+    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
+        raise BadInput(f"{args.adapter}: holds no adapter (no adapter_config.json)")
+    digest = hashlib.sha256(Path(args.questions).read_bytes()).hexdigest()
+    identity = {
+        "model": args.model,
+        "adapter": args.adapter,
+        "questions": digest,
+        "max_new_tokens": args.max_new_tokens,
+    }
+
+    cuda = torch.cuda.is_available()
+    model, processor = load_model(args.model, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
+    if args.adapter:
+        model = peft.PeftModel.from_pretrained(model, args.adapter)
+    ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
+    partial = Path(f"{to}.partial")
+    answers = answer_all(questions, ask, partial, identity, args.batch_size)
+    write_whole(to, write(answers))
+    partial.unlink()
+    words = statistics.mean(len(answer.split()) for answer in answers)
+    empty = sum(not answer for answer in answers)
+    print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {empty} empty (short answers hallucinate less)")
+
+
+def by_type(path):
+    """The list that MMHal's scorer writes, with `question_type`, and its scores -> {type: (mean score, share under 3)}."""
+    scores = defaultdict(list)
+    for item in read_json(path):
+        if "score" not in item:
+            raise BadInput(f"{path}: an item has no field 'score'")
+        scores[item["question_type"]].append(item["score"])
+    return {t: (statistics.mean(s), sum(score < 3 for score in s) / len(s)) for t, s in scores.items()}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name in BENCHMARKS:
+        command = commands.add_parser(name)
+        command.add_argument("--questions", required=True, help="the benchmark's own file")
+        command.add_argument("--images", metavar="DIR", help="the benchmark's images")
+        command.add_argument("--model", required=True)
+        command.add_argument("--adapter", help="a run's folder")
+        command.add_argument("--to", required=True, help="the file to write")
+        command.add_argument("--max-new-tokens", type=int, default=512)
+        command.add_argument("--batch-size", type=int, default=8)
+    commands.add_parser("types").add_argument("scored", help="MMHal answers with a field `score` each")
+    args = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        if args.benchmark == "types":
+            for question_type, (score, under_3) in sorted(by_type(args.scored).items()):
+                print(f"{question_type:16} {score:5.2f}  hallucination rate {under_3:.2f}")
+        else:
+            run(args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
