@@ -1314,6 +1314,20 @@ def test_benchmark_answers_are_in_the_scorers_format(name, bunny, tmp_path, caps
             assert [a | {"model_answer": ""} for a in answers] == items
     assert not (tmp_path / "answers.partial").exists()
     assert benchmarks.main(arguments) == 2 and "already exists" in capsys.readouterr().err
+    if name == "mmhal":  # without --images, by URL
+        urls = [item | {"image_src": (tmp_path / "a_o.jpg").as_uri()} for item in items]
+        by_url = [
+            "mmhal",
+            "--questions",
+            write(tmp_path / "urls.json", urls),
+            "--model",
+            str(bunny),
+            "--max-new-tokens",
+            "4",
+        ]
+        assert benchmarks.main([*by_url, "--to", str(tmp_path / "by_url")]) == 0
+        given = [a["model_answer"] for a in json.loads((tmp_path / "by_url").read_text())]
+        assert given == [a["model_answer"] for a in answers]
     if name != "objhal":
         (tmp_path / "AMBER_1.jpg").unlink()
         (tmp_path / "a_o.jpg").unlink()

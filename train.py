@@ -106,6 +106,17 @@ def load_model(name_or_path, device="cpu", dtype=torch.float32):
     return model.requires_grad_(False).to(device), processor
 
 
+def best_device():
+    """-> ("cuda", bfloat16) where there is a GPU, else ("cpu", float32): what `load_model` takes."""
+    return ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+
+
+def quiet_libraries():
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries' renames speak to us, not to who trains
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def read_config(name_or_path):
     with library_errors(name_or_path):
         return transformers.PreTrainedConfig.get_config_dict(name_or_path)[0]
@@ -620,7 +631,7 @@ def check_args(args):
         raise BadInput("--no-image leaves no rejected image to anchor")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: no CUDA device was found")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = args.device or best_device()[0]
 
 
 def run(args):
@@ -677,9 +688,7 @@ def run(args):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    warnings.simplefilter("ignore", FutureWarning)  # the libraries' renames speak to us, not to who trains
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     try:
         return run(parse_args(argv))
     except KeyboardInterrupt:

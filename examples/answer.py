@@ -5,15 +5,23 @@ python examples/answer.py --model BAAI/Bunny-v1_0-3B --adapter runs/... --image 
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import peft
 import torch
-import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, encode_prompts, open_image
-from train import load_model
+from train import best_device, load_model, quiet_libraries
+
+
+def load_tuned(name_or_path, adapter=None):
+    """Model and processor, on the GPU if there is one, with the adapter of a run's folder on it. Raises BadInput."""
+    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+        raise BadInput(f"{adapter}: holds no adapter (no adapter_config.json)")
+    model, processor = load_model(name_or_path, *best_device())
+    return peft.PeftModel.from_pretrained(model, adapter) if adapter else model, processor
 
 
 def chat_prompt(processor, question):
@@ -47,20 +55,16 @@ def main(argv=None):
     parser.add_argument("--question", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = parser.parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    cuda = torch.cuda.is_available()
+    quiet_libraries()
     try:
-        if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
-            raise BadInput(f"{args.adapter}: holds no adapter (no adapter_config.json)")
         question = [(open_image(args.image), args.question)]
-        model, processor = load_model(args.model, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
+        model, processor = load_tuned(args.model, args.adapter)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"base:  {generate_answers(model, processor, question, args.max_new_tokens)[0]}")
+    with model.disable_adapter() if args.adapter else nullcontext():
+        print(f"base:  {generate_answers(model, processor, question, args.max_new_tokens)[0]}")
     if args.adapter:
-        model = peft.PeftModel.from_pretrained(model, args.adapter).eval()
         print(f"tuned: {generate_answers(model, processor, question, args.max_new_tokens)[0]}")
     return 0
 

@@ -17,19 +17,16 @@ import io
 import json
 import statistics
 import sys
+import urllib.request
 from collections import defaultdict
 from pathlib import Path
 
-import peft
-import torch
-import transformers
-from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, open_image
-from examples.answer import generate_answers
-from train import load_model, write_whole
+from examples.answer import generate_answers, load_tuned
+from train import quiet_libraries, write_whole
 
 # ------------------------------------------------------------------------------- what each benchmark reads and writes
 
@@ -55,10 +52,11 @@ def amber(path, images):
 def mmhal(path, images):
     """response_template.json -> the same list, in order, with `model_answer` filled, as MMHal's eval_gpt4.py reads it.
 
-    The file gives images as URLs; they are looked up in `images` by their last part.
+    The file gives images as URLs; they are looked up in the folder `images` by their last part, or fetched without it.
     """
     items = read_json(path)
-    questions = [(Path(images or ".") / item["image_src"].rpartition("/")[2], item["question"]) for item in items]
+    place = lambda url: Path(images) / url.rpartition("/")[2] if images else url
+    questions = [(place(item["image_src"]), item["question"]) for item in items]
     write = lambda answers: json.dumps(
         [item | {"model_answer": answer} for item, answer in zip(items, answers)], indent=1
     )
@@ -91,10 +89,14 @@ BENCHMARKS = {"amber": amber, "mmhal": mmhal, "objhal": objhal}
 
 
 def load_image(image):
-    """A path, or base64 -> PIL RGB."""
-    if isinstance(image, Path):
-        return open_image(image)
-    return Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
+    """A path, a URL or base64 -> PIL RGB. Raises BadInput."""
+    if isinstance(image, str) and "://" in image:
+        try:
+            with urllib.request.urlopen(image, timeout=60) as reply:
+                image = io.BytesIO(reply.read())
+        except OSError as error:
+            raise BadInput(f"{image}: cannot be fetched ({error}); answers so far are kept") from None
+    return open_image(io.BytesIO(base64.b64decode(image)) if isinstance(image, str) else image)
 
 
 # --------------------------------------------------------------------------------------------------------- answering
@@ -109,6 +111,8 @@ def answer_all(questions, ask, partial, identity, batch_size):
     if lines and json.loads(lines[0]) != identity:
         raise BadInput(f"{partial}: holds the answers of another model or to other questions; move it away")
     answers = [json.loads(line) for line in lines[1:]]
+    if answers:
+        print(f"{partial}: going on after {len(answers)} answers")
     write_whole(partial, "".join(json.dumps(line) + "\n" for line in [identity, *answers]))
     with open(partial, "a", buffering=1) as file, tqdm(total=len(questions), initial=len(answers)) as bar:
         while len(answers) < len(questions):
@@ -129,8 +133,6 @@ def run(args):
     if missing:
         shown = "\n  ".join(missing[:20])
         raise BadInput(f"{len(missing)} of {len(questions)} images are missing (--images):\n  {shown}")
-    if args.adapter and not (Path(args.adapter) / "adapter_config.json").is_file():
-        raise BadInput(f"{args.adapter}: holds no adapter (no adapter_config.json)")
     digest = hashlib.sha256(Path(args.questions).read_bytes()).hexdigest()
     identity = {
         "model": args.model,
@@ -139,10 +141,7 @@ def run(args):
         "max_new_tokens": args.max_new_tokens,
     }
 
-    cuda = torch.cuda.is_available()
-    model, processor = load_model(args.model, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
-    if args.adapter:
-        model = peft.PeftModel.from_pretrained(model, args.adapter)
+    model, processor = load_tuned(args.model, args.adapter)
     ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
     partial = Path(f"{to}.partial")
     answers = answer_all(questions, ask, partial, identity, args.batch_size)
@@ -177,8 +176,7 @@ def main(argv=None):
         command.add_argument("--batch-size", type=int, default=8)
     commands.add_parser("types").add_argument("scored", help="MMHal answers with a field `score` each")
     args = parser.parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     try:
         if args.benchmark == "types":
             for question_type, (score, under_3) in sorted(by_type(args.scored).items()):

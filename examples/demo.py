@@ -3,7 +3,6 @@
 import random
 from pathlib import Path
 
-
 from examples import shapes
 from examples.answer import generate_answers
 

@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, make_batch
 from examples.answer import generate_answers
 from mdpo import response_logps
-from train import load_model, read_config
-
+from train import load_model, quiet_libraries, read_config
 
 QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is it?", "Is there a person?")
 
@@ -73,8 +72,7 @@ def main(argv=None):
     parser.add_argument("--adapter", required=True, help="a run's folder")
     parser.add_argument("--to", required=True, help="a new folder")
     args = parser.parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     try:
         print(merge(args.adapter, args.to))
     except BadInput as error:

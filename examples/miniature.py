@@ -232,12 +232,15 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--quick", action="store_true", help="one seed, the methods of Figure 1 and Table 2")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="(default: 0 1 2 3 4; --quick: 0)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"(default: all) {', '.join(METHODS)}"
+    )
     parser.add_argument("--scenes", type=int, default=200, help="held-out images, five questions each")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--figure", type=Path, help="draw a PNG here (needs matplotlib)")
     args = parser.parse_args(argv)
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2, 3, 4])
-    methods = ["base", *(QUICK if args.quick else METHODS)]
+    methods = ["base", *(args.methods or (QUICK if args.quick else METHODS))]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         for _ in pool.map(prepare_seed, *zip(*[(args.out, seed) for seed in seeds])):
             pass  # an error is raised here

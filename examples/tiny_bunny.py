@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BUNNY_SYSTEM
 from examples import shapes
 from mdpo import packed_attention_mask
-from train import BUNNY_IMAGE_TOKEN, load_model
+from train import BUNNY_IMAGE_TOKEN, load_model, quiet_libraries
 
 
 def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layers=2, vision_tower="siglip-patch8-64",
@@ -231,8 +231,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.folder.exists():
         sys.exit(f"error: {args.folder}: already exists")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     write_base(args.folder, args.seed, args.steps, lr=args.lr)
 
 

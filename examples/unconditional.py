@@ -10,15 +10,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, Pairs, make_batch, read_examples
+from examples.answer import load_tuned
 from mdpo import mdpo_loss, response_logps
-from train import load_model
+from train import quiet_libraries
 
 
 @torch.no_grad()
@@ -65,18 +64,13 @@ def main(argv=None):
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--beta", type=float, default=0.1)
     args = parser.parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    cuda = torch.cuda.is_available()
+    quiet_libraries()
     try:
         examples = read_examples(args.data, args.images, limit=args.limit, skip_bad=True)
-        if not (Path(args.adapter) / "adapter_config.json").is_file():
-            raise BadInput(f"{args.adapter}: holds no adapter (no adapter_config.json)")
-        model, processor = load_model(args.model, *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
+        model, processor = load_tuned(args.model, args.adapter)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    model = peft.PeftModel.from_pretrained(model, args.adapter)
     result = diagnose(model, processor, examples, args.beta)
     print(f"reward margin over {len(examples)} pairs")
     print(f"  with the image     {result['image']:8.4f}")
