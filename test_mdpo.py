@@ -981,7 +981,7 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "is not empty and holds no run": lambda b, t: ["--out", b, "--overwrite"],
     "cannot be written to": lambda b, t: ["--out", write(t / "file", "") + "/out"],
     "--device cuda: no CUDA": lambda b, t: ["--device", "cuda"],
-    "makes its own model and data": lambda b, t: ["--demo"],
+    "has its own model and data": lambda b, t: ["--demo"],
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -122,20 +122,17 @@ def read_config(name_or_path):
         return transformers.PreTrainedConfig.get_config_dict(name_or_path)[0]
 
 
-class library_errors:
+@contextmanager
+def library_errors(name_or_path):
     """What the library raises for a model that it cannot load, as one line that says which model."""
-
-    def __init__(self, name_or_path):
-        self.name = name_or_path
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, (OSError, ValueError, KeyError, RuntimeError)) and not isinstance(error, BadInput):
-            lines = str(error).strip().splitlines() or [kind.__name__]
-            where = "the folder" if os.path.isdir(self.name) else "neither a folder here nor readable from the hub"
-            raise BadInput(f"{self.name}: cannot be loaded ({where}): {lines[0]}") from error
+    try:
+        yield
+    except BadInput:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        where = "the folder" if os.path.isdir(name_or_path) else "neither a folder here nor readable from the hub"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"{name_or_path}: cannot be loaded ({where}): {reason}") from error
 
 
 def is_bunny(config):
@@ -636,14 +633,16 @@ def check_args(args):
 
 def run(args):
     if args.demo:
-        from examples.demo import write_demo
+        from examples.demo import demo_paths, report, write_demo
 
         if args.resume or args.model or args.data:
-            raise BadInput("--demo makes its own model and data, afresh; leave out --model, --data and --resume")
-        args.model, args.data, args.out = write_demo(args.out)
+            raise BadInput("--demo has its own model and data, made afresh; leave out --model, --data and --resume")
+        args.model, args.data, args.out = demo_paths(args.out)
     check_args(args)
     out = claim_folder(args)
     try:
+        if args.demo:
+            write_demo(args.data)
         processor = load_processor(args.model)
         examples = read_examples(args.data, args.images, subset=args.subset, limit=args.limit, seed=args.seed,
                                  with_images=not args.no_image, skip_bad=args.skip_bad, processor=processor,
@@ -655,7 +654,8 @@ def run(args):
         examples = [example for i, example in enumerate(examples) if i not in held]
 
         cuda = args.device == "cuda"
-        torch.set_float32_matmul_precision("high")  # tf32 for what stays in float32 on a GPU
+        if cuda:
+            torch.set_float32_matmul_precision("high")  # tf32 for what stays in float32
         model, processor = load_model(args.model, args.device, torch.bfloat16 if cuda else torch.float32)
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         if args.checkpointing:
@@ -675,12 +675,10 @@ def run(args):
         if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
     if stopped_by:
-        print(f"stopped and saved; the same command with --out {out} --resume goes on")
+        print(f"stopped and saved in {out}" + "; the same command with --out and --resume goes on" * (not args.demo))
         return 128 + stopped_by
     print(f"\n{before_and_after(out)}\n")
     if args.demo:
-        from examples.demo import report
-
         print(f"{report(model, processor, out)}\n")
     print(f"adapter, log and arguments: {out}")
     return 0

@@ -18,14 +18,18 @@ DEFAULTS = {
 }
 
 
-def write_demo(out=None, n_pairs=800, seed=0):
-    """Write data to a fresh folder runs/demo-N -> paths (model, data file, folder for the run)."""
+def demo_paths(out=None):
+    """-> (model, data file, folder for the run), the last two in a fresh folder runs/demo-N."""
     number = 1
     while Path("runs", f"demo-{number}").exists():
         number += 1
     folder = Path("runs", f"demo-{number}")
-    data = shapes.write_pairs(folder / "data", n_pairs, seed)
-    return str(BASE), str(data), out or str(folder / "out")
+    return str(BASE), str(folder / "data" / "silkie.json"), out or str(folder / "out")
+
+
+def write_demo(data, n_pairs=800, seed=0):
+    """Write the preference pairs to the path `data`, and their images beside it."""
+    shapes.write_pairs(Path(data).parent, n_pairs, seed)
 
 
 def report(model, processor, folder, n_scenes=60, seed=0):

@@ -186,7 +186,9 @@ PREDICTIONS = {
 
 
 def verdicts(by_seed, summary):
-    """A line for each prediction: in how many seeds it held."""
+    """A line for each prediction: in how many seeds it held. All need the methods of QUICK."""
+    if not QUICK.keys() <= summary.keys():
+        return "(the predictions need the methods of --quick)"
     lines = []
     for claim, holds in PREDICTIONS.items():
         held = sum(bool(holds(methods)) for methods in by_seed.values())
