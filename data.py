@@ -38,10 +38,21 @@ class Example:
     """One preference: `chosen` is better than `rejected` as an answer to `question` about `image`."""
 
     id: str
-    question: str
+    question: (
+        str | list[dict]
+    )  # text; or chat messages up to the question: a system text, earlier turns, images between
     chosen: str
     rejected: str
-    image: str | None  # a path; None where the images are left out
+    image: str | list[str] | None  # a path, or several; None where the images are left out
+
+    @property
+    def images(self):
+        return as_list(self.image)
+
+
+def as_list(value):
+    """None -> [], one thing -> [thing], a list -> itself: an example has no image, one, or several."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -81,7 +92,7 @@ def scan(path, image_dir=None, subset=None, limit=None, seed=0, with_images=True
     if not roots[0].is_dir():
         raise BadInput(f"{roots[0]}: no such image folder")
     roots.append(roots[0] / "merged_images")
-    placeholders = {"<image>", getattr(processor, "image_token", None) or "<image>"}
+    placeholders = {"<image>"} | {getattr(processor, name, None) for name in ("image_token", "boi_token")} - {None}
 
     examples, unpaired, wheres = [], 0, {}
     for number, record in records:
@@ -107,9 +118,9 @@ def scan(path, image_dir=None, subset=None, limit=None, seed=0, with_images=True
 
     def check(index):
         try:
-            size = open_image(examples[index].image).size if with_images else None
+            sizes = [open_image(image).size for image in examples[index].images]
             if checker:
-                checker(examples[index].question, size)
+                checker(examples[index].question, sizes)
         except BadInput as error:
             return f"{wheres[index]}: {error}"
 
@@ -157,22 +168,38 @@ def parse_record(record, id, roots, placeholders, with_images):
         chosen, rejected = pair
         image = image or f"{id}.jpg"
     else:  # the authors' release, TRL's vision preferences and their like
-        question = message_text(field(record, "prompt", "question"), "prompt", "user")
-        chosen = message_text(field(record, "chosen"), "chosen", "assistant")
-        rejected = message_text(field(record, "rejected"), "rejected", "assistant")
-    if not isinstance(question, str):
-        raise BadInput(f"'prompt' is {kind(question)}, not text")
-    question, chosen, rejected = bare_question(question), chosen.strip(), rejected.strip()
+        chosen, rejected = field(record, "chosen"), field(record, "rejected")
+        question = field(record, "prompt", "question", required=False) or shared_turns(chosen, rejected)
+        chosen, rejected = answer_of(chosen, "chosen"), answer_of(rejected, "rejected")
+    images = find_images(image, roots) if with_images else []
+    if isinstance(question, list):
+        question = read_messages(question, len(images) if with_images else None)
+    elif isinstance(question, str):
+        shown = question.count("<image>")
+        if with_images and shown not in (0, len(images)):
+            raise BadInput(f"'prompt' shows {shown} images, the record has {len(images)}")
+        question = bare_question(question)
+    else:
+        raise BadInput(f"'prompt' is {kind(question)}, neither text nor a list of chat messages")
+    chosen, rejected = chosen.strip(), rejected.strip()
 
-    for name, text in (("prompt", question), ("chosen", chosen), ("rejected", rejected)):
-        if not text:
+    texts = [("prompt", text) for text in texts_of(question)] + [("chosen", chosen), ("rejected", rejected)]
+    for name, text in texts:
+        if not text.strip():
             raise BadInput(f"'{name}' is empty")
         for placeholder in placeholders:
             if placeholder in text:
                 raise BadInput(f"'{name}' holds the image token {placeholder!r} in its text")
     if chosen == rejected:
         raise BadInput("'chosen' and 'rejected' are equal")
-    return Example(id, question, chosen, rejected, find_image(image, roots) if with_images else None)
+    return Example(id, question, chosen, rejected, images[0] if len(images) == 1 else images or None)
+
+
+def texts_of(question):
+    """The texts of a question, or of chat messages: system text, earlier turns and question."""
+    if isinstance(question, str):
+        return [question]
+    return [part["text"] for message in question for part in message["content"] if part["type"] == "text"]
 
 
 def kind(value):
@@ -189,21 +216,66 @@ def field(record, *names, required=True):
         raise BadInput(f"has no field {' or '.join(map(repr, names))}")
 
 
-def message_text(value, name, role):
-    """Plain text, or chat messages whose last one is `role`'s: the text of that one."""
+def shared_turns(chosen, rejected):
+    """The turns before the last of two conversations, where a record has them in place of a prompt."""
+    if not (isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) > 1):
+        raise BadInput("has no field 'prompt' or 'question'")
+    if chosen[:-1] != rejected[:-1]:
+        raise BadInput("'chosen' and 'rejected' differ before their last turn")
+    return chosen[:-1]
+
+
+def answer_of(value, name):
+    """A response: plain text, or the last one of chat messages."""
     if isinstance(value, str):
         return value
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise BadInput(f"'{name}' is {kind(value)}, neither text nor a list of chat messages")
-    if value[-1].get("role") != role or (role == "user" and len(value) > 1):
-        raise BadInput(f"'{name}' must be one {role} message; system messages and earlier turns are not supported")
-    content = value[-1].get("content")
-    if isinstance(content, str):
-        return content
-    parts = [p.get("text", "") for p in content or [] if isinstance(p, dict) and p.get("type") == "text"]
-    if not parts or not all(isinstance(p, str) for p in parts):
+    message = read_message(value[-1] if isinstance(value, list) and value else value, name)
+    if message["role"] != "assistant" or any(part["type"] == "image" for part in message["content"]):
+        raise BadInput(f"'{name}' must end in an assistant message of text")
+    return "\n".join(texts_of([message]))
+
+
+def read_messages(messages, n_images):
+    """Chat messages up to the question, checked -> the same with an image part where each image belongs.
+
+    n_images: how many the record has; None for any number. Where no message shows an image, the first of the user's
+    opens with all of them. A lone question after its images becomes plain text.
+    """
+    messages = [read_message(message, "prompt") for message in messages]
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise BadInput(f"'prompt' has the roles {roles}: user and assistant must take turns, and the user ends")
+    parts = [part for message in messages for part in message["content"]]
+    shown = sum(part["type"] == "image" for part in parts)
+    if shown == 0 and n_images:
+        first = messages[roles.index("user")]
+        first["content"] = [{"type": "image"}] * n_images + first["content"]
+    elif n_images not in (None, shown):
+        raise BadInput(f"'prompt' shows {shown} images, the record has {n_images}")
+    content = messages[0]["content"]
+    if roles == ["user"] and len(texts_of(messages)) == 1 and content[-1]["type"] == "text":
+        return content[-1]["text"].strip()
+    return messages
+
+
+def read_message(message, name):
+    """One chat message -> {"role", "content": parts of type "text" or "image"}. Raises BadInput."""
+    if not isinstance(message, dict):
+        raise BadInput(f"'{name}' is {kind(message)}, neither text nor a list of chat messages")
+    if message.get("role") not in ("system", "user", "assistant"):
+        raise BadInput(f"'{name}' holds a message whose role is not system, user or assistant")
+    content, parts = message.get("content"), []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+        if isinstance(part, dict) and part.get("type") == "image":
+            parts.append({"type": "image"})
+        elif isinstance(part, dict) and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            raise BadInput(f"'{name}' holds a message part that is neither text nor an image")
+    if not any(part["type"] == "text" for part in parts):
         raise BadInput(f"'{name}' holds a message without text")
-    return "\n".join(parts)
+    return {"role": message["role"], "content": parts}
 
 
 def bare_question(prompt):
@@ -212,7 +284,7 @@ def bare_question(prompt):
     if template and template["system"] not in ("", BUNNY_SYSTEM):
         raise BadInput("'prompt' opens with a system text that is not Bunny's")
     question = (template["question"] if template else prompt).strip()
-    return re.sub(r"^<image>\s*|\s*<image>$", "", question, count=1).strip()
+    return re.sub(r"^(<image>\s*)+|(\s*<image>)+$", "", question, count=1).strip()
 
 
 def best_and_worst(completions):
@@ -240,15 +312,15 @@ def row(columns, i):
     return {k: row(v, i) for k, v in columns.items()} if isinstance(columns, dict) else columns[i]
 
 
-def find_image(image, roots):
-    if isinstance(image, list):
-        if len(image) != 1:
-            raise BadInput(f"has {len(image)} images; one is needed")
-        image = image[0]
-    if isinstance(image, dict):
-        image = image.get("path")
-    if not isinstance(image, str) or not image:
+def find_images(value, roots):
+    """A path, or a list of them -> paths of files that are there. Raises BadInput."""
+    images = [image.get("path") if isinstance(image, dict) else image for image in as_list(value)]
+    if not images or not all(isinstance(image, str) and image for image in images):
         raise BadInput("has no image path ('img_path', 'image' or 'images')")
+    return [find_image(image, roots) for image in images]
+
+
+def find_image(image, roots):
     if os.path.isabs(image):
         roots = [Path("/")]
     elif os.path.normpath(image).startswith(".."):
@@ -337,15 +409,16 @@ def shift_hue(image, turn):
 class Pairs(torch.utils.data.Dataset):
     """Examples with their images: `pairs[epoch, index]` -> (question, chosen, rejected, image, rejected_image).
 
-    The rejected image is a pure function of (seed, epoch, index): policy and reference share it, and a resumed run
-    meets it again. "random" takes an image of `pool` (default: the examples' own) that is not the example's.
+    The images are lists where an example has several: each is rejected on its own. A rejected image is a pure function
+    of (seed, epoch, index): policy and reference share it, and a resumed run meets it again. "random" takes an image of
+    `pool` (default: the examples' own) that is not among the example's.
     """
 
     def __init__(self, examples, strategy="crop", crop=CROP, seed=0, pool=None):
         self.examples, self.strategy, self.crop, self.seed = examples, strategy, crop, seed
-        self.pool = sorted({e.image for e in (pool or examples)} - {None})
-        if strategy == "random" and len(self.pool) == 1:
-            raise BadInput("rejected images of strategy 'random' need at least two different images in the data")
+        self.pool = sorted({image for example in (pool or examples) for image in example.images})
+        if strategy == "random" and any(set(self.pool) == set(example.images) for example in examples):
+            raise BadInput("rejected images of strategy 'random' need more different images in the data")
 
     def __len__(self):
         return len(self.examples)
@@ -353,17 +426,19 @@ class Pairs(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         example = self.examples[index]
-        if example.image is None:
-            return example.question, example.chosen, example.rejected, None, None
         rng = random.Random(f"{self.seed} {epoch} {index}")
-        image, other = open_image(example.image), None
-        if self.strategy == "random":
-            path = example.image
-            while path == example.image:
-                path = rng.choice(self.pool)
-            other = open_image(path)
-        rejected_image = reject_image(image, self.strategy, rng, self.crop, other)
-        return example.question, example.chosen, example.rejected, image, rejected_image
+        images, rejected_images = [], []
+        for path in example.images:
+            images.append(open_image(path))
+            other = None
+            if self.strategy == "random":
+                while path in example.images:
+                    path = rng.choice(self.pool)
+                other = open_image(path)
+            rejected_images.append(reject_image(images[-1], self.strategy, rng, self.crop, other))
+        if not isinstance(example.image, list):
+            images, rejected_images = (images or [None])[0], (rejected_images or [None])[0]
+        return example.question, example.chosen, example.rejected, images, rejected_images
 
 
 # ------------------------------------------------------------------------------------------------------------ batch
@@ -378,7 +453,8 @@ LAYOUTS = {
 def make_batch(items, processor, layout="packed", image_rejected=True, max_length=2048):
     """Lay B examples out as rows of tokens, for `mdpo.response_logps`.
 
-    items: B tuples (question, chosen, rejected, image, rejected_image), the images PIL RGB, or None: no images.
+    items: B tuples (question, chosen, rejected, image, rejected_image). The question is text, or chat messages as in
+        `Example`; the images are PIL RGB, or lists of them, or None: no images.
     processor: an image-text-to-text processor with a chat template; its tokenizer has a pad token.
     layout: "packed" (2 rows an example) or "plain" (3). image_rejected: False leaves out the rows with m_l.
     max_length: tokens of prompt and one response; a longer response is cut on the right, the prompt never is.
@@ -387,94 +463,122 @@ def make_batch(items, processor, layout="packed", image_rejected=True, max_lengt
         packed: segments, position_ids (R, T), see `mdpo.packed_attention_mask`; plain: attention_mask (R, T)
         predictors, targets (R, K): positions whose logits predict a response token, and these tokens
         target_field (R, K): the index into `LogPs` that a token counts for, -1 in padding
-        pixel_values (2B, C, H, W): m_w of every example, then m_l; image_of_row: R indices into them
+        processor_keys: names of what else the processor returned; each is in the dict, too, such as pixel_values with
+            the images of all rows in order, or token types, (R, T), which are 0 for the responses
         batch_size: B; has_image_rejected
-    Raises BadInput where a prompt leaves no room for a response, or where the processor asks for more than pixels.
+    Raises BadInput where a prompt leaves no room for a response, or where the processor does what rows cannot follow.
     """
-    has_image = items[0][3] is not None
-    tokenized = [tokenize(processor, *item[:3], has_image) for item in items]
-    prefixes = [[t.prompt_ids[: t.n_shared] for t in tokenized]]  # [which image][example] -> token ids
-    columns = {name: [] for name in ("input_ids", "segments", "position_ids", "predictors", "targets", "target_field")}
-    batch = {"batch_size": len(items), "has_image_rejected": image_rejected, "image_of_row": []}
-    if has_image:
-        images = [item[3] for item in items] + [item[4] for item in items if image_rejected]
-        prompts = [t.prompt for t in tokenized] * (len(images) // len(items))
-        encoded = encode_prompts(processor, prompts, images)
-        masks = encoded.pop("attention_mask").bool()
-        expanded = [ids[mask].tolist() for ids, mask in zip(encoded.pop("input_ids"), masks)]
-        if set(encoded) != {"pixel_values"}:
-            raise BadInput(f"this model's processor returns {sorted(encoded)}: only models of the Llava class, which "
-                           "take pixel_values alone, can be trained")  # fmt: skip
-        batch["pixel_values"] = encoded["pixel_values"]
-        # What follows the image's tokens is tokenised alike with one placeholder and with its hundreds of tokens.
-        cut = [len(t.prompt_ids) - t.n_shared for t in tokenized] * 2
-        expanded = [ids[: len(ids) - n] for ids, n in zip(expanded, cut)]
-        prefixes = [expanded[: len(items)], expanded[len(items) :]]
-
-    for which_image, fields in LAYOUTS[layout][: None if image_rejected else -1]:
-        for i, prefix in enumerate(prefixes[which_image]):
-            start, room = len(prefix), room_for_response(len(prefix), max_length)
-            row = {name: [] for name in columns}
-            row |= {"input_ids": prefix[:], "segments": [1] * start, "position_ids": list(range(start))}
-            for field_index in fields:
-                response = tokenized[i].responses[field_index == 1][:room]  # y_l for field 1, else y_w
-                end = len(row["input_ids"])
-                # The prefix's last token predicts the first of each response, which goes on where the prefix ended.
-                row["predictors"] += [start - 1, *range(end, end + len(response) - 1)]
-                row["position_ids"] += range(start, start + len(response))
-                row["segments"] += [2 + field_index] * len(response)
-                row["target_field"] += [field_index] * len(response)
-                row["targets"] += response
-                row["input_ids"] += response
-            for name, values in row.items():
-                columns[name].append(torch.tensor(values))
-            batch["image_of_row"].append(which_image * len(items) + i)
+    tokenized = [tokenize(processor, *item[:3], len(as_list(item[3]))) for item in items]
+    kinds = LAYOUTS[layout][: None if image_rejected else -1]
+    rows = [(tokenized[i], as_list(items[i][3 + image]), fields) for image, fields in kinds for i in range(len(items))]
+    prefixes, image_inputs = expand_prefixes(processor, [row[:2] for row in rows])
+    columns = {name: [] for name in ("segments", "position_ids", "predictors", "targets", "target_field", *prefixes[0])}
+    for (tokens, _, fields), prefix in zip(rows, prefixes):
+        start = len(prefix["input_ids"])
+        room = room_for_response(start, max_length)
+        row = {name: [] for name in columns} | prefix
+        row |= {"segments": [1] * start, "position_ids": list(range(start))}
+        for field_index in fields:
+            response = tokens.responses[field_index == 1][:room]  # y_l for field 1, else y_w
+            end = len(row["input_ids"])
+            # The prefix's last token predicts the first of each response, which goes on where the prefix ended.
+            row["predictors"] += [start - 1, *range(end, end + len(response) - 1)]
+            row["position_ids"] += range(start, start + len(response))
+            row["segments"] += [2 + field_index] * len(response)
+            row["target_field"] += [field_index] * len(response)
+            row["targets"] += response
+            row["input_ids"] += response
+            for name in prefix.keys() - {"input_ids"}:
+                row[name] += [0] * len(response)
+        for name, values in row.items():
+            columns[name].append(torch.tensor(values))
 
     padding = {"input_ids": processor.tokenizer.pad_token_id, "target_field": -1}
-    batch |= {name: pad_sequence(rows, True, padding.get(name, 0)) for name, rows in columns.items()}
+    batch = {name: pad_sequence(values, True, padding.get(name, 0)) for name, values in columns.items()} | image_inputs
     if layout == "plain":
         batch["attention_mask"] = (batch.pop("segments") > 0).long()
         del batch["position_ids"]
-    return batch
+    keys = [*image_inputs, *(prefixes[0].keys() - {"input_ids"})]
+    return batch | {"processor_keys": keys, "batch_size": len(items), "has_image_rejected": image_rejected}
+
+
+def to_device(batch, device):
+    """The batch with its tensors on `device`."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def expand_prefixes(processor, rows):
+    """[(Tokenized, images)] -> what all responses of each row share, and what the processor makes of all the images.
+
+    The first is a dict a row: input_ids, with the tokens of the images in place, and what else the processor says of
+    each token (its type). The second is a dict of tensors: pixel_values and, for some models, sizes or grids.
+    """
+    if not rows[0][1]:
+        return [{"input_ids": tokens.prompt_ids[: tokens.n_shared]} for tokens, _ in rows], {}
+    encoded = encode_prompts(processor, [tokens.prompt for tokens, _ in rows], [images for _, images in rows])
+    masks = encoded.pop("attention_mask").bool()
+    per_token = {name: values for name, values in encoded.items() if values.shape[:2] == masks.shape}
+    for name, values in per_token.items():
+        if values.ndim > 2:
+            raise BadInput(f"this model's processor returns {name} of shape {tuple(values.shape)}, which is not known "
+                           "how to extend to the responses")  # fmt: skip
+    prefixes = []
+    for i, (tokens, _) in enumerate(rows):
+        prefix = {name: values[i][masks[i]].tolist() for name, values in per_token.items()}
+        # What follows the image is tokenised alike with one placeholder and with its hundreds of tokens.
+        end = len(prefix["input_ids"]) - len(tokens.prompt_ids) + tokens.n_shared
+        if prefix["input_ids"][end:] != tokens.prompt_ids[tokens.n_shared :]:
+            raise BadInput("this model's chat template changes the text before the image once a response is there")
+        prefixes.append({name: values[:end] for name, values in prefix.items()})
+    return prefixes, {name: values for name, values in encoded.items() if name not in per_token}
 
 
 class Tokenized(NamedTuple):
-    prompt: str  # with one placeholder for the image
+    prompt: str  # with one placeholder for each image
+    wholes: tuple[str, str]  # prompt and y_w, prompt and y_l
     prompt_ids: list[int]
     n_shared: int  # tokens that prompt, prompt + y_w and prompt + y_l begin with; responses are what follows
-    responses: tuple[list[int], list[int]]  # y_w, y_l, each with its end-of-sequence
+    n_after: tuple[int, int]  # how many tokens of either whole follow them
+    responses: tuple[list[int], list[int]]  # y_w, y_l, each with its end-of-sequence, the last of its tokens
 
 
-def tokenize(processor, question, chosen, rejected, has_image):
+def tokenize(processor, question, chosen, rejected, n_images):
     """Texts -> `Tokenized`. Prompt and response are tokenised whole, since tokens may merge across the boundary."""
     tokenizer = processor.tokenizer
-    content = [{"type": "image"}] * has_image + [{"type": "text", "text": question}]
-    user = {"role": "user", "content": content}
-    prompt = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+    messages = chat_messages(question, n_images)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     # A stand-in for the response shows what the template puts before it and after it.
     stand_in = "\ue000"
     assistant = {"role": "assistant", "content": [{"type": "text", "text": stand_in}]}
-    before, _, after = processor.apply_chat_template([user, assistant], tokenize=False).partition(stand_in)
+    before, _, after = processor.apply_chat_template([*messages, assistant], tokenize=False).partition(stand_in)
     ending = after.strip() or tokenizer.eos_token
+    if prompt == processor.apply_chat_template(messages, tokenize=False) and before.startswith(prompt):
+        prompt = before.rstrip()  # a template without a generation prompt: what opens the answer is not to be learned
+    wholes = before + chosen + ending, before + rejected + ending
 
     special = {"add_special_tokens": not starts_with_bos(processor, prompt)}
-    prompt_ids, *wholes = (
-        tokenizer(text, **special).input_ids for text in (prompt, before + chosen + ending, before + rejected + ending)
-    )
+    prompt_ids, *whole_ids = (tokenizer(text, **special).input_ids for text in (prompt, *wholes))
     n_shared = 0
-    for tokens in zip(prompt_ids, *wholes):
+    for tokens in zip(prompt_ids, *whole_ids):
         if len(set(tokens)) > 1:
             break
         n_shared += 1
-    if has_image and tokenizer.convert_tokens_to_ids(processor.image_token) not in prompt_ids[:n_shared]:
-        raise BadInput("this model's chat template changes the text before the image once a response is there")
     responses = []
-    for whole in wholes:
-        response = whole[n_shared:]
+    for ids in whole_ids:
+        response = ids[n_shared:]
         if tokenizer.eos_token_id in response:  # what follows the first end-of-sequence is never generated
             response = response[: response.index(tokenizer.eos_token_id) + 1]
         responses.append(response)
-    return Tokenized(prompt, prompt_ids, n_shared, tuple(responses))
+    n_after = tuple(len(ids) - n_shared for ids in whole_ids)
+    return Tokenized(prompt, wholes, prompt_ids, n_shared, n_after, tuple(responses))
+
+
+def chat_messages(question, n_images):
+    """A question, or chat messages up to one -> chat messages; without images where n_images is 0."""
+    if isinstance(question, str):
+        return [{"role": "user", "content": [{"type": "image"}] * n_images + [{"type": "text", "text": question}]}]
+    keep = lambda part: n_images or part["type"] != "image"
+    return [{**message, "content": [*filter(keep, message["content"])]} for message in question]
 
 
 def starts_with_bos(processor, text):
@@ -483,10 +587,10 @@ def starts_with_bos(processor, text):
 
 
 def encode_prompts(processor, prompts, images):
-    """The processor's own call: prompts with their image tokens expanded, padded as for generation, and the images."""
+    """The processor's own call on prompts and a list of images for each: padded as for generation."""
     return processor(
         text=prompts,
-        images=[[image] for image in images],
+        images=images if any(images) else None,
         add_special_tokens=not starts_with_bos(processor, prompts[0]),
         padding=True,
         padding_side="left",
@@ -498,14 +602,14 @@ class RoomChecker:
     """Raises BadInput for a question whose prompt leaves no room for one response token within max_length."""
 
     def __init__(self, processor, max_length):
-        self.processor, self.max_length, self.extra = processor, max_length, {None: 0}
+        self.processor, self.max_length, self.extra = processor, max_length, {(): 0}
 
-    def __call__(self, question, image_size):
-        tokenized = tokenize(self.processor, question, "a", "b", image_size is not None)
-        if image_size not in self.extra:  # how many tokens an image of this size adds to its placeholder
-            encoded = encode_prompts(self.processor, [tokenized.prompt], [Image.new("RGB", image_size)])
-            self.extra[image_size] = encoded["input_ids"].shape[1] - len(tokenized.prompt_ids)
-        room_for_response(tokenized.n_shared + self.extra[image_size], self.max_length)
+    def __call__(self, question, image_sizes):
+        tokenized, sizes = tokenize(self.processor, question, "a", "b", len(image_sizes)), tuple(image_sizes)
+        if sizes not in self.extra:  # how many tokens images of these sizes add to their placeholders
+            (prefix,), _ = expand_prefixes(self.processor, [(tokenized, [Image.new("RGB", size) for size in sizes])])
+            self.extra[sizes] = len(prefix["input_ids"]) - tokenized.n_shared
+        room_for_response(tokenized.n_shared + self.extra[sizes], self.max_length)
 
 
 def room_for_response(prompt_length, max_length):
@@ -531,9 +635,9 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.file}: {len(examples)} good, {len(problems)} bad, {unpaired} without a preference")
-    print(f"images: {len({e.image for e in examples})} different")
+    print(f"images: {len({image for example in examples for image in example.images})} different")
     for name in ("question", "chosen", "rejected"):
-        lengths = [len(getattr(example, name).split()) for example in examples] or [0]
+        lengths = [len(" ".join(texts_of(getattr(example, name))).split()) for example in examples] or [0]
         print(f"{name + ' words:':16} mean {statistics.mean(lengths):.1f}, median {statistics.median(lengths):g}, "
               f"longest {max(lengths)}")  # fmt: skip
     if problems:

@@ -10,14 +10,14 @@ mDPO adds to DPO a preference between two *images* for the same words, and a flo
     mDPO (eq. 8) = DPO_m (eq. 5) + CoPO (eq. 6) + AncPO (eq. 7)
 
 This file is the method and nothing else: `mdpo_loss`, made to be copied into other trainers, and the log-probabilities
-it needs, `response_logps`, for a batch made by `data.make_batch`. It imports torch alone.
+it needs, `response_logps`, for a batch made by `data.make_batch`. Of packages it imports torch alone.
 
 Where it departs from the authors' code (the README says why):
 - one rejected image an example, made with the data, so that policy and reference see the same;
 - two packed rows an example instead of three, each image encoded once, logits of response tokens only: same numbers.
 """
 
-from types import SimpleNamespace
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -80,15 +80,22 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
 
 
 def encode_images(model, batch):
-    """Features of the batch's images: a list of (tokens, hidden) tensors, m_w of every example, then m_l.
+    """What the model makes of the batch's images: its own `get_image_features` output, for `response_logps`.
 
     The vision tower and the projector are frozen in mDPO training, so policy and reference can share one encoding.
-    None for a batch without images.
+    None for a batch without images, and for a model whose forward pass cannot be given them encoded.
     """
-    if "pixel_values" not in batch:
+    model = unwrapped(model)
+    if "pixel_values" not in batch or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return None
+    accepted = inspect.signature(model.get_image_features).parameters
     with torch.no_grad():
-        return list(model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output)
+        return model.get_image_features(**{name: batch[name] for name in batch["processor_keys"] if name in accepted})
+
+
+def unwrapped(model):
+    """The library's model, out of peft's wrapper if it is in one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def packed_attention_mask(segments):
@@ -102,34 +109,53 @@ def packed_attention_mask(segments):
     return (causal & (same | (segments[:, None, :] == 1) & (segments[:, :, None] > 0)))[:, None]
 
 
+def packed_positions(model, batch):
+    """Position ids of packed rows: (R, T), or (3, R, T) for a model that places an image's tokens in space (Qwen-VL)."""
+    positions = batch["position_ids"]
+    rope_index = getattr(unwrapped(model).base_model, "get_rope_index", None)
+    if rope_index is None or "pixel_values" not in batch:
+        return positions
+    accepted = inspect.signature(rope_index).parameters
+    known = {name: batch[name] for name in ("input_ids", *batch["processor_keys"]) if name in accepted}
+    in_a_line, _ = rope_index(**known, attention_mask=(batch["segments"] > 0).long())  # as if y_l followed y_w
+    return in_a_line.gather(-1, positions.expand_as(in_a_line))
+
+
+def token_logps(model, batch, image_features=None):
+    """Log-probability of each token in batch["targets"]: (R, K) float32, in nats. Arguments as of `response_logps`."""
+    inputs = {name: batch[name] for name in ("input_ids", *batch["processor_keys"])}
+    inputs |= {"logits_to_keep": batch["predictors"], "use_cache": False}
+    if "segments" in batch:
+        implementation = model.config.get_text_config()._attn_implementation
+        if implementation != "sdpa":
+            raise ValueError(f"packed rows need attn_implementation='sdpa', the model has {implementation!r}")
+        inputs["attention_mask"] = packed_attention_mask(batch["segments"])
+        inputs["position_ids"] = packed_positions(model, batch)
+    else:
+        inputs["attention_mask"] = batch["attention_mask"]
+    if image_features is None:
+        image_features = encode_images(model, batch)
+    if image_features is not None:
+        del inputs["pixel_values"]
+        inputs["mm_encoder_outputs"] = {"image": image_features}
+
+    logits = model(**inputs).logits.float()  # (R, K, V): only the K positions that predict a response token
+    logps = -F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")  # (R * K,)
+    return logps.view_as(batch["targets"])
+
+
 def response_logps(model, batch, image_features=None):
     """Summed log-probabilities of the responses in a batch of `data.make_batch`; gradients flow.
 
-    model: an image-text-to-text model of the Llava class, plain or wrapped by peft.
+    model: an image-text-to-text model of transformers, plain or wrapped by peft.
     batch: R rows of T tokens; either packed rows, [m_w|q|y_w|y_l] and [m_l|q|y_w], or plain rows of one response each.
     image_features: of `encode_images(model, batch)`, so that two passes can share them; encoded here if None.
     Returns `LogPs` of (B,) float32 tensors in nats, end-of-sequence included.
     Raises ValueError for packed rows under an attention implementation other than SDPA: eager attention *adds* the
     boolean mask as 0 and 1, and is silently wrong.
     """
-    inputs = {"input_ids": batch["input_ids"], "logits_to_keep": batch["predictors"], "use_cache": False}
-    if "segments" in batch:
-        implementation = model.config.get_text_config()._attn_implementation
-        if implementation != "sdpa":
-            raise ValueError(f"packed rows need attn_implementation='sdpa', the model has {implementation!r}")
-        inputs["attention_mask"] = packed_attention_mask(batch["segments"])
-        inputs["position_ids"] = batch["position_ids"]
-    else:
-        inputs["attention_mask"] = batch["attention_mask"]
-    if image_features is None:
-        image_features = encode_images(model, batch)
-    if image_features is not None:
-        of_rows = [image_features[i] for i in batch["image_of_row"]]
-        inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=of_rows)}
-
-    logits = model(**inputs).logits.float()  # (R, K, V): only the K positions that predict a response token
-    token_logps = -F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")  # (R * K,)
-    token_logps = token_logps.view(-1, batch["batch_size"], logits.shape[1])  # (R / B, B, K)
-    belongs_to = batch["target_field"].view_as(token_logps)  # index into LogPs; -1 where the K slots are padded
+    logps = token_logps(model, batch, image_features)
+    logps = logps.view(-1, batch["batch_size"], logps.shape[1])  # (R / B, B, K)
+    belongs_to = batch["target_field"].view_as(logps)  # index into LogPs; -1 where the K slots are padded
     fields = range(3 if batch["has_image_rejected"] else 2)
-    return LogPs(*(torch.where(belongs_to == field, token_logps, 0).sum((0, 2)) for field in fields))
+    return LogPs(*(torch.where(belongs_to == field, logps, 0).sum((0, 2)) for field in fields))

@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import peft
@@ -28,7 +30,8 @@ import data
 import mdpo
 import train
 from data import BadInput, Pairs, make_batch, open_image, read_examples, reject_image, tokenize
-from examples import demo, shapes, tiny_bunny
+from examples import demo, families, shapes, tiny_bunny
+from examples.answer import generate_answers
 from mdpo import LogPs, mdpo_loss, response_logps
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -144,7 +147,7 @@ def test_loss_copied_alone_works():
     losses, _ = scope["mdpo_loss"](tuple(POLICY), tuple(REF), beta=0.5)
     assert losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-6)
     imports = re.findall(r"^(?:import|from) (\w+)", Path(mdpo.__file__).read_text(), re.MULTILINE)
-    assert set(imports) == {"torch", "types", "typing"}
+    assert set(imports) == {"torch", "inspect", "typing"}
 
 
 # -------------------------------------------------------------------------------------------- models and batches
@@ -340,11 +343,20 @@ def test_boundary_where_tokens_merge_across_it(bunny):
     processor.chat_template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
     ids, tokenizer = lambda text: processor.tokenizer(text).input_ids, processor.tokenizer
     assert ids(" answ")[-1] != ids(" answers")[-1]  # else this shows nothing
-    text = tokenize(processor, "a red answ", "ers", "x", has_image=False)
+    text = tokenize(processor, "a red answ", "ers", "x", n_images=0)
     start = text.prompt_ids[: text.n_shared]
     assert start + text.responses[0] == [*ids("a red answers"), tokenizer.eos_token_id]
     assert start + text.responses[1] == [*ids("a red answx"), tokenizer.eos_token_id]
     assert text.n_shared < len(text.prompt_ids)
+
+
+def test_a_template_without_generation_prompt_still_ends_the_prompt_before_the_answer(bunny):
+    """What opens the assistant's turn belongs to the prompt: scored as part of both answers, it would be trained on."""
+    _, processor = train.load_model(str(bunny))
+    processor.chat_template = "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{{ p.text }}{% endfor %}{{ eos_token }}{% endfor %}"
+    text = tokenize(processor, "Which?", "No.", "Yes.", n_images=0)
+    assert text.prompt.endswith("assistant:")
+    assert processor.tokenizer.decode(text.responses[0]) == f" No.{processor.tokenizer.eos_token}"
 
 
 def test_what_a_template_appends_after_the_end_is_dropped(bunny):
@@ -355,7 +367,7 @@ def test_what_a_template_appends_after_the_end_is_dropped(bunny):
         "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text | trim }}{% endfor %}{{ eos_token }}\n"
         "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    text = tokenize(processor, "Which?", "No.", "Yes.", has_image=False)
+    text = tokenize(processor, "Which?", "No.", "Yes.", n_images=0)
     assert processor.tokenizer.decode(text.responses[0]) == f"No.{eos}"
     assert text.prompt_ids[text.n_shared :] == []
 
@@ -383,6 +395,135 @@ def test_images_of_one_pixel_and_of_extreme_shape(loaded, size):
         assert rejected.size == size
         logps = response_logps(model, make_batch([("Which?", "This.", "That.", image, rejected)], processor))
         assert all(math.isfinite(p.item()) for p in logps)
+
+
+# ------------------------------------------------------------------------------------------------- other families
+
+
+@pytest.fixture(scope="session", params=families.FAMILIES)
+def family(request, tmp_path_factory):
+    """(folder, model, processor) of a tiny random model of each family."""
+    folder = families.write_family(request.param, tmp_path_factory.mktemp("families") / request.param)
+    return folder, *train.load_model(str(folder))
+
+
+HERE = Namespace(device="cpu", max_length=2048, layout=None, model="x")
+SIZES = [  # images that differ in their number of tiles or tokens, within an example and between examples
+    ("Describe the picture.", "There is a red circle.", "No.", noise(1, (60, 30)), noise(2, (30, 90))),
+    ("How many?", "One.", "There is a red square, and a blue one.", noise(3, (40, 40)), noise(4, (90, 90))),
+]
+TWO_IMAGES = [(*item[:3], [item[3], noise(7, (50, 30))], [item[4], noise(8, (50, 30))]) for item in ITEMS[:2]]
+CONVERSATION = [{"role": role, "content": [{"type": "text", "text": text}]}
+                for role, text in (("system", "Be brief."), ("user", " Hello. "), ("assistant", "Hello!"))]  # fmt: skip
+CONVERSATION.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it? "}]})
+
+
+@pytest.mark.parametrize(
+    "items",
+    [ITEMS[:2], SIZES, TWO_IMAGES, [(CONVERSATION, *ITEMS[0][1:]), ITEMS[1]], [(*i[:3], None, None) for i in ITEMS]],
+    ids=["one image", "different sizes", "two images", "turns", "no image"],
+)
+def test_each_family_trains_on_the_librarys_own_log_probabilities(family, items):
+    """A forgotten processor key, position or kind of attention is silent, and wrong by nats: packed rows where they are
+    exact, plain rows where they are not (Gemma's image tokens attend both ways, and most of its layers see only so far)."""
+    folder, model, processor = family
+    layout = train.choose_layout(model, processor, items, HERE)
+    assert layout == ("plain" if folder.name == "gemma3" else "packed")
+    assert train.layout_error(model, processor, items, layout, HERE) < 1e-5
+
+
+def test_each_family_trains_saves_reloads_and_answers(family, small, tmp_path):
+    """A family that only loads is no use: two steps by the command, then the adapter on a fresh model."""
+    folder, *_ = family
+    out = tmp_path / "out"
+    assert train.main(command(folder, small, out, "--lr", "0.05")) == 0
+    records = train.read_log(out)
+    assert records[0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-5) and records[-1]["loss"] < records[0]["loss"]
+    model, processor = train.load_model(str(folder))
+    model = peft.PeftModel.from_pretrained(model, out).eval()
+    decoder = model.get_base_model().get_decoder()
+    linear = {id(m) for m in decoder.modules() if isinstance(m, peft.tuners.lora.Linear)}
+    adapted = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert len(adapted) == 14 and {id(m) for m in adapted} == linear  # 2 layers: q, k, v, o, gate, up, down
+    assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in adapted)
+    (answer,) = generate_answers(model, processor, [(ITEMS[0][3], ITEMS[0][0])], max_new_tokens=3)
+    assert isinstance(answer, str)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_what_is_not_exact_is_noticed(family, monkeypatch, capsys):
+    """The choice of layout must rest on a measurement that can fail: positions in a line instead of in space, a response
+    that sees the other, and a forgotten key are each found out."""
+    _, model, processor = family
+    with monkeypatch.context() as patch:
+        patch.setattr(mdpo, "packed_positions", lambda model, batch: batch["position_ids"])
+        assert train.layout_error(model, processor, ITEMS[:2], "packed", HERE) > 0.01
+        assert train.choose_layout(model, processor, ITEMS[:2], HERE) == "plain"
+        assert "packed rows are not exact" in capsys.readouterr().out
+        with pytest.raises(BadInput, match="cannot be trained in packed rows"):
+            train.choose_layout(model, processor, ITEMS[:2], Namespace(**vars(HERE) | {"layout": "packed"}))
+    with monkeypatch.context() as patch:
+        causal = lambda segments: torch.ones(len(segments), 1, *segments.shape[1:] * 2, dtype=torch.bool).tril()
+        patch.setattr(mdpo, "packed_attention_mask", causal)
+        assert train.layout_error(model, processor, ITEMS[:2], "packed", HERE) > 0.01
+    make = data.make_batch
+    without = lambda batch: batch | {"processor_keys": [k for k in batch["processor_keys"] if k != "mm_token_type_ids"]}
+    monkeypatch.setattr(train, "make_batch", lambda *args: without(make(*args)))
+    with pytest.raises(BadInput, match="cannot be trained in plain rows"):
+        train.choose_layout(model, processor, ITEMS[:2], HERE)
+
+
+def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read(tmp_path, bunny, monkeypatch):
+    """The reason, in one line, and not after a download of gigabytes."""
+    for name, config, reason in (
+        ("text", transformers.LlamaConfig(), "of type llama, .* is no model that takes images"),
+        ("florence", transformers.Florence2Config(), "is an encoder-decoder"),
+    ):
+        config.save_pretrained(tmp_path / name)
+        with pytest.raises(BadInput, match=reason):
+            train.load_processor(str(tmp_path / name))
+    transformers.GitConfig().save_pretrained(tmp_path / "git")
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *args, **kwargs: SimpleNamespace())
+        with pytest.raises(BadInput, match="has no image token"):
+            train.load_processor(str(tmp_path / "git"))
+    _, processor = train.load_model(str(bunny))
+    with monkeypatch.context() as patch:  # as Mllama's, whose layers of cross-attention need a mask of their own
+        mask = lambda call: {"cross_attention_mask": call["input_ids"][:, :, None, None]}
+        encode = data.encode_prompts
+        patch.setattr(data, "encode_prompts", lambda *args: (lambda call: call.data | mask(call))(encode(*args)))
+        with pytest.raises(BadInput, match="returns cross_attention_mask of shape"):
+            make_batch(ITEMS, processor)
+
+
+def test_lora_targets_stay_in_the_language_model(bunny):
+    """q_proj is a name of the vision tower's layers, too; an adapter there would never be trained."""
+    model, _ = train.load_model(str(bunny))
+    model = train.add_lora(model, 4, 8, targets=["q_proj", "v_proj"])
+    adapted = [name for name, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert len(adapted) == 4 and all("language_model" in name for name in adapted)
+    with pytest.raises(BadInput, match="--lora-targets o_proj: the linear layers of the language model are dense, fc1"):
+        train.add_lora(train.load_model(str(bunny))[0], targets=["o_proj"])
+
+
+def test_turns_and_several_images_are_read_and_shown(folder, loaded):
+    """Every image is shown where the conversation shows it, and each is rejected on its own."""
+    _, processor = loaded
+    (example,) = examples = read_examples(write(folder / "x.json", [TURNS]), processor=processor)
+    assert [message["role"] for message in example.question] == ["system", "user", "assistant", "user"]
+    assert [Path(image).name for image in example.images] == ["a.png", "llava-1.jpg"]
+    question, *_, images, rejected_images = Pairs(examples)[0, 0]
+    assert [i.size for i in images] == [i.size for i in rejected_images]
+    assert all(a.tobytes() != b.tobytes() for a, b in zip(images, rejected_images))
+    text = tokenize(processor, question, "A dog.", "A cat.", 2).prompt
+    assert re.sub(r"\s+", " ", text.replace(processor.image_token, "[]")).startswith(
+        "Be brief. USER: [] What is it? ASSISTANT: A cat."
+        if text.startswith("Be")
+        else "SYSTEM: Be brief. USER: [] What"
+    )
+    assert text.count(processor.image_token) == 2
+    (no_image,) = read_examples(write(folder / "x.json", [TURNS]), with_images=False)
+    assert processor.image_token not in tokenize(processor, no_image.question, "a", "b", 0).prompt
 
 
 # -------------------------------------------------------------------------------------------------- model loading
@@ -548,9 +689,23 @@ MESSAGES = {
     "rejected": [{"role": "assistant", "content": "A dog."}],
 }
 PLAIN = {"image": "a.png", "question": "<image>\nWhat is it?", "chosen": " A cat.\n", "rejected": "A dog."}
+NO_PROMPT = {"image": "a.png"} | {  # TRL's implicit prompt: whole conversations, alike up to the last turn
+    name: [*MESSAGES["prompt"], *MESSAGES[name]] for name in ("chosen", "rejected")
+}
+TURNS = {  # a system text, an earlier turn, two images
+    "images": ["a.png", "merged_images/llava-1.jpg"],
+    "prompt": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"type": "text", "text": "And this:"}, {"type": "image"}]},
+    ],
+    "chosen": "A dog.",
+    "rejected": "A cat.",
+}
 
 
-@pytest.mark.parametrize("record", [authors(), VLFEEDBACK, AS_COLUMNS, MESSAGES, PLAIN])
+@pytest.mark.parametrize("record", [authors(), VLFEEDBACK, AS_COLUMNS, MESSAGES, PLAIN, NO_PROMPT])
 @pytest.mark.parametrize(
     "name, form", [("x.json", "[{}]"), ("x.jsonl", "{}\n"), ("x.json", "\n{}\n"), ("x.jsonl", "[{}]")]
 )
@@ -600,8 +755,17 @@ BAD_RECORDS = {
     "climbs out of the image folder": authors(img_path="../a.png"),
     "'chosen' holds the image token": authors(chosen="An <image>"),
     "'prompt' holds the image token": authors(prompt="Is <image> a picture?"),
-    "has 2 images": authors(img_path=None, images=["a.png", "a.png"]),
-    "not supported": MESSAGES | {"prompt": [{"role": "system", "content": "S"}, *MESSAGES["prompt"]]},
+    "shows 1 images, the record has 2": authors(img_path=None, images=["a.png", "a.png"]),
+    "shows 2 images, the record has 1": TURNS | {"images": ["a.png"]},
+    "must take turns": MESSAGES | {"prompt": [*MESSAGES["prompt"], *MESSAGES["prompt"]]},
+    "role is not system": MESSAGES | {"prompt": [{"role": "tool", "content": "S"}]},
+    "neither text nor an image": MESSAGES | {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
+    "must end in an assistant message": MESSAGES | {"chosen": MESSAGES["prompt"]},
+    "differ before their last turn": {
+        "image": "a.png",
+        "chosen": [*MESSAGES["prompt"], *MESSAGES["chosen"]],
+        "rejected": [{"role": "user", "content": "Who is it?"}, *MESSAGES["rejected"]],
+    },
     "is not Bunny's": authors(prompt="Be rude. USER: <image>\nWhat? ASSISTANT:"),
     "not in VLFeedback's form": VLFEEDBACK | {"completions": [{"response": "x"}]},
     "not valid JSON": None,
@@ -714,7 +878,7 @@ def test_random_image_is_never_the_examples_own(tmp_path):
     examples = [examples[0]] * 3 + [examples[1]]
     other = data.ImageOps.fit(open_image(examples[3].image), open_image(examples[0].image).size)
     assert all(Pairs(examples, "random")[epoch, 1][4].tobytes() == other.tobytes() for epoch in range(10))
-    with pytest.raises(BadInput, match="two different images"):
+    with pytest.raises(BadInput, match="more different images"):
         Pairs(examples[:3], "random")
 
 
@@ -953,7 +1117,7 @@ def text_model(bunny, folder):
 BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_path)
     "--model is missing": lambda b, t: ["--model", ""],
     "nowhere: cannot be loaded": lambda b, t: ["--model", t / "nowhere"],
-    "has no image token": lambda b, t: ["--model", text_model(b, t / "text")],
+    "is no model that takes images and text": lambda b, t: ["--model", text_model(b, t / "text")],
     "1 missing keys in the weights, such as lm_head.weight": lambda b, t: [
         "--model", broken_model(b, t / "m", lambda w: w.pop("lm_head.weight"))],
     "1 unexpected keys in the weights, such as model.surprise": lambda b, t: [
@@ -1129,8 +1293,8 @@ SCENE = {"circle": ("red", 0), "ring": ("blue", 3)}
 def test_metrics_of_the_miniature_by_hand():
     """Four answers about a red circle and a blue ring, counted by hand:
     - the description names a red circle (there) and a green ring (not): chair_s 1, chair_i 1/2, coverage 1/2;
-    - "What colour is the square?" is refused, rightly; "What colour is the ring?" is answered, wrongly: false_premise is
-      (1 + 1) / 2, colour_accuracy 0, and the wrong colour is a hallucination;
+    - "What colour is the square?" is refused, rightly; "What colour is the ring?" is answered, wrongly: false_premise is 1,
+      false_premise_balanced (1 + 1) / 2, colour_accuracy 0, and the wrong colour is a hallucination;
     - "Is there a red circle?" Yes, right; "Is there a red ring?" gets babble: yes_no (1 + 0) / 2, malformed 1/5.
     Hallucinated: description, ring's colour, babble: 3/5. grounding = (1 + 1/2 + 0) / 3."""
     answers = [
@@ -1142,7 +1306,13 @@ def test_metrics_of_the_miniature_by_hand():
     ]
     metrics = shapes.score(answers)
     expected = {"chair_s": 1, "chair_i": 0.5, "coverage": 0.5, "false_premise": 1, "colour_accuracy": 0, "yes_no": 0.5}
-    expected |= {"hallucination_rate": 0.6, "malformed": 0.2, "grounding": 0.5, "length": (6 + 1 + 8 + 8 + 2) / 5}
+    expected |= {
+        "false_premise_balanced": 1,
+        "hallucination_rate": 0.6,
+        "malformed": 0.2,
+        "grounding": 0.5,
+        "length": (6 + 1 + 8 + 8 + 2) / 5,
+    }
     assert metrics == pytest.approx(expected)
 
 
@@ -1192,8 +1362,6 @@ def test_miniature_study_runs_restarts_and_shows_the_robust_sign(tmp_path, monke
     images apart better than DPO, whose loss never sees a second image."""
     from examples import miniature
 
-    base = demo.BASE
-    monkeypatch.setattr(tiny_bunny, "write_base", lambda path, seed, progress: path.symlink_to(base))
     monkeypatch.setattr(miniature, "PAIRS", 192)
     monkeypatch.setattr(miniature, "HELD_OUT", 64)
     flags = miniature.COMMON.partition("--no-checkpointing")[0]

@@ -35,10 +35,31 @@ from tqdm import tqdm
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import cached_file
 
-from data import BUNNY_SYSTEM, CROP, LAYOUTS, STRATEGIES, BadInput, Pairs, make_batch, read_examples
-from mdpo import LogPs, encode_images, mdpo_loss, response_logps
+from data import (
+    BUNNY_SYSTEM,
+    CROP,
+    LAYOUTS,
+    STRATEGIES,
+    BadInput,
+    Pairs,
+    as_list,
+    encode_prompts,
+    make_batch,
+    read_examples,
+    to_device,
+    tokenize,
+)
+from mdpo import LogPs, encode_images, mdpo_loss, response_logps, token_logps
 
 # ---------------------------------------------------------------------------------------------------------- loading
+
+if not transformers.utils.is_torchvision_available():
+    # The library's video processors need torchvision, and it refuses a whole processor for want of one. No video is
+    # processed here: a processor is made of its other parts.
+    every_part = transformers.ProcessorMixin.get_attributes.__func__
+    transformers.ProcessorMixin.get_attributes = classmethod(
+        lambda cls: [part for part in every_part(cls) if part != "video_processor"]
+    )
 
 # BAAI/Bunny-v1_0-3B is a LLaVA (SigLIP tower -> Linear, GELU, Linear -> Phi-2) under names of its own. Its remote code
 # is for transformers 4.36; with these renames the library's own Llava loads it.
@@ -69,6 +90,15 @@ def load_processor(name_or_path):
     if is_bunny(config):
         return bunny_processor(name_or_path, config)
     with library_errors(name_or_path):
+        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise BadInput(f"{name_or_path}: is of type {config.model_type}, which in transformers {transformers.__version__} "
+                       "is no model that takes images and text and writes text")  # fmt: skip
+    if config.is_encoder_decoder:
+        raise BadInput(
+            f"{name_or_path}: is an encoder-decoder, in which a response does not follow its prompt in a row"
+        )
+    with library_errors(name_or_path):
         processor = transformers.AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
     if getattr(processor, "image_token", None) is None or getattr(processor, "image_processor", None) is None:
         raise BadInput(f"{name_or_path}: has no image token; mDPO needs a model that takes images and text")
@@ -82,14 +112,14 @@ def load_processor(name_or_path):
 
 
 def load_model(name_or_path, device="cpu", dtype=torch.float32):
-    """Load Bunny, LLaVA or another image-text-to-text model of the Llava class, from a folder or the hub.
+    """Load Bunny, LLaVA or another image-text-to-text model, from a folder or the hub.
 
-    Returns (model, processor): the model frozen, without dropout, with SDPA attention, in `dtype` on `device`.
+    Returns (model, processor): the model frozen, without dropout, in `dtype` on `device`.
     Raises BadInput if it cannot be read, is of another kind, or has weights that are missing or unexpected.
     """
     processor = load_processor(name_or_path)
     config = read_config(name_or_path)
-    options = {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True, "output_loading_info": True}
+    options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     with library_errors(name_or_path):
         if is_bunny(config):
             model, loading = transformers.LlavaForConditionalGeneration.from_pretrained(
@@ -129,7 +159,7 @@ def library_errors(name_or_path):
         yield
     except BadInput:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
         where = "the folder" if os.path.isdir(name_or_path) else "neither a folder here nor readable from the hub"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(f"{name_or_path}: cannot be loaded ({where}): {reason}") from error
@@ -225,12 +255,18 @@ def enable_checkpointing(model):
     model.get_decoder().disable_input_require_grads()  # a need of reentrant checkpointing alone
 
 
-def add_lora(model, rank=64, alpha=128, seed=0):
-    """Wrap `model` with LoRA on every linear layer of its language model, and on nothing else (paper 4.1)."""
+def add_lora(model, rank=64, alpha=128, seed=0, targets=None):
+    """Wrap `model` with LoRA on every linear layer of its language model, and on nothing else (paper 4.1).
+
+    targets: names of layers, such as "q_proj": only those. Raises BadInput if the language model has none of a name.
+    """
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     layers = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
     leaves = sorted({name.rpartition(".")[2] for name in layers})
+    if unknown := sorted(set(targets or ()) - set(leaves)):
+        raise BadInput(f"--lora-targets {unknown[0]}: the linear layers of the language model are {', '.join(leaves)}")
+    leaves = targets or leaves
     torch.manual_seed(seed)
     return peft.get_peft_model(
         model,
@@ -283,13 +319,89 @@ def ignore_interrupts(worker_id):
 
 def forward(model, batch, args):
     """One batch -> losses (B,), metrics: both passes and the loss."""
-    batch = {k: v.to(args.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-    with torch.autocast("cuda", torch.bfloat16) if args.device == "cuda" else nullcontext():
+    batch = to_device(batch, args.device)
+    with precision(args.device):
         image_features = encode_images(model, batch)
         with torch.no_grad(), model.disable_adapter():
             ref_logps = response_logps(model, batch, image_features)
         policy_logps = response_logps(model, batch, image_features)
     return mdpo_loss(policy_logps, ref_logps, args.beta, args.delta, args.conditional, args.anchors)
+
+
+def precision(device):
+    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
+
+
+# What the order of additions may change in the log-probability of one token, in nats; a wrong mask, position or
+# processor key moves single tokens by more.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+
+
+def choose_layout(model, processor, items, args):
+    """The layout to train in: packed rows where they are exact for this model, else plain ones. Raises BadInput.
+
+    Decided by measuring on `items`, a few of the first batch, not by what the model is called; --layout is held to the
+    same. In low precision, where rounding could hide an error, packed rows may be only so much worse than plain ones.
+    """
+    errors, reasons = {}, {}
+    for layout in LAYOUTS:
+        try:
+            errors[layout] = layout_error(model, processor, items, layout, args)
+            reasons[layout] = f"{errors[layout]:.2g} nats a token off the library's own call"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model may refuse a mask or a key in whatever way
+            errors[layout], reasons[layout] = math.inf, f"{type(error).__name__}: {error}"
+    allowed = TOLERANCE[model.dtype]
+    if args.layout != "plain" and errors["packed"] <= min(allowed, 1e-3 + 3 * errors["plain"]):
+        return "packed"
+    if args.layout != "packed" and errors["plain"] <= allowed:
+        if args.layout is None:
+            print(f"packed rows are not exact for this model ({reasons['packed']}): training on plain ones")
+        return "plain"
+    layout = args.layout or "plain"
+    raise BadInput(f"{args.model}: cannot be trained in {layout} rows: {reasons[layout]}")
+
+
+@torch.no_grad()
+def layout_error(model, processor, items, layout, args):
+    """The largest difference between a layout and the library's own call on one sequence at a time, in nats a token.
+
+    For packed rows also how much the tokens of y_l feel it when those of y_w are changed. inf if the tokens differ.
+    """
+    model.eval()
+    image_rejected = items[0][4] is not None
+    batch = to_device(make_batch(items, processor, layout, image_rejected, args.max_length), args.device)
+    belongs_to = batch["target_field"]  # (R, K)
+    example = torch.arange(len(belongs_to), device=args.device)[:, None] % len(items)  # rows are by kind, then example
+    errors = []
+    with precision(args.device):
+        image_features = encode_images(model, batch)
+        logps = token_logps(model, batch, image_features)  # (R, K)
+        for i, item in enumerate(items):
+            for field in range(3 if image_rejected else 2):
+                mine = (belongs_to == field) & (example == i)
+                n = mine.sum()  # a response that is too long is cut
+                tokens, expected = library_logps(model, processor, item, field, args.device)
+                if not tokens[:n].equal(batch["targets"][mine]):
+                    return math.inf
+                errors.append((logps[mine] - expected[:n]).abs().max())
+        if layout == "packed":
+            y_w, y_l = batch["segments"] == 2, belongs_to == 1
+            changed = batch | {"input_ids": batch["input_ids"].masked_fill(y_w, batch["targets"][0, 0].item())}
+            errors.append((logps[y_l] - token_logps(model, changed, image_features)[y_l]).abs().max())
+    return torch.stack(errors).max().item()
+
+
+def library_logps(model, processor, item, field, device):
+    """(tokens, log-probabilities) of one response: the library's own call on the whole text, unpadded, with every key."""
+    question, chosen, rejected, image, rejected_image = item
+    images = as_list(rejected_image if field == 2 else image)
+    tokens = tokenize(processor, question, chosen, rejected, len(images))
+    whole = encode_prompts(processor, [tokens.wholes[field == 1]], [images]).to(device)
+    ids = whole["input_ids"][0, -tokens.n_after[field == 1] :]
+    logits = model(**whole, use_cache=False).logits[0, -len(ids) - 1 : -1].float()
+    return ids, logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
 
 class Mean:
@@ -543,7 +655,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 def parse_args(argv):
     parser = Parser(description="Train a multimodal model with mDPO.", formatter_class=Help)
     add = parser.add_argument
-    add("--model", help="folder or hub name: Bunny, LLaVA-1.5, or another model of the Llava class")
+    add("--model", help="folder or hub name: Bunny, or any image-text-to-text model of transformers")
     add("--data", help="preference file (README, Data)")
     add("--images", metavar="DIR", help="where relative image paths begin (default: the data file's folder)")
     add("--out", metavar="DIR", help="folder for adapter and log (default: a new one, runs/...-1, -2 and so on)")
@@ -575,10 +687,13 @@ def parse_args(argv):
     add("--max-grad-norm", type=float, default=1.0, help="gradient clipping (authors' config)")
     add("--lora-rank", type=int, default=64, metavar="R", help="(paper 4.1)")
     add("--lora-alpha", type=int, default=128, metavar="A", help="(paper 4.1)")
+    add("--lora-targets", nargs="+", metavar="NAME", help="only these linear layers of the language model, such as q_proj "
+        "v_proj (default: all, paper 4.1)")
     add("--seed", type=int, default=0, help="of adapter, order, samples and rejected images")
     add = parser.add_argument_group("system").add_argument
     add("--device", choices=("cuda", "cpu"), help="(default: cuda if there is one)")
-    add("--layout", choices=LAYOUTS, default="packed", help="two packed rows an example, or three plain ones, for comparison")
+    add("--layout", choices=LAYOUTS, help="two packed rows an example, or three plain ones (default: packed where the first "
+        "examples show that it is exact for the model)")
     add("--no-checkpointing", dest="checkpointing", action="store_false", help="keep activations: faster, more memory")
     add("--workers", type=int, default=4, metavar="N", help="processes that decode images")
     add("--save-every", type=int, metavar="N", help="a checkpoint every N steps, beside each epoch's")
@@ -657,7 +772,11 @@ def run(args):
         if cuda:
             torch.set_float32_matmul_precision("high")  # tf32 for what stays in float32
         model, processor = load_model(args.model, args.device, torch.bfloat16 if cuda else torch.float32)
-        model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+        model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed, args.lora_targets)
+        if args.resume:
+            args.layout = args.layout or json.loads((out / "args.json").read_text())["layout"]
+        first = Pairs(examples, args.reject, args.crop, args.seed, pool=examples + held_out)
+        args.layout = choose_layout(model, processor, [first[0, i] for i in range(len(examples))[:2]], args)
         if args.checkpointing:
             enable_checkpointing(model)
         trainable, _ = model.get_nb_trainable_parameters()

@@ -12,7 +12,7 @@ import peft
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, encode_prompts, open_image
+from data import BadInput, as_list, chat_messages, encode_prompts, open_image
 from train import best_device, load_model, quiet_libraries
 
 
@@ -24,20 +24,20 @@ def load_tuned(name_or_path, adapter=None):
     return peft.PeftModel.from_pretrained(model, adapter) if adapter else model, processor
 
 
-def chat_prompt(processor, question):
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    message = {"role": "user", "content": content}
-    return processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+def chat_prompt(processor, question, n_images=1):
+    messages = chat_messages(question, n_images)
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 @torch.no_grad()
 def generate_answers(model, processor, questions, max_new_tokens=256, batch_size=8):
-    """[(PIL image, question)] -> the model's greedy answers, as text, in order. Leaves the model in eval mode."""
+    """[(PIL image or list of them, question)] -> the model's greedy answers, in order. Leaves the model in eval mode."""
     model.eval()  # under gradient checkpointing, a model in training mode forgets its cache and babbles
     answers = []
     for at in range(0, len(questions), batch_size):
-        images, texts = zip(*questions[at : at + batch_size])
-        prompts = [chat_prompt(processor, text) for text in texts]
+        images = [as_list(image) for image, _ in questions[at : at + batch_size]]
+        texts = [text for _, text in questions[at : at + batch_size]]
+        prompts = [chat_prompt(processor, text, len(of_text)) for text, of_text in zip(texts, images)]
         inputs = encode_prompts(processor, prompts, images).to(model.device, model.dtype)
         tokens = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id

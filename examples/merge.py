@@ -40,7 +40,7 @@ def merge(adapter, to, image=None, questions=QUESTIONS, max_new_tokens=40):
     def measure(model, processor):
         items = [(question, "I cannot tell from this picture.", "No.", image, image) for question in questions]
         with torch.no_grad():
-            logps = torch.cat(response_logps(model, make_batch(items, processor)))
+            logps = torch.cat(response_logps(model, make_batch(items, processor, "plain")))
         return logps, generate_answers(model, processor, [(image, question) for question in questions], max_new_tokens)
 
     model, processor = load_model(base)

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train
 from data import encode_prompts, read_examples
-from examples import shapes, tiny_bunny
+from examples import demo, shapes, tiny_bunny
 from examples.answer import chat_prompt, generate_answers
 from examples.unconditional import diagnose
 
@@ -72,7 +72,7 @@ def examine(model, processor, exam):
 def yes_leanings(model, processor, questions):
     """log p(Yes) - log p(No) of the first token of the answer to each (image, question)."""
     prompts = [chat_prompt(processor, text) for _, text in questions]
-    inputs = encode_prompts(processor, prompts, [image for image, _ in questions])
+    inputs = encode_prompts(processor, prompts, [[image] for image, _ in questions])
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
     output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
     yes, no = (processor.tokenizer(word).input_ids[0] for word in (" Yes", " No"))
@@ -90,10 +90,15 @@ def in_folder(out, seed):
 
 
 def prepare_seed(out, seed):
-    """Base model, pairs and held-out pairs of a seed, made once: each is renamed into place when it is whole."""
+    """Base model, pairs and held-out pairs of a seed, made once: each is renamed into place when it is whole.
+
+    The base of seed 0 is the one kept in examples/base.
+    """
     with in_folder(out, seed) as folder:
         makers = {
-            "base": lambda path: tiny_bunny.write_base(path, seed, progress=False),
+            "model": lambda path: (
+                tiny_bunny.write_base(path, seed, progress=False) if seed else shutil.copytree(demo.BASE, path)
+            ),
             "data": lambda path: shapes.write_pairs(path, PAIRS + HELD_OUT, seed),
             "held_out": lambda path: shapes.write_pairs(path, 200, f"held out {seed}"),
         }
@@ -115,7 +120,7 @@ def run_method(out, seed, method, n_scenes):
         else:
             paths = [
                 "--model",
-                folder / "base",
+                folder / "model",
                 "--data",
                 folder / "data" / "silkie.json",
                 "--out",
@@ -126,7 +131,7 @@ def run_method(out, seed, method, n_scenes):
             flags = f"{COMMON} {METHODS[method]}" + " --overwrite" * (run / "args.json").exists()
             if train.main([*map(str, paths), *flags.split()]):
                 raise RuntimeError(f"seed {seed}, {method}: training failed, see {folder / 'log.txt'}")
-        model, processor = train.load_model(str(folder / "base"))
+        model, processor = train.load_model(str(folder / "model"))
         if method != "base":
             model = peft.PeftModel.from_pretrained(model, run).eval()
         result = examine(model, processor, shapes.make_exam(n_scenes, seed))

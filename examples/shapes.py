@@ -209,9 +209,10 @@ def score(answers):
     (Rohrbach et al. 2018 count objects only, found by a word list; AMBER's CHAIR is chair_i averaged over responses).
     coverage: share of the scenes' things that are described rightly (AMBER's Cover, likewise).
     hallucination_rate: share of all answers with a false claim (AMBER's HalRate: of descriptions alone).
-    false_premise: mean of the shares of "colour" questions about absent things that are refused, and about present
-    things that are not. yes_no: mean of the shares of true and of false existence questions answered rightly.
-    grounding: mean of false_premise, yes_no and 1 - chair_s. malformed: share that is no answer in the world's language;
+    false_premise: share of "colour" questions about absent things that are refused (MMHal-Bench asks such questions as
+    "adversarial objects"); false_premise_balanced: mean of it and of the share about present things that are not.
+    yes_no: mean of the shares of true and of false existence questions answered rightly.
+    grounding: mean of false_premise_balanced, yes_no and 1 - chair_s. malformed: share that is no answer in the world's language;
     such an answer counts as hallucinated and wrong everywhere, so that broken text is not rewarded.
     length: mean number of words.
     """
@@ -244,11 +245,12 @@ def score(answers):
         "chair_s": mean(described),
         "chair_i": hallucinated / max(1, mentioned),
         "coverage": covered / max(1, things),
-        "false_premise": (mean(refused[True]) + mean(refused[False])) / 2,
+        "false_premise": mean(refused[True]),
+        "false_premise_balanced": (mean(refused[True]) + mean(refused[False])) / 2,
         "colour_accuracy": mean(colours),
         "yes_no": (mean(existence[True]) + mean(existence[False])) / 2,
     }
-    metrics["grounding"] = (metrics["false_premise"] + metrics["yes_no"] + 1 - metrics["chair_s"]) / 3
+    metrics["grounding"] = (metrics["false_premise_balanced"] + metrics["yes_no"] + 1 - metrics["chair_s"]) / 3
     metrics |= {"malformed": mean(malformed), "length": mean([len(text.split()) for *_, text in answers])}
     return metrics
 

@@ -120,7 +120,7 @@ def write_weights(folder, model):
 # ------------------------------------------------------------------------------------------------------ the base model
 
 
-def write_base(folder, seed=0, steps=900, scenes=12, lr=2e-3, progress=True):
+def write_base(folder, seed=0, steps=1800, scenes=12, lr=2e-3, progress=True):
     """Make a model that sees but answers from habit, and write it as a Bunny checkpoint -> the folder.
 
     First the vision tower learns to name shape and colour under each patch: without it the language model would not
@@ -131,7 +131,7 @@ def write_base(folder, seed=0, steps=900, scenes=12, lr=2e-3, progress=True):
     for _ in range(400):
         question, answer = question_and_answer(shapes.random_scene(rng, habitual=0.25), rng)
         texts.append(f"{BUNNY_SYSTEM} USER: \\n{question} ASSISTANT: {answer}")
-    write_bunny(folder, texts, hidden=64, layers=3, tower_hidden=64, vision_tower="shapes-patch8-32", seed=seed)
+    write_bunny(folder, texts, hidden=96, layers=3, tower_hidden=64, vision_tower="shapes-patch8-32", seed=seed)
     model, processor = load_model(str(folder))
     learn_to_see(model, rng, progress)
     learn_to_answer(model.train(), processor, rng, steps, scenes, lr, progress)
@@ -226,12 +226,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args(argv)
     if args.folder.exists():
         sys.exit(f"error: {args.folder}: already exists")
     quiet_libraries()
+    torch.set_num_threads(1)  # so that any machine of a kind makes the same weights
     write_base(args.folder, args.seed, args.steps, lr=args.lr)
 
 

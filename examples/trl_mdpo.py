@@ -17,7 +17,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import use_adapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Pairs, read_examples
+from data import Pairs, as_list, read_examples
 from mdpo import LogPs, mdpo_loss
 from train import add_lora, load_model
 
@@ -55,11 +55,11 @@ def trl_dataset(examples, seed=0):
     def load(columns):
         rows = [pairs[0, i] for i in columns["index"]]
         return {
-            "prompt": [say("user", row[0]) for row in rows],
+            "prompt": [say("user", row[0]) if isinstance(row[0], str) else row[0] for row in rows],
             "chosen": [say("assistant", row[1]) for row in rows],
             "rejected": [say("assistant", row[2]) for row in rows],
-            "images": [[row[3]] for row in rows],
-            "rejected_images": [[row[4]] for row in rows],
+            "images": [as_list(row[3]) for row in rows],
+            "rejected_images": [as_list(row[4]) for row in rows],
         }
 
     return datasets.Dataset.from_dict({"index": range(len(examples))}).with_transform(load)

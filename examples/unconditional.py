@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Pairs, make_batch, read_examples
+from data import BadInput, Pairs, make_batch, read_examples, to_device
 from examples.answer import load_tuned
 from mdpo import mdpo_loss, response_logps
-from train import quiet_libraries
+from train import precision, quiet_libraries
 
 
 @torch.no_grad()
@@ -25,9 +25,9 @@ def reward_margins(model, processor, items, beta=0.1, batch_size=8):
     """Reward margins of a peft model over its base, a float each for [(question, chosen, rejected, image, None)]."""
     margins = []
     for at in tqdm(range(0, len(items), batch_size), leave=False, disable=None):
-        batch = make_batch(items[at : at + batch_size], processor, image_rejected=False)
-        batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+        batch = make_batch(items[at : at + batch_size], processor, "plain", image_rejected=False)
+        batch = to_device(batch, model.device)
+        with precision(model.device.type):
             policy_logps = response_logps(model, batch)
             with model.disable_adapter():
                 ref_logps = response_logps(model, batch)

@@ -1,0 +1,276 @@
+"""Tiny random models of today's families, each of its own config class and processor, put through the whole of training.
+
+    python examples/families.py              # all of them, in temporary folders
+    python examples/families.py qwen3_vl
+
+For each it prints the layout that training chose, how far packed and plain rows are from the library's own call, and
+what the model answers before and after four steps with an exaggerated learning rate.
+"""
+
+import json
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+import peft
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, pre_tokenizers
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from data import Pairs, read_examples
+from examples import shapes
+from examples.answer import generate_answers
+
+# The templates do what the families' own do: the same order, markers and white space around images and turns.
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% for part in message.content %}{{ IMAGE if part.type == 'image' else part.text }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+USER_ASSISTANT = (
+    "{% for message in messages %}{{ message.role.upper() + ': ' }}"
+    "{% for part in message.content %}{{ '<image>\n' if part.type == 'image' else part.text + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+SMOL = (
+    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}"
+    "{% if message.content[0].type == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+    "{{ '<end_of_utterance>\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}"
+    "{% for part in message.content %}{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}{% endfor %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+EDGES = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}  # pixels of the smallest and largest image
+
+
+def make_tokenizer(*special, **named):
+    """A small byte-level BPE. `named`: eos_token, pad_token and so on; others go to extra_special_tokens."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    known = {name: named.pop(name) for name in ("bos_token", "eos_token", "pad_token") if name in named}
+    special = [*dict.fromkeys([*known.values(), *special, *named.values()])]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=len(special) + 300, special_tokens=special,
+                                             initial_alphabet=alphabet, show_progress=False)  # fmt: skip
+    bpe.train_from_iterator(
+        ["I can see that there is a red circle and a blue square here. Describe the picture."] * 3, trainer
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=named, **known)
+
+
+def chatml_tokenizer(*special, **named):
+    return make_tokenizer("<|im_start|>", *special, eos_token="<|im_end|>", pad_token="<|endoftext|>", **named)
+
+
+def llava_next():
+    """Several tiles an image, a new line's embedding after each row of patches."""
+    tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>", image_token="<image>")
+    grids = [[32, 64], [64, 32], [64, 64]]
+    tile = {"height": 32, "width": 32}
+    processor = transformers.LlavaNextProcessor(
+        LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=tile, image_grid_pinpoints=grids),
+        tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=USER_ASSISTANT,
+    )  # fmt: skip
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION, image_size=32, patch_size=8),
+        text_config=transformers.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+        image_grid_pinpoints=grids, image_token_index=processor.image_token_id,
+    )  # fmt: skip
+    return config, processor
+
+
+def llava_onevision():
+    """Tiles, at any resolution; Qwen2 reads them."""
+    tokenizer = chatml_tokenizer(image_token="<image>", video_token="<video>")
+    grids = [[32, 64], [64, 32], [64, 64]]
+    processor = transformers.LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=grids),
+        tokenizer, num_image_tokens=16, vision_feature_select_strategy="full",
+        chat_template=CHATML.replace("IMAGE", "'<image>\\n'"),
+    )  # fmt: skip
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**VISION, image_size=32, patch_size=8, vision_use_head=False),
+        text_config=transformers.Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
+        image_grid_pinpoints=grids, image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    return config, processor
+
+
+def qwen(processor_class, patch_size):
+    tokenizer = chatml_tokenizer(image_token="<|image_pad|>", video_token="<|video_pad|>",
+                                 vision_bos_token="<|vision_start|>", vision_eos_token="<|vision_end|>")  # fmt: skip
+    template = SYSTEM + CHATML.replace("IMAGE", "'<|vision_start|><|image_pad|><|vision_end|>'")
+    image_processor = Qwen2VLImageProcessorPil(size=EDGES, patch_size=patch_size)
+    processor = processor_class(image_processor, tokenizer, chat_template=template)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("image", "video")}
+    ids |= {
+        "vision_start_token_id": tokenizer.vision_bos_token_id,
+        "vision_end_token_id": tokenizer.vision_eos_token_id,
+    }
+    return tokenizer, processor, ids
+
+
+def qwen2_5_vl():
+    """Dynamic resolution; positions in time, height and width; windows of attention in the tower."""
+    tokenizer, processor, ids = qwen(transformers.Qwen2_5_VLProcessor, 14)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config=vision | {"fullatt_block_indexes": [1], "window_size": 56},
+        text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope}, **ids,
+    )  # fmt: skip
+    return config, processor
+
+
+def qwen3_vl():
+    """As Qwen2.5-VL, and features of the tower's lower layers are added in the first layers of the language model."""
+    tokenizer, processor, ids = qwen(transformers.Qwen3VLProcessor, 16)
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3VLConfig(
+        vision_config=vision | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope, "head_dim": 8}, **ids,
+    )  # fmt: skip
+    return config, processor
+
+
+def idefics3(image_processor_class=Idefics3ImageProcessorPil, config_class=transformers.Idefics3Config):
+    """An image is split into parts, with text between that says which part it is."""
+    parts = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    tokenizer = make_tokenizer("<|im_start|>", "<global-img>", *parts, eos_token="<end_of_utterance>", pad_token="<pad>",
+                               image_token="<image>", fake_image_token="<fake_token_around_image>",
+                               global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>")  # fmt: skip
+    image_processor = image_processor_class(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    processor = transformers.Idefics3Processor(image_processor, tokenizer, image_seq_len=4, chat_template=SMOL)
+    config = config_class(
+        vision_config=VISION | {"image_size": 32, "patch_size": 8},
+        text_config=transformers.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
+        scale_factor=2, image_token_id=processor.image_token_id,
+    )  # fmt: skip
+    return config, processor
+
+
+def smolvlm():
+    """As Idefics3, and with Idefics3's processor: SmolVLM's needs torchvision and num2words, and does the same."""
+    return idefics3(SmolVLMImageProcessorPil, transformers.SmolVLMConfig)
+
+
+def internvl():
+    """Tiles, pixels shuffled into fewer tokens."""
+    tokenizer = chatml_tokenizer(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
+    )
+    image_processor = GotOcr2ImageProcessorPil(
+        size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=4
+    )
+    processor = transformers.InternVLProcessor(
+        image_processor, tokenizer, image_seq_length=4, chat_template=CHATML.replace("IMAGE", "'<IMG_CONTEXT>\\n'")
+    )
+    config = transformers.InternVLConfig(
+        vision_config=VISION | {"image_size": [32, 32], "patch_size": [8, 8]},
+        text_config=transformers.Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
+        image_token_id=processor.image_token_id, image_seq_length=4, downsample_ratio=0.5,
+    )  # fmt: skip
+    return config, processor
+
+
+def gemma3():
+    """The tokens of an image attend to each other both ways, and most layers only look back so far."""
+    tokenizer = make_tokenizer("<start_of_turn>", bos_token="<bos>", eos_token="<end_of_turn>", pad_token="<pad>",
+                               image_token="<image_soft_token>", boi_token="<start_of_image>",
+                               eoi_token="<end_of_image>")  # fmt: skip
+    processor = transformers.Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, image_seq_length=4, chat_template=GEMMA
+    )
+    text = transformers.Gemma3TextConfig(**TEXT, vocab_size=len(tokenizer), head_dim=8, sliding_window=16,
+                                         layer_types=["sliding_attention", "full_attention"])  # fmt: skip
+    config = transformers.Gemma3Config(
+        vision_config=VISION | {"image_size": 32, "patch_size": 8, "vision_use_head": False}, text_config=text,
+        mm_tokens_per_image=4, image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id, eoi_token_index=tokenizer.eoi_token_id,
+    )  # fmt: skip
+    return config, processor
+
+
+FAMILIES = {
+    make.__name__: make
+    for make in (llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, internvl, gemma3)
+}
+
+
+def write_family(name, folder):
+    """Write a family's tiny random model and processor to a new folder, as the hub has them -> the folder."""
+    config, processor = FAMILIES[name]()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    for parameter in model.parameters():  # sharper than a random start, so that what is wrong shows
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def layout_errors(folder, examples):
+    """How far each layout is from the library's own call, in nats a token; nan where the model refuses it."""
+    model, processor = train.load_model(str(folder))
+    items = [Pairs(examples)[0, i] for i in range(2)]
+    errors = {}
+    for layout in ("packed", "plain"):
+        try:
+            errors[layout] = train.layout_error(
+                model, processor, items, layout, Namespace(device="cpu", max_length=2048)
+            )
+        except Exception:
+            errors[layout] = float("nan")
+    return errors
+
+
+def main(names):
+    train.quiet_libraries()
+    print(f"{'family':16} {'rows':8} {'packed off by':>14} {'plain off by':>13}   answers before and after")
+    for name in names or FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            write_family(name, folder / "model")
+            data = shapes.write_pairs(folder / "data", 8)
+            flags = (
+                f"--model {folder / 'model'} --data {data} --out {folder / 'out'} --batch-size 2 --micro-batch-size 2"
+            )
+            if status := train.main([*flags.split(), *"--epochs 1 --lr 0.05 --workers 0 --lora-rank 8".split()]):
+                return status
+            examples = read_examples(data)
+            errors = layout_errors(folder / "model", examples)
+            layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
+            model, processor = train.load_model(str(folder / "model"))
+            model = peft.PeftModel.from_pretrained(model, folder / "out").eval()
+            ask = [Pairs(examples)[0, 0][index] for index in (3, 0)]
+            with model.disable_adapter():
+                before = generate_answers(model, processor, [ask], 6)
+            after = generate_answers(model, processor, [ask], 6)
+            print(f"{name:16} {layout:8} {errors['packed']:14.1e} {errors['plain']:13.1e}   {before + after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
