@@ -46,6 +46,7 @@ from data import (
     encode_prompts,
     make_batch,
     read_examples,
+    texts_of,
     to_device,
     tokenize,
 )
@@ -282,13 +283,17 @@ def add_lora(model, rank=64, alpha=128, seed=0, targets=None):
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def plan_steps(n_examples, batch_size, epochs, seed):
-    """What each optimizer step sees: a list of lists of (epoch, index). A last, smaller batch is used, not dropped."""
+def plan_steps(n_examples, batch_size, epochs, seed, length=lambda index: 0):
+    """What each optimizer step sees: a list of lists of (epoch, index). A last, smaller batch is used, not dropped.
+
+    Within a batch examples are in order of their `length`: its mean is the same, and its micro-batches need less padding.
+    """
     plan = []
     for epoch in range(epochs):
         order = list(range(n_examples))
         random.Random(f"{seed} order {epoch}").shuffle(order)
-        plan += [[(epoch, i) for i in order[at : at + batch_size]] for at in range(0, n_examples, batch_size)]
+        batches = [sorted(order[at : at + batch_size], key=length) for at in range(0, n_examples, batch_size)]
+        plan += [[(epoch, i) for i in batch] for batch in batches]
     return plan
 
 
@@ -440,7 +445,9 @@ def train(model, processor, examples, held_out, args, out):
     optimizer = torch.optim.AdamW(
         parameters, args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=args.device == "cuda"
     )
-    plan = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
+    texts = [[*texts_of(example.question), example.chosen, example.rejected] for example in examples]
+    length = lambda index: sum(map(len, texts[index]))
+    plan = plan_steps(len(examples), args.batch_size, args.epochs, args.seed, length)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup * len(plan)), len(plan))
     done = load_checkpoint(out, model, optimizer, schedule) if args.resume else 0
     start_log(out, done)

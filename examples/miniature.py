@@ -70,12 +70,12 @@ def examine(model, processor, exam):
 
 @torch.no_grad()
 def yes_leanings(model, processor, questions):
-    """log p(Yes) - log p(No) of the first token of the answer to each (image, question)."""
+    """log p(yes) - log p(no) of the first token of the answer to each (image, question)."""
     prompts = [chat_prompt(processor, text) for _, text in questions]
     inputs = encode_prompts(processor, prompts, [[image] for image, _ in questions])
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
     output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
-    yes, no = (processor.tokenizer(word).input_ids[0] for word in (" Yes", " No"))
+    yes, no = (processor.tokenizer(word).input_ids[0] for word in (" yes", " no"))
     return (output.logits[0][:, yes] - output.logits[0][:, no]).tolist()
 
 

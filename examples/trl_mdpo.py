@@ -47,13 +47,12 @@ class MDPOTrainer(DPOTrainer):
         return (losses.mean(), None) if return_outputs else losses.mean()
 
 
-def trl_dataset(examples, seed=0):
-    """Examples -> a `datasets.Dataset` in TRL's vision format; images, and one crop each, are made when a row is read."""
-    pairs = Pairs(examples, seed=seed)
+def trl_dataset(items):
+    """What `make_batch` takes -> a `datasets.Dataset` in TRL's vision format; an item is asked for when its row is read."""
     say = lambda role, text: [{"role": role, "content": text}]
 
     def load(columns):
-        rows = [pairs[0, i] for i in columns["index"]]
+        rows = [items[i] for i in columns["index"]]
         return {
             "prompt": [say("user", row[0]) if isinstance(row[0], str) else row[0] for row in rows],
             "chosen": [say("assistant", row[1]) for row in rows],
@@ -62,7 +61,14 @@ def trl_dataset(examples, seed=0):
             "rejected_images": [as_list(row[4]) for row in rows],
         }
 
-    return datasets.Dataset.from_dict({"index": range(len(examples))}).with_transform(load)
+    return datasets.Dataset.from_dict({"index": range(len(items))}).with_transform(load)
+
+
+class FirstEpoch(Pairs):
+    """One rejected image an example for the whole run: TRL's data do not know the epoch."""
+
+    def __getitem__(self, index):
+        return super().__getitem__((0, index))
 
 
 def make_trainer(model, processor, examples, config):
@@ -70,7 +76,7 @@ def make_trainer(model, processor, examples, config):
     return MDPOTrainer(
         model,
         args=config,
-        train_dataset=trl_dataset(examples, config.seed),
+        train_dataset=trl_dataset(FirstEpoch(examples, seed=config.seed)),
         processing_class=processor,
         data_collator=MDPOCollator(processor),
     )
