@@ -8,7 +8,7 @@ from examples.answer import generate_answers
 
 BASE = Path(__file__).parent / "base"  # made by: python examples/tiny_bunny.py examples/base
 DEFAULTS = {
-    "lr": 6e-4,
+    "lr": 3e-4,
     "lora_rank": 16,
     "lora_alpha": 32,
     "micro_batch_size": 32,

@@ -31,9 +31,10 @@ from examples import demo, shapes, tiny_bunny
 from examples.answer import chat_prompt, generate_answers
 from examples.unconditional import diagnose
 
-# Chosen on seeds 100 and above, which are not reported, and not touched afterwards.
-PAIRS, HELD_OUT = 768, 96  # 24 steps an epoch of 32
-COMMON = "--epochs 3 --lr 6e-4 --lora-rank 16 --lora-alpha 32 --batch-size 32 --micro-batch-size 32 --workers 0 "
+# Fixed on seeds 101 and 102, which are not reported, and not touched afterwards. Grounding there of DPO and mDPO was .52 and
+# .57 at a learning rate of 1e-4, .49 and .66 at 3e-4, .57 and .66 at 1e-3; the middle one was taken for all methods.
+PAIRS, HELD_OUT = 1536, 96  # 48 steps an epoch of 32
+COMMON = "--epochs 3 --lr 3e-4 --lora-rank 16 --lora-alpha 32 --batch-size 32 --micro-batch-size 32 --workers 0 "
 COMMON += f"--no-checkpointing --eval-size {HELD_OUT} --limit {PAIRS + HELD_OUT}"
 
 QUICK = {  # Figure 1 and Table 2
@@ -49,8 +50,11 @@ METHODS = QUICK | {
     "MoCo v2": "--reject moco",
     "anchors y_w, y_l": "--anchors chosen rejected",  # Table 4
     "anchors y_w, m_l": "--anchors chosen image_rejected",
+    "DPO, lr 1e-3": "--no-conditional --anchors none --lr 1e-3",  # does the comparison rest on the learning rate?
+    "mDPO, lr 1e-3": "--lr 1e-3",
 }
-for size, epochs in ((96, 24), (192, 12), (384, 6)):  # Figure 5, as many steps as the others
+MIN_BASE_AUC = 0.75  # a base that cannot tell what is there from what is not is undertrained: its seed is not used
+for size, epochs in ((192, 24), (384, 12), (768, 6)):  # Figure 5, as many steps as the others
     for method in ("DPO", "mDPO"):
         METHODS[f"{method}, {size} pairs"] = f"{METHODS[method]} --limit {size} --epochs {epochs} --eval-size 0"
 
@@ -135,6 +139,10 @@ def run_method(out, seed, method, n_scenes):
         if method != "base":
             model = peft.PeftModel.from_pretrained(model, run).eval()
         result = examine(model, processor, shapes.make_exam(n_scenes, seed))
+        if method == "base" and result["yes_no_auc"] < MIN_BASE_AUC:
+            raise RuntimeError(
+                f"seed {seed}: its base model sees too little ({result['yes_no_auc']:.2f}); take another seed"
+            )
         if method != "base":
             held_out = read_examples(str(folder / "held_out" / "silkie.json"))
             margins = diagnose(model, processor, held_out, batch_size=40)
