@@ -411,11 +411,11 @@ class Pairs(torch.utils.data.Dataset):
 
     The images are lists where an example has several: each is rejected on its own. A rejected image is a pure function
     of (seed, epoch, index): policy and reference share it, and a resumed run meets it again. "random" takes an image of
-    `pool` (default: the examples' own) that is not among the example's.
+    `pool` (default: the examples' own) that is not among the example's. fixed: every epoch sees the first one's.
     """
 
-    def __init__(self, examples, strategy="crop", crop=CROP, seed=0, pool=None):
-        self.examples, self.strategy, self.crop, self.seed = examples, strategy, crop, seed
+    def __init__(self, examples, strategy="crop", crop=CROP, seed=0, pool=None, fixed=False):
+        self.examples, self.strategy, self.crop, self.seed, self.fixed = examples, strategy, crop, seed, fixed
         self.pool = sorted({image for example in (pool or examples) for image in example.images})
         if strategy == "random" and any(set(self.pool) == set(example.images) for example in examples):
             raise BadInput("rejected images of strategy 'random' need more different images in the data")
@@ -424,7 +424,7 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.examples)
 
     def __getitem__(self, key):
-        epoch, index = key
+        epoch, index = (0, key[1]) if self.fixed else key
         example = self.examples[index]
         rng = random.Random(f"{self.seed} {epoch} {index}")
         images, rejected_images = [], []

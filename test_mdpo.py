@@ -570,7 +570,7 @@ def test_step_0_loss_is_3_ln_2(family, request):
     """Policy and reference are the same network at step 0, so each of the three terms is ln 2: any difference of image,
     dropout or adapter between the two passes shows here."""
     model, processor = with_lora(request.getfixturevalue(family))
-    losses, _ = train.forward(model, make_batch(ITEMS, processor), ARGS)
+    losses, *_ = train.forward(model, make_batch(ITEMS, processor), ARGS)
     assert losses.tolist() == pytest.approx([3 * math.log(2)] * 3, abs=1e-5)
 
 
@@ -583,7 +583,7 @@ def test_reference_is_the_base_model(bunny):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     moved = response_logps(model, batch)
-    _, metrics = train.forward(model, batch, ARGS)
+    _, metrics, _ = train.forward(model, batch, ARGS)
     assert metrics["rewards/chosen"].abs().min() > 1e-3
     torch.testing.assert_close(metrics["rewards/chosen"], 0.1 * (moved.chosen - base.chosen).detach())
 
@@ -1029,6 +1029,32 @@ def test_resume_after_sigkill_is_exact(bunny, small, tmp_path, where):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+@pytest.mark.parametrize("flags", ["--fixed-crops", "--no-conditional --anchors none"])
+def test_the_reference_is_asked_once_where_its_images_do_not_change(bunny, small, tmp_path, monkeypatch, flags):
+    """A third of the later epochs' work. The kept log-probabilities must be the example's own, survive a resume bit for
+    bit, and never be used where each epoch draws a new crop."""
+    forward, given = train.forward, []
+    count = lambda model, batch, args, known: given.append(known is not None) or forward(model, batch, args, known)
+    monkeypatch.setattr(train, "forward", count)
+    kept, cut, asked = (tmp_path / name for name in ("kept", "cut", "asked"))
+    assert train.main(command(bunny, small, kept, *flags.split())) == 0
+    assert given == [False] * 4 + [True] * 4  # 2 epochs of 4 micro-batches
+    with monkeypatch.context() as patched:
+        stop_at_3 = lambda bar, record: record["step"] == 3 and os.kill(os.getpid(), signal.SIGTERM)
+        patched.setattr(train, "show", stop_at_3)
+        assert train.main(command(bunny, small, cut, *flags.split())) == 128 + signal.SIGTERM
+    assert train.main(command(bunny, small, cut, *flags.split(), "--resume")) == 0
+    assert all(torch.equal(v, adapter(kept)[k]) for k, v in adapter(cut).items())
+    monkeypatch.setattr(train, "forward", lambda model, batch, args, known: forward(model, batch, args))
+    assert train.main(command(bunny, small, asked, *flags.split())) == 0
+    for ours, theirs in zip(log_of(kept), log_of(asked), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    given.clear()
+    monkeypatch.setattr(train, "forward", count)
+    assert train.main(command(bunny, small, tmp_path / "fresh")) == 0 and not any(given)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_save_before_leaving(finished, bunny, small, tmp_path, monkeypatch, capsys, number):
     """A cluster's preemption must not cost an epoch."""
@@ -1365,7 +1391,7 @@ def test_miniature_study_runs_restarts_and_shows_the_robust_sign(tmp_path, monke
     monkeypatch.setattr(miniature, "PAIRS", 192)
     monkeypatch.setattr(miniature, "HELD_OUT", 64)
     flags = miniature.COMMON.partition("--no-checkpointing")[0]
-    monkeypatch.setattr(miniature, "COMMON", f"{flags} --no-checkpointing --eval-size 64 --limit 256")
+    monkeypatch.setattr(miniature, "COMMON", f"{flags} --no-checkpointing --eval-size 64 --limit 256 --lr 2e-3")
     methods = ["base", "DPO", "mDPO"]
     threads = torch.get_num_threads()
     miniature.prepare_seed(tmp_path, 0)
@@ -1569,11 +1595,13 @@ def test_throughput_compares_like_with_like(monkeypatch, tmp_path, capsys):
                                image_size=32, patch_size=8)  # fmt: skip
     monkeypatch.setitem(throughput.SHAPES, "tiny", (text, vision))
     monkeypatch.setattr(throughput, "peak_memory", lambda *args: 1.0)  # starts a process for each
+    make_items = throughput.make_items
+    monkeypatch.setattr(throughput, "make_items", lambda n: make_items(min(n, 8)))
     throughput.main(["--rounds", "1", "--json", str(tmp_path / "out.jsonl"), "--device", "cpu"])
     assert "x authors" in capsys.readouterr().out
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert records[0]["checkpointing"] == {"ours": True, "authors": True} and not records[0]["grouped"]
-    assert all(rate > 0 for rate in records[3]["data_examples_per_second_by_workers"].values())
+    assert all(rate > 0 for rate in records[4]["data_examples_per_second_by_workers"].values())
 
     model, processor = throughput.make_model("tiny", "cpu", torch.float32, 8)
     items = throughput.make_items(1)

@@ -322,15 +322,16 @@ def ignore_interrupts(worker_id):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one stops the workers
 
 
-def forward(model, batch, args):
-    """One batch -> losses (B,), metrics: both passes and the loss."""
+def forward(model, batch, args, ref_logps=None):
+    """One batch -> losses (B,), metrics, and the reference's log-probabilities, computed here unless they are known."""
     batch = to_device(batch, args.device)
     with precision(args.device):
         image_features = encode_images(model, batch)
-        with torch.no_grad(), model.disable_adapter():
-            ref_logps = response_logps(model, batch, image_features)
+        if ref_logps is None:
+            with torch.no_grad(), model.disable_adapter():
+                ref_logps = response_logps(model, batch, image_features)
         policy_logps = response_logps(model, batch, image_features)
-    return mdpo_loss(policy_logps, ref_logps, args.beta, args.delta, args.conditional, args.anchors)
+    return *mdpo_loss(policy_logps, ref_logps, args.beta, args.delta, args.conditional, args.anchors), ref_logps
 
 
 def precision(device):
@@ -428,13 +429,13 @@ class Mean:
 def evaluate(model, loader, args):
     mean = Mean()
     for batch in tqdm(loader, desc="held out", leave=False, disable=None):
-        mean.add(*forward(model, batch, args))
+        mean.add(*forward(model, batch, args)[:2])
     return {f"eval/{name}": value for name, value in mean.result().items()}
 
 
 def train(model, processor, examples, held_out, args, out):
     """The training loop: every step of the plan that `out` has not seen yet. Returns the signal that stopped it, or 0."""
-    pairs = Pairs(examples, args.reject, args.crop, args.seed, pool=examples + held_out)
+    pairs = Pairs(examples, args.reject, args.crop, args.seed, examples + held_out, args.fixed_crops)
     eval_keys = micro_batches([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
     eval_pairs = Pairs(held_out, args.reject, args.crop, args.seed, pool=examples + held_out)
     evaluate_now = partial(
@@ -449,20 +450,27 @@ def train(model, processor, examples, held_out, args, out):
     length = lambda index: sum(map(len, texts[index]))
     plan = plan_steps(len(examples), args.batch_size, args.epochs, args.seed, length)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup * len(plan)), len(plan))
-    done = load_checkpoint(out, model, optimizer, schedule) if args.resume else 0
+    # Where the images do not change between epochs, the reference is asked in the first only.
+    needs_image_rejected = args.conditional or "image_rejected" in args.anchors
+    reuse_ref = args.fixed_crops or not needs_image_rejected
+    ref_cache = torch.zeros(len(examples), 3 if needs_image_rejected else 2, device=args.device)
+    done = load_checkpoint(out, model, optimizer, schedule, ref_cache) if args.resume else 0
     start_log(out, done)
     if held_out and done == 0:
         append_log(out, {"step": 0, **evaluate_now()})
 
-    needs_image_rejected = args.conditional or "image_rejected" in args.anchors
     todo = [micro for keys in plan[done:] for micro in micro_batches(keys, args.micro_batch_size)]
     batches = iter(make_loader(pairs, todo, processor, args, needs_image_rejected)) if todo else iter(())
     model.train()
     with StopSignals() as stop, tqdm(total=len(plan), initial=done, desc="mDPO", dynamic_ncols=True) as bar:
         for step, keys in enumerate(plan[done:], done + 1):
             started, mean = time.perf_counter(), Mean()
-            for _ in micro_batches(keys, args.micro_batch_size):
-                losses, metrics = forward(model, next(batches), args)
+            for micro in micro_batches(keys, args.micro_batch_size):
+                indices = [i for _, i in micro]
+                known = LogPs(*ref_cache[indices].T) if reuse_ref and micro[0][0] > 0 else None
+                losses, metrics, ref_logps = forward(model, next(batches), args, known)
+                if reuse_ref and known is None:
+                    ref_cache[indices] = torch.stack(ref_logps[: ref_cache.shape[1]], 1)
                 (losses.sum() / len(keys)).backward()  # the mean of the whole batch, whatever the micro-batches
                 mean.add(losses, metrics)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -483,7 +491,7 @@ def train(model, processor, examples, held_out, args, out):
             append_log(out, record)
             show(bar, record)
             if end_of_epoch or stop or (args.save_every and step % args.save_every == 0):
-                save_checkpoint(out, step, model, optimizer, schedule)
+                save_checkpoint(out, step, model, optimizer, schedule, ref_cache)
             if stop and step < len(plan):
                 return stop[0]
     model.save_pretrained(out, save_embedding_layers=False)
@@ -582,19 +590,20 @@ def write_whole(path, text):
     os.replace(temporary, path)
 
 
-def save_checkpoint(out, step, model, optimizer, schedule):
+def save_checkpoint(out, step, model, optimizer, schedule, ref_cache):
     """All that a resumed run needs: order, crops and random images are pure functions of the seed."""
     state = {
         "step": step,
         "adapter": {name: p for name, p in model.named_parameters() if p.requires_grad},
         "optimizer": optimizer.state_dict(),
         "schedule": schedule.state_dict(),
+        "ref_cache": ref_cache,
     }
     torch.save(state, out / "checkpoint.pt.tmp")
     os.replace(out / "checkpoint.pt.tmp", out / "checkpoint.pt")
 
 
-def load_checkpoint(out, model, optimizer, schedule):
+def load_checkpoint(out, model, optimizer, schedule, ref_cache):
     """-> the number of steps done, 0 if the run was stopped before its first checkpoint."""
     path = out / "checkpoint.pt"
     if not path.exists():
@@ -606,6 +615,7 @@ def load_checkpoint(out, model, optimizer, schedule):
                 parameter.copy_(state["adapter"][name])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
+    ref_cache.copy_(state["ref_cache"])
     return state["step"]
 
 
@@ -675,6 +685,8 @@ def parse_args(argv):
     add("--max-length", type=int, default=2048, metavar="N", help="tokens of prompt and one response (authors' config)")
     add("--reject", choices=STRATEGIES, default="crop", help="how the rejected image is made (Table 3)")
     add("--crop", type=float, nargs=2, default=CROP, metavar=("LO", "HI"), help="share of the area that a crop keeps (Table 3)")
+    add("--fixed-crops", action="store_true", help="one rejected image an example for the whole run, where the paper draws "
+        "one each time; the reference is then asked in the first epoch only")
     add("--no-image", action="store_true", help="the data without images, DPO (No Image) of Fig. 1: no conditional term, "
         "and no anchor unless --anchors asks for one")
     add = parser.add_argument_group("loss").add_argument

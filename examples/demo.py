@@ -1,6 +1,5 @@
 """The built-in example, `python train.py --demo`: the shapes world, a base model that answers from habit, 800 pairs."""
 
-import random
 from pathlib import Path
 
 from examples import shapes
@@ -8,7 +7,7 @@ from examples.answer import generate_answers
 
 BASE = Path(__file__).parent / "base"  # made by: python examples/tiny_bunny.py examples/base
 DEFAULTS = {
-    "lr": 3e-4,
+    "lr": 1e-3,
     "lora_rank": 16,
     "lora_alpha": 32,
     "micro_batch_size": 32,
@@ -27,7 +26,7 @@ def demo_paths(out=None):
     return str(BASE), str(folder / "data" / "silkie.json"), out or str(folder / "out")
 
 
-def write_demo(data, n_pairs=800, seed=0):
+def write_demo(data, n_pairs=720, seed=0):
     """Write the preference pairs to the path `data`, and their images beside it."""
     shapes.write_pairs(Path(data).parent, n_pairs, seed)
 
@@ -47,11 +46,17 @@ def report(model, processor, folder, n_scenes=60, seed=0):
     for name in ("hallucination_rate", "chair_s", "false_premise", "yes_no", "malformed", "length"):
         lines.append(f"  {name:28} {scores[0][name]:10.3f} {scores[1][name]:9.3f}")
 
-    at = 5 * random.Random(seed).randrange(n_scenes)
+    shown = (0, 2, 4)  # of a picture's five questions
+    claims = [
+        [shapes.parse_answer(question, text) for (*_, question), text in zip(exam, answers)]
+        for answers in (base, tuned)
+    ]
+    changed = [at for at in range(0, len(exam), 5) if any(claims[0][at + i] != claims[1][at + i] for i in shown)]
+    at = (changed or [0])[0]
     path = Path(folder) / "picture.png"
     exam[at][1].resize((256, 256)).save(path)
     truth = shapes.answer_text(("describe",), shapes.claims_of(exam[at][0], ("describe",)), polite=False)
-    lines.append(f"\n{path}: {truth}")
-    for i in (at, at + 2, at + 4):
+    lines.append(f"\nthe first picture about which an answer changed, {path}: {truth}")
+    for i in (at + i for i in shown):
         lines.append(f"  {asked[i][1]:34} before: {base[i]}\n  {'':34} after:  {tuned[i]}")
     return "\n".join(lines)

@@ -114,6 +114,26 @@ def our_losses(model, batch, args):
     return train.forward(model, batch, args)[0]
 
 
+def reference_known(model, batch, args):
+    return train.forward(model, batch, args, LogPs(*torch.zeros(3, batch["batch_size"], device=args.device)))[0]
+
+
+def encoding_twice(model, batch, args):
+    batch = to_device(batch, args.device)
+    with train.precision(args.device):
+        with torch.no_grad(), model.disable_adapter():
+            ref_logps = response_logps(model, batch)
+        return mdpo_loss(response_logps(model, batch), ref_logps, args.beta)[0]
+
+
+def all_logits(model, batch, args):
+    """Logits at every position, of which those that predict response tokens are picked afterwards."""
+    everywhere = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    targets = torch.zeros_like(everywhere).scatter(1, batch["predictors"], batch["targets"])
+    field = torch.full_like(everywhere, -1).scatter(1, batch["predictors"], batch["target_field"])
+    return our_losses(model, batch | {"predictors": everywhere, "targets": targets, "target_field": field}, args)
+
+
 def authors_losses(model, batch, args):
     batch = to_device(batch, args.device)
     with train.precision(args.device):
@@ -139,7 +159,7 @@ def plain_batch(items, processor):
     return batch | {"is_response": mask}
 
 
-def trl_step(model, processor, items, args):
+def trl_step(model, processor, items, checkpointing, args):
     """-> a function that takes a step of TRL's DPOTrainer up to the backward pass, on these items."""
     from trl import DPOConfig, DPOTrainer
 
@@ -147,7 +167,7 @@ def trl_step(model, processor, items, args):
 
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(items), beta=args.beta, report_to="none",
-        bf16=args.device == "cuda", use_cpu=args.device == "cpu", gradient_checkpointing=args.checkpointing,
+        bf16=args.device == "cuda", use_cpu=args.device == "cpu", gradient_checkpointing=checkpointing,
         remove_unused_columns=False, max_length=None,
     )  # fmt: skip
     rows = trl_dataset(items)
@@ -228,19 +248,19 @@ def memory_now(device, peak=False):
     return int(Path("/proc/self/status").read_text().partition(line)[2].split()[0]) / 2**20
 
 
-def prepare(args, checkpointing):
-    """-> (peft model, processor, micro-batches of items). The items are grouped by length, as in training."""
+def prepare(args, checkpointing, grouped):
+    """-> (peft model, processor, micro-batches of items, which `grouped` orders by length as training does)."""
     model, processor = make_model(args.shape, args.device, args.dtype, rank=64 if args.shape != "tiny" else 8)
     if checkpointing:
         train.enable_checkpointing(model)
     items = make_items(16)
-    if args.grouped:
+    if grouped:
         items.sort(key=lambda item: sum(map(len, item[:3])))
     return model.train(), processor, train.micro_batches(items, args.micro_batch_size)
 
 
 def measure_memory(args):
-    model, processor, groups = prepare(args, args.checkpointing)
+    model, processor, groups = prepare(args, args.checkpointing, True)
     batches = [make_batch(groups[-1], processor)] if args.only == "ours" else [plain_batch(groups[-1], processor)]
     stepper = Stepper(args.only, model, batches, our_losses if args.only == "ours" else authors_losses, args)
     gc.collect()
@@ -250,13 +270,24 @@ def measure_memory(args):
     print(memory_now(args.device, peak=True) - before)
 
 
+def in_turns(steppers, n_batches, rounds):
+    """Time the first of the steppers against each other -> {name: {"median", "low", "high"}} of how many times as long."""
+    for stepper in steppers:
+        for _ in range(2):
+            stepper.step()
+    for _ in range(rounds):
+        for stepper in steppers:
+            stepper.times.append(sum(stepper.step() for _ in range(n_batches)) / n_batches)
+    ours, *others = steppers
+    ratios = {other.name: sorted(b / a for a, b in zip(ours.times, other.times)) for other in others}
+    return {name: {"median": statistics.median(r), "low": r[0], "high": r[-1]} for name, r in ratios.items()}
+
+
 def compare(args, ours_checkpointing, authors_checkpointing, grouped):
-    """Time ours against the authors' scheme (and TRL's), in turns -> a record."""
-    args.grouped = grouped
-    model, processor, groups = prepare(args, ours_checkpointing)
+    """Time ours against the authors' scheme (and TRL's) -> a record."""
+    model, processor, groups = prepare(args, ours_checkpointing, grouped)
     ours = Stepper("ours", model, [make_batch(group, processor) for group in groups], our_losses, args)
-    args.grouped = False
-    model_of_authors, _, in_order = prepare(args, authors_checkpointing)
+    model_of_authors, _, in_order = prepare(args, authors_checkpointing, False)
     model_of_authors.load_state_dict(model.state_dict())
     theirs = Stepper(
         "authors", model_of_authors, [plain_batch(group, processor) for group in in_order], authors_losses, args
@@ -264,17 +295,9 @@ def compare(args, ours_checkpointing, authors_checkpointing, grouped):
     check_equal(model, processor, in_order[0], args)
     rivals = [ours, theirs]
     if args.trl:
-        step = trl_step(
-            model_of_authors, processor, in_order[0], Namespace(**vars(args), checkpointing=authors_checkpointing)
-        )
+        step = trl_step(model_of_authors, processor, in_order[0], authors_checkpointing, args)
         rivals.append(Stepper("trl", model_of_authors, [step], None, args))
-    for rival in rivals:
-        for _ in range(2):
-            rival.step()
-    for _ in range(args.rounds):
-        for rival in rivals:
-            rival.times.append(sum(rival.step() for _ in groups) / len(groups))
-    ratios = {r.name: sorted(b / a for a, b in zip(ours.times, r.times)) for r in rivals[1:]}
+    speedup = in_turns(rivals, len(groups), args.rounds)
     seconds = statistics.median(ours.times)
     flops = sum(useful_flops(model, batch) for batch in ours.batches) / len(ours.batches)
     tokens = sum((batch["segments"] > 0).sum().item() for batch in ours.batches) / len(ours.batches)
@@ -282,13 +305,39 @@ def compare(args, ours_checkpointing, authors_checkpointing, grouped):
         "shape": args.shape, "device": args.device, "micro_batch_size": args.micro_batch_size, "grouped": grouped,
         "checkpointing": {"ours": ours_checkpointing, "authors": authors_checkpointing},
         "examples_per_second": {r.name: args.micro_batch_size / statistics.median(r.times) for r in rivals},
-        "real_tokens_per_second": tokens / seconds,
-        "speedup": {name: {"median": statistics.median(r), "low": r[0], "high": r[-1]} for name, r in ratios.items()},
+        "real_tokens_per_second": tokens / seconds, "speedup": speedup,
         "useful_share_of_matmul_rate": flops * args.micro_batch_size / seconds / args.matmul_rate,
         "hours_for_10k_x_3": 30_000 * seconds / args.micro_batch_size / 3600,
     }  # fmt: skip
     print(json.dumps(record), flush=True)
     return record
+
+
+def one_by_one(args):
+    """What each measure gains alone: the time of a step without it, over the time with all of them -> a record."""
+    model, processor, groups = prepare(args, False, True)
+    model_checkpointing, _, in_order = prepare(args, True, False)
+    packed = [make_batch(group, processor) for group in groups]
+    steppers = [
+        Stepper("ours", model, packed, our_losses, args),
+        Stepper("packed rows", model, [make_batch(g, processor, "plain") for g in groups], our_losses, args),
+        Stepper("images encoded once for both passes", model, packed, encoding_twice, args),
+        Stepper("logits of response tokens only", model, packed, all_logits, args),
+        Stepper(
+            "examples of like length side by side",
+            model,
+            [make_batch(g, processor) for g in in_order],
+            our_losses,
+            args,
+        ),
+        Stepper("activations kept (--no-checkpointing)", model_checkpointing, packed, our_losses, args),
+        Stepper("reference kept after epoch 1 (--fixed-crops)", model, packed, reference_known, args),
+    ]
+    gains = in_turns(steppers, len(groups), args.rounds)
+    kept = gains["reference kept after epoch 1 (--fixed-crops)"]  # here the stepper has the measure, ours has not
+    kept.update({"median": 1 / kept["median"], "low": 1 / kept["high"], "high": 1 / kept["low"]})
+    print(json.dumps({"gain_alone": gains}), flush=True)
+    return gains
 
 
 @torch.no_grad()
@@ -339,7 +388,7 @@ def main(argv=None):
     train.quiet_libraries()
     torch.set_num_threads(args.threads)
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    args.beta, args.delta, args.conditional, args.anchors, args.grouped = 0.1, 0.0, True, ["chosen"], True
+    args.beta, args.delta, args.conditional, args.anchors = 0.1, 0.0, True, ["chosen"]
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
     if args.only:
@@ -350,9 +399,9 @@ def main(argv=None):
         "ours at its best, authors' defaults": (False, True, True),
     }
     records = {name: compare(args, *setting) for name, setting in settings.items()}
-    memory = {s: peak_memory(args, s, True) for s in ("ours", "authors")} | {
-        "ours, no checkpointing": peak_memory(args, "ours", False)
-    }
+    gains = one_by_one(args)
+    memory = {scheme: peak_memory(args, scheme, True) for scheme in ("ours", "authors")}
+    memory["ours, no checkpointing"] = peak_memory(args, "ours", False)
     print(json.dumps({"peak_memory_above_weights_gib": memory}))
     rates = data_side(args, make_model("tiny", "cpu", torch.float32, 8)[1])
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
@@ -366,11 +415,15 @@ def main(argv=None):
         rate, share = record["examples_per_second"]["ours"], record["useful_share_of_matmul_rate"]
         print(f"    {rate:.2f} examples/s, {record['real_tokens_per_second']:.0f} real tokens/s, {share:.0%} of the matmul rate, "
               f"{record['hours_for_10k_x_3']:.2f} h for 10K x 3 epochs")  # fmt: skip
+    print("  a step without it takes, alone:")
+    for name, gain in gains.items():
+        print(f"    {gain['median']:.2f}x {name} ({gain['low']:.2f} to {gain['high']:.2f})")
     print("  peak memory above the weights, GiB: " + ", ".join(f"{name} {gib:.2f}" for name, gib in memory.items()))
     print("  data, examples/s by workers: " + ", ".join(f"{n}: {rate:.0f}" for n, rate in rates.items()))
     if args.json:
         lines = [
             *records.values(),
+            {"gain_alone": gains},
             {"peak_memory_above_weights_gib": memory},
             {"data_examples_per_second_by_workers": rates},
         ]
