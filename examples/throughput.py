@@ -361,7 +361,7 @@ def data_side(args, processor):
             records.append({"image": f"{i}.jpg", "question": question, "chosen": chosen, "rejected": rejected})
         (Path(folder) / "data.json").write_text(json.dumps(records))
         pairs = Pairs(read_examples(Path(folder) / "data.json"))
-        keys = train.micro_batches([(epoch, i) for epoch in range(4) for i in range(64)], 4)
+        keys = train.micro_batches([(epoch, i) for epoch in range(4) for i in range(len(pairs))], 4)
         for workers in [n for n in (0, 1, 2, 4, 8, 16) if n <= (os.cpu_count() or 1)]:
             loader_args = Namespace(layout="packed", max_length=2048, workers=workers, device=args.device)
             loader = iter(train.make_loader(pairs, keys, processor, loader_args, True))
