@@ -466,6 +466,17 @@ def test_what_is_not_exact_is_noticed(family, monkeypatch, capsys):
         causal = lambda segments: torch.ones(len(segments), 1, *segments.shape[1:] * 2, dtype=torch.bool).tril()
         patch.setattr(mdpo, "packed_attention_mask", causal)
         assert train.layout_error(model, processor, ITEMS[:2], "packed", HERE) > 0.01
+        # Even if the library's call agreed with it, y_l feeling a change of y_w would give it away.
+        batch = make_batch(ITEMS[:2], processor)
+        with torch.no_grad():
+            logps, example = mdpo.token_logps(model, batch), torch.arange(4)[:, None] % 2
+        mine = lambda item, field: (batch["target_field"] == field) & (example == ITEMS.index(item))
+        agree = lambda model, processor, item, field, device: (
+            batch["targets"][mine(item, field)],
+            logps[mine(item, field)],
+        )
+        patch.setattr(train, "library_logps", agree)
+        assert train.layout_error(model, processor, ITEMS[:2], "packed", HERE) > 0.01
     make = data.make_batch
     without = lambda batch: batch | {"processor_keys": [k for k in batch["processor_keys"] if k != "mm_token_type_ids"]}
     monkeypatch.setattr(train, "make_batch", lambda *args: without(make(*args)))
