@@ -93,19 +93,19 @@ def in_folder(out, seed):
         yield folder
 
 
-def prepare_seed(out, seed):
+def prepare_seed(out, seed, world=shapes.SMALL):
     """Base model, pairs and held-out pairs of a seed, made once: each is renamed into place when it is whole.
 
-    The base of seed 0 is the one kept in examples/base.
+    The base of seed 0 in the small world is the one kept in examples/base.
     """
     with in_folder(out, seed) as folder:
         makers = {
-            "model": lambda path: (
-                tiny_bunny.write_base(path, seed, progress=False) if seed else shutil.copytree(demo.BASE, path)
-            ),
-            "data": lambda path: shapes.write_pairs(path, PAIRS + HELD_OUT, seed),
-            "held_out": lambda path: shapes.write_pairs(path, 200, f"held out {seed}"),
+            "model": lambda path: tiny_bunny.write_base(path, seed, progress=False, world=world),
+            "data": lambda path: shapes.write_pairs(path, PAIRS + HELD_OUT, seed, world),
+            "held_out": lambda path: shapes.write_pairs(path, 200, f"held out {seed}", world),
         }
+        if seed == 0 and world == shapes.SMALL:
+            makers["model"] = lambda path: shutil.copytree(demo.BASE, path)
         for name, make in makers.items():
             if not (folder / name).exists():
                 shutil.rmtree(folder / "unfinished", ignore_errors=True)
@@ -113,7 +113,7 @@ def prepare_seed(out, seed):
                 (folder / "unfinished").rename(folder / name)
 
 
-def run_method(out, seed, method, n_scenes):
+def run_method(out, seed, method, n_scenes, world=shapes.SMALL):
     """Train and examine one method -> its metrics; taken from result.json if that is there."""
     with in_folder(out, seed) as folder:
         run = folder / re.sub(r"\W+", "-", method).strip("-")
@@ -122,23 +122,14 @@ def run_method(out, seed, method, n_scenes):
         if method == "base":
             run.mkdir(exist_ok=True)
         else:
-            paths = [
-                "--model",
-                folder / "model",
-                "--data",
-                folder / "data" / "silkie.json",
-                "--out",
-                run,
-                "--seed",
-                seed,
-            ]
+            paths = {"model": folder / "model", "data": folder / "data" / "silkie.json", "out": run, "seed": seed}
             flags = f"{COMMON} {METHODS[method]}" + " --overwrite" * (run / "args.json").exists()
-            if train.main([*map(str, paths), *flags.split()]):
+            if train.main([*(f"--{name}={value}" for name, value in paths.items()), *flags.split()]):
                 raise RuntimeError(f"seed {seed}, {method}: training failed, see {folder / 'log.txt'}")
         model, processor = train.load_model(str(folder / "model"))
         if method != "base":
             model = peft.PeftModel.from_pretrained(model, run).eval()
-        result = examine(model, processor, shapes.make_exam(n_scenes, seed))
+        result = examine(model, processor, shapes.make_exam(n_scenes, seed, world))
         if method == "base" and result["yes_no_auc"] < MIN_BASE_AUC:
             raise RuntimeError(
                 f"seed {seed}: its base model sees too little ({result['yes_no_auc']:.2f}); take another seed"
@@ -198,15 +189,23 @@ PREDICTIONS = {
 }
 
 
+# The order of the paper's Tables 2 and 3, mDPO first. In the small world Table 3 was not expected to hold: a crop of so
+# small a picture shows nothing of what is said, so that it is told from the whole at a glance. In the large one, where it
+# leaves more, it was.
+ORDERS = ("minus conditional", "minus anchored", "crop 20-50%", "random image", "MoCo v2")
+
+
 def verdicts(by_seed, summary):
-    """A line for each prediction: in how many seeds it held. All need the methods of QUICK."""
-    if not QUICK.keys() <= summary.keys():
-        return "(the predictions need the methods of --quick)"
+    """A line for each prediction: in how many seeds it held."""
     lines = []
-    for claim, holds in PREDICTIONS.items():
+    for claim, holds in PREDICTIONS.items() if QUICK.keys() <= summary.keys() else ():
         held = sum(bool(holds(methods)) for methods in by_seed.values())
         lines.append(f"  {held} of {len(by_seed)} seeds: {claim}")
-    if len(by_seed) > 1:
+    for other in ORDERS if "mDPO" in summary else ():
+        if other in summary:
+            ahead = sum(methods["mDPO"]["grounding"] > methods[other]["grounding"] for methods in by_seed.values())
+            lines.append(f"  {ahead} of {len(by_seed)} seeds: mDPO is above {other} in grounding")
+    if len(by_seed) > 1 and QUICK.keys() <= summary.keys():
         (mean, sd), (mean_no_image, sd_no_image) = summary["DPO"]["grounding"], summary["DPO (No Image)"]["grounding"]
         within = abs(mean - mean_no_image) <= max(sd, sd_no_image)
         lines.append(f"  {'holds' if within else 'fails'}: DPO is within one sd of DPO (No Image) in grounding")
@@ -250,16 +249,20 @@ def main(argv=None):
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"(default: all) {', '.join(METHODS)}"
     )
+    parser.add_argument(
+        "--world", choices=("small", "large"), default="small", help="large: up to five shapes, 48 pixels"
+    )
     parser.add_argument("--scenes", type=int, default=200, help="held-out images, five questions each")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--figure", type=Path, help="draw a PNG here (needs matplotlib)")
     args = parser.parse_args(argv)
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2, 3, 4])
     methods = ["base", *(args.methods or (QUICK if args.quick else METHODS))]
+    world = {"small": shapes.SMALL, "large": shapes.LARGE}[args.world]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        for _ in pool.map(prepare_seed, *zip(*[(args.out, seed) for seed in seeds])):
+        for _ in pool.map(prepare_seed, *zip(*[(args.out, seed, world) for seed in seeds])):
             pass  # an error is raised here
-        tasks = [(args.out, seed, method, args.scenes) for seed in seeds for method in methods]
+        tasks = [(args.out, seed, method, args.scenes, world) for seed in seeds for method in methods]
         results = iter(list(tqdm(pool.map(run_method, *zip(*tasks)), "runs", len(tasks))))
     by_seed = {str(seed): {method: next(results) for method in methods} for seed in seeds}
     summary = summarize(by_seed)

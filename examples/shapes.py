@@ -13,6 +13,7 @@ import json
 import random
 import re
 import statistics
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -31,24 +32,35 @@ CARELESSNESS = dict(zip(SHAPES, (0.30, 0.40, 0.48, 0.56, 0.64, 0.72)))  # chance
 # ------------------------------------------------------------------------------------------------- scenes, questions
 
 
-def random_scene(rng, habitual=0.0, cells=4, most=3):
-    """{shape: (colour, cell)}: one to `most` different shapes; a share `habitual` of them in their habitual colour."""
-    shapes = rng.sample(SHAPES, rng.randint(1, most))
-    spots = rng.sample(range(cells), len(shapes))
+class World(NamedTuple):
+    """Scenes of one to `most` shapes on a grid x grid picture; a cell is 16 pixels, or 2 x 2 patches, wide."""
+
+    grid: int
+    most: int
+
+
+SMALL, LARGE = World(grid=2, most=3), World(grid=3, most=5)
+CELL = 16
+
+
+def random_scene(rng, habitual=0.0, world=SMALL):
+    """{shape: (colour, cell)}: different shapes in reading order; a share `habitual` of them in their habitual colour."""
+    shapes = rng.sample(SHAPES, rng.randint(1, world.most))
+    spots = rng.sample(range(world.grid**2), len(shapes))
     colour = lambda shape: HABIT[shape] if rng.random() < habitual else rng.choice(list(COLOURS))
-    return {shape: (colour(shape), spot) for shape, spot in zip(shapes, sorted(spots))}  # in reading order
+    return {shape: (colour(shape), spot) for shape, spot in zip(shapes, sorted(spots))}
 
 
-def draw_scene(scene, rng, grid=2, cell=16):
-    """A scene as a PIL image of grid * cell pixels a side; places and sizes are jittered."""
+def draw_scene(scene, rng, world=SMALL):
+    """A scene as a PIL image of grid * 16 pixels a side; places and sizes are jittered."""
     scale = 4  # drawn larger, then reduced, for smooth edges
-    side = grid * cell
+    grid, side = world.grid, world.grid * CELL
     image = Image.new("RGB", (side * scale, side * scale), (45, 45, 45))
     draw = ImageDraw.Draw(image)
     for shape, (colour, spot) in scene.items():
-        radius = rng.uniform(0.36, 0.46) * cell * scale
-        x = (spot % grid + 0.5 + rng.uniform(-0.05, 0.05)) * cell * scale
-        y = (spot // grid + 0.5 + rng.uniform(-0.05, 0.05)) * cell * scale
+        radius = rng.uniform(0.36, 0.46) * CELL * scale
+        x = (spot % grid + 0.5 + rng.uniform(-0.05, 0.05)) * CELL * scale
+        y = (spot // grid + 0.5 + rng.uniform(-0.05, 0.05)) * CELL * scale
         box, fill = (x - radius, y - radius, x + radius, y + radius), COLOURS[colour]
         if shape == "circle":
             draw.ellipse(box, fill)
@@ -140,34 +152,34 @@ def parse_answer(question, text):
 # ---------------------------------------------------------------------------------------------------------- pairs
 
 
-def scene_for(question, rng):
+def scene_for(question, rng, world=SMALL):
     """Another scene, drawn from P(scene | question), by rejection."""
     while True:
-        scene = random_scene(rng, habitual=0.25)
+        scene = random_scene(rng, 0.25, world)
         if question[0] == "describe" or random_question(scene, rng) == question:
             return scene
 
 
-def make_pair(rng, carelessness=0.75, polite_chosen=0.9, other_scene=0.3):
+def make_pair(rng, world=SMALL, carelessness=0.75, polite_chosen=0.9, other_scene=0.3):
     """-> (scene, question, chosen, rejected), texts that differ; see the module's text."""
     while True:
-        scene = random_scene(rng, habitual=0.25)
+        scene = random_scene(rng, 0.25, world)
         question = random_question(scene, rng)
-        about = scene_for(question, rng) if rng.random() < other_scene else scene
+        about = scene_for(question, rng, world) if rng.random() < other_scene else scene
         chosen = answer_text(question, claims_of(scene, question, rng, carelessness), rng.random() < polite_chosen)
         rejected = answer_text(question, claims_of(about, question, rng, carelessness), rng.random() >= polite_chosen)
         if chosen != rejected:
             return scene, question, chosen, rejected
 
 
-def write_pairs(folder, n, seed=0, **options):
+def write_pairs(folder, n, seed=0, world=SMALL):
     """Write n preference pairs in the authors' format: folder/silkie.json and folder/images -> path of the file."""
     rng = random.Random(f"pairs {seed}")
     (folder / "images").mkdir(parents=True)
     records = []
     for number in range(n):
-        scene, question, chosen, rejected = make_pair(rng, **options)
-        draw_scene(scene, rng).save(folder / "images" / f"{number}.png")
+        scene, question, chosen, rejected = make_pair(rng, world)
+        draw_scene(scene, rng, world).save(folder / "images" / f"{number}.png")
         prompt = f"{BUNNY_SYSTEM} USER: <image>\n{question_text(question)} ASSISTANT:"
         record = {"img_path": f"images/{number}.png", "prompt": prompt, "chosen": chosen, "rejected": rejected}
         records.append(record)
@@ -179,13 +191,13 @@ def write_pairs(folder, n, seed=0, **options):
 # --------------------------------------------------------------------------------------------------------- metrics
 
 
-def make_exam(n_scenes, seed=0):
+def make_exam(n_scenes, seed=0, world=SMALL):
     """Held-out questions: [(scene, image, question)], five a scene, colours uniform: habit is no help."""
     rng = random.Random(f"exam {seed}")
     exam = []
     for _ in range(n_scenes):
-        scene = random_scene(rng)
-        image = draw_scene(scene, rng)
+        scene = random_scene(rng, world=world)
+        image = draw_scene(scene, rng, world)
         absent = rng.choice([shape for shape in SHAPES if shape not in scene])
         questions = [("describe",), ("colour", rng.choice(list(scene))), ("colour", absent)]
         questions += [existence_question(scene, rng, true) for true in (True, False)]

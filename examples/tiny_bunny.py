@@ -120,7 +120,7 @@ def write_weights(folder, model):
 # ------------------------------------------------------------------------------------------------------ the base model
 
 
-def write_base(folder, seed=0, steps=1800, scenes=12, lr=2e-3, progress=True):
+def write_base(folder, seed=0, steps=1800, scenes=12, lr=2e-3, progress=True, world=shapes.SMALL):
     """Make a model that sees but answers from habit, and write it as a Bunny checkpoint -> the folder.
 
     First the vision tower learns to name shape and colour under each patch: without it the language model would not
@@ -129,41 +129,43 @@ def write_base(folder, seed=0, steps=1800, scenes=12, lr=2e-3, progress=True):
     rng = random.Random(f"base {seed}")
     texts = []
     for _ in range(400):
-        question, answer = question_and_answer(shapes.random_scene(rng, habitual=0.25), rng)
+        question, answer = question_and_answer(shapes.random_scene(rng, 0.25, world), rng)
         texts.append(f"{BUNNY_SYSTEM} USER: \\n{question} ASSISTANT: {answer}")
-    write_bunny(folder, texts, hidden=96, layers=3, tower_hidden=64, vision_tower="shapes-patch8-32", seed=seed)
+    tower = f"shapes-patch8-{world.grid * shapes.CELL}"
+    write_bunny(folder, texts, hidden=96, layers=3, tower_hidden=64, vision_tower=tower, seed=seed)
     model, processor = load_model(str(folder))
-    learn_to_see(model, rng, progress)
-    learn_to_answer(model.train(), processor, rng, steps, scenes, lr, progress)
+    learn_to_see(model, rng, progress, world)
+    learn_to_answer(model.train(), processor, rng, steps, scenes, lr, progress, world)
     write_weights(folder, model)
     return folder
 
 
-def pixels(scenes, rng):
-    """Scenes -> (B, 3, 32, 32), normalised as Bunny's processor does."""
-    images = [torch.from_numpy(numpy.asarray(shapes.draw_scene(scene, rng)).copy()) for scene in scenes]
+def pixels(scenes, rng, world):
+    """Scenes -> (B, 3, H, W), normalised as Bunny's processor does."""
+    images = [torch.from_numpy(numpy.asarray(shapes.draw_scene(scene, rng, world)).copy()) for scene in scenes]
     return torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def tower_features(model, pixel_values):
-    """What `get_image_features` gives the projector: (B, 16, 64)."""
+    """What `get_image_features` gives the projector: (B, patches, 64)."""
     return model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1]
 
 
-def learn_to_see(model, rng, progress, steps=400, batch_size=64):
+def learn_to_see(model, rng, progress, world, steps=400, batch_size=64):
+    side = 2 * world.grid  # patches, 2 x 2 of them a cell
     names = ([None, *shapes.SHAPES], [None, *shapes.COLOURS])
     heads = torch.nn.ModuleList(torch.nn.Linear(64, len(kinds)) for kinds in names)
     parameters = [*model.model.vision_tower.requires_grad_(True).parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1e-3)
     for _ in tqdm(range(steps), "learning to see", disable=not progress):
-        scenes = [shapes.random_scene(rng) for _ in range(batch_size)]
-        labels = torch.zeros(2, batch_size, 4, 4, dtype=torch.long)  # 4 x 4 patches, 2 x 2 of them a cell
+        scenes = [shapes.random_scene(rng, world=world) for _ in range(batch_size)]
+        labels = torch.zeros(2, batch_size, side, side, dtype=torch.long)
         for b, scene in enumerate(scenes):
             for shape, (colour, spot) in scene.items():
-                y, x = divmod(spot, 2)
+                y, x = divmod(spot, world.grid)
                 for label, kinds, kind in zip(labels, names, (shape, colour)):
                     label[b, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2] = kinds.index(kind)
-        features = tower_features(model, pixels(scenes, rng))
+        features = tower_features(model, pixels(scenes, rng, world))
         loss = sum(F.cross_entropy(head(features).flatten(0, 1), label.flatten()) for head, label in zip(heads, labels))
         loss.backward()
         optimizer.step()
@@ -177,17 +179,17 @@ def question_and_answer(scene, rng):
     return shapes.question_text(question), shapes.answer_text(question, claims, polite=rng.random() < 0.5)
 
 
-def learn_to_answer(model, processor, rng, steps, n_scenes, lr, progress, questions=8):
+def learn_to_answer(model, processor, rng, steps, n_scenes, lr, progress, world, questions=8):
     """Supervised tuning. A row is one image and several questions, each blind to the others, as in mDPO's packed rows."""
     tokenizer = processor.tokenizer
-    prefix = tokenizer(f"{BUNNY_SYSTEM} USER: {BUNNY_IMAGE_TOKEN * 16}\n").input_ids
+    prefix = tokenizer(f"{BUNNY_SYSTEM} USER: {BUNNY_IMAGE_TOKEN * (2 * world.grid) ** 2}\n").input_ids
     tokens = functools.cache(lambda text: tokenizer(text).input_ids)
     parameters = [p for name, p in model.requires_grad_(True).named_parameters() if "vision_tower" not in name]
     model.model.vision_tower.requires_grad_(False)
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
     for _ in tqdm(range(steps), "learning to answer", disable=not progress):
-        scenes = [shapes.random_scene(rng, habitual=0.25) for _ in range(n_scenes)]
+        scenes = [shapes.random_scene(rng, 0.25, world) for _ in range(n_scenes)]
         columns = {name: [] for name in ("input_ids", "segments", "position_ids", "predictors", "targets")}
         for scene in scenes:
             row = {"input_ids": prefix[:], "segments": [1] * len(prefix), "position_ids": [*range(len(prefix))]}
@@ -205,7 +207,7 @@ def learn_to_answer(model, processor, rng, steps, n_scenes, lr, progress, questi
                 columns[name].append(torch.tensor(values))
         batch = {k: pad_sequence(v, True, -100 if k == "targets" else 0) for k, v in columns.items()}
         with torch.no_grad():
-            seen = tower_features(model, pixels(scenes, rng))
+            seen = tower_features(model, pixels(scenes, rng, world))
         features = SimpleNamespace(pooler_output=list(model.model.multi_modal_projector(seen)))
         logits = model(
             input_ids=batch["input_ids"],
