@@ -1605,7 +1605,9 @@ def test_throughput_compares_like_with_like(monkeypatch, tmp_path, capsys):
     vision = throughput.siglip(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                                image_size=32, patch_size=8)  # fmt: skip
     monkeypatch.setitem(throughput.SHAPES, "tiny", (text, vision))
-    monkeypatch.setattr(throughput, "peak_memory", lambda *args: 1.0)  # starts a process for each
+    monkeypatch.setattr(
+        throughput, "peak_memory", lambda *args: {"before": 1.0, "above": 1.0}
+    )  # starts a process for each
     make_items = throughput.make_items
     monkeypatch.setattr(throughput, "make_items", lambda n: make_items(min(n, 8)))
     throughput.main(["--rounds", "1", "--json", str(tmp_path / "out.jsonl"), "--device", "cpu"])
