@@ -37,9 +37,10 @@ class World(NamedTuple):
 
     grid: int
     most: int
+    base_steps: int  # of its base model's training; with fewer it does not look when asked what is there
 
 
-SMALL, LARGE = World(grid=2, most=3), World(grid=3, most=5)
+SMALL, LARGE = World(2, 3, base_steps=1800), World(3, 5, base_steps=4500)
 CELL = 16
 
 

@@ -120,7 +120,7 @@ def write_weights(folder, model):
 # ------------------------------------------------------------------------------------------------------ the base model
 
 
-def write_base(folder, seed=0, steps=1800, scenes=12, lr=2e-3, progress=True, world=shapes.SMALL):
+def write_base(folder, seed=0, progress=True, world=shapes.SMALL):
     """Make a model that sees but answers from habit, and write it as a Bunny checkpoint -> the folder.
 
     First the vision tower learns to name shape and colour under each patch: without it the language model would not
@@ -135,7 +135,7 @@ def write_base(folder, seed=0, steps=1800, scenes=12, lr=2e-3, progress=True, wo
     write_bunny(folder, texts, hidden=96, layers=3, tower_hidden=64, vision_tower=tower, seed=seed)
     model, processor = load_model(str(folder))
     learn_to_see(model, rng, progress, world)
-    learn_to_answer(model.train(), processor, rng, steps, scenes, lr, progress, world)
+    learn_to_answer(model.train(), processor, rng, progress, world)
     write_weights(folder, model)
     return folder
 
@@ -179,7 +179,7 @@ def question_and_answer(scene, rng):
     return shapes.question_text(question), shapes.answer_text(question, claims, polite=rng.random() < 0.5)
 
 
-def learn_to_answer(model, processor, rng, steps, n_scenes, lr, progress, world, questions=8):
+def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questions=8, lr=2e-3):
     """Supervised tuning. A row is one image and several questions, each blind to the others, as in mDPO's packed rows."""
     tokenizer = processor.tokenizer
     prefix = tokenizer(f"{BUNNY_SYSTEM} USER: {BUNNY_IMAGE_TOKEN * (2 * world.grid) ** 2}\n").input_ids
@@ -187,8 +187,8 @@ def learn_to_answer(model, processor, rng, steps, n_scenes, lr, progress, world,
     parameters = [p for name, p in model.requires_grad_(True).named_parameters() if "vision_tower" not in name]
     model.model.vision_tower.requires_grad_(False)
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    for _ in tqdm(range(steps), "learning to answer", disable=not progress):
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, world.base_steps // 20, world.base_steps)
+    for _ in tqdm(range(world.base_steps), "learning to answer", disable=not progress):
         scenes = [shapes.random_scene(rng, 0.25, world) for _ in range(n_scenes)]
         columns = {name: [] for name in ("input_ids", "segments", "position_ids", "predictors", "targets")}
         for scene in scenes:
@@ -228,14 +228,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1800)
-    parser.add_argument("--lr", type=float, default=2e-3)
     args = parser.parse_args(argv)
     if args.folder.exists():
         sys.exit(f"error: {args.folder}: already exists")
     quiet_libraries()
     torch.set_num_threads(1)  # so that any machine of a kind makes the same weights
-    write_base(args.folder, args.seed, args.steps, lr=args.lr)
+    write_base(args.folder, args.seed)
 
 
 if __name__ == "__main__":
