@@ -173,7 +173,7 @@ def trl_step(model, processor, items, checkpointing, args):
     rows = trl_dataset(items)
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=processor)
     batch = trainer.data_collator([rows[i] for i in range(len(rows))])
-    return lambda: trainer.training_step(trainer.model, to_device(batch, args.device))
+    return lambda: trainer.compute_loss(trainer.model, to_device(batch, args.device)).backward()
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
