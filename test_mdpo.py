@@ -450,6 +450,16 @@ def test_each_family_trains_saves_reloads_and_answers(family, small, tmp_path):
     assert isinstance(answer, str)
 
 
+def test_images_are_encoded_once_where_a_model_takes_them_encoded(family, monkeypatch):
+    """Policy and reference share one encoding; a model whose forward pass has no room for it must still see its images."""
+    folder, model, processor = family
+    assert mdpo.encode_images(model, make_batch(ITEMS[:2], processor)) is not None
+    monkeypatch.setattr(mdpo, "encode_images", lambda model, batch: None)
+    monkeypatch.setattr(train, "encode_images", lambda model, batch: None)
+    layout = "plain" if folder.name == "gemma3" else "packed"
+    assert train.layout_error(model, processor, SIZES, layout, HERE) < 1e-5
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
 def test_what_is_not_exact_is_noticed(family, monkeypatch, capsys):
     """The choice of layout must rest on a measurement that can fail: positions in a line instead of in space, a response

@@ -269,7 +269,7 @@ def main(names):
             with model.disable_adapter():
                 before = generate_answers(model, processor, [ask], 6)
             after = generate_answers(model, processor, [ask], 6)
-            print(f"{name:16} {layout:8} {errors['packed']:14.1e} {errors['plain']:13.1e}   {before + after}")
+            print(f"{name:16} {layout:8} {errors['packed']:14.1e} {errors['plain']:13.1e}   {ascii(before + after)}")
 
 
 if __name__ == "__main__":

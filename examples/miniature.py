@@ -268,7 +268,11 @@ def main(argv=None):
     by_seed = {str(seed): {method: next(results) for method in methods} for seed in seeds}
     summary = summarize(by_seed)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    record = {"commit": commit, "arguments": {"seeds": seeds, "methods": methods, "scenes": args.scenes, "world": args.world}, "common": COMMON}
+    record = {
+        "commit": commit,
+        "arguments": {"seeds": seeds, "methods": methods, "scenes": args.scenes, "world": args.world},
+        "common": COMMON,
+    }
     record |= {"methods": METHODS, "summary": summary, "seeds": by_seed}
     train.write_whole(args.out / "results.json", json.dumps(record, indent=1))
     print(f"{table(summary)}\n\n{verdicts(by_seed, summary)}\n\n{args.out / 'results.json'}")
