@@ -147,7 +147,8 @@ def curves(out, beta=0.1):
     """Change of log p(y_w) and image-conditional accuracy on held-out pairs, after each epoch: lists, and their ends."""
     records = [record for record in train.read_log(out) if "eval/loss" in record]
     result = {"chosen_curve": [record["eval/rewards/chosen"] / beta for record in records]}
-    result["image_accuracy_curve"] = [record.get("eval/rewards/image_accuracies", 0.5) for record in records]
+    if records and "eval/rewards/image_accuracies" in records[0]:  # not without images
+        result["image_accuracy_curve"] = [record["eval/rewards/image_accuracies"] for record in records]
     return result | {name.removesuffix("_curve"): values[-1] for name, values in result.items() if values}
 
 
@@ -223,10 +224,15 @@ def draw(by_seed, path):
     colours = {"DPO": "tab:red", "mDPO": "tab:blue", "minus anchored": "tab:orange", "minus conditional": "tab:green"}
     for method in ("DPO", "mDPO", "minus anchored"):
         for axis, name in ((left, "chosen_curve"), (middle, "image_accuracy_curve")):
-            for methods in by_seed.values():
-                axis.plot(methods[method][name], color=colours[method], alpha=0.25, linewidth=1)
-            mean = [statistics.mean(values) for values in zip(*(m[method][name] for m in by_seed.values()))]
-            axis.plot(mean, color=colours[method], label=method)
+            start = int(axis is middle)  # before training no image margin is above 0: all are 0
+            curves_of = [methods[method][name][start:] for methods in by_seed.values()]
+            mean, epochs = (
+                [statistics.mean(values) for values in zip(*curves_of)],
+                range(start, start + len(curves_of[0])),
+            )
+            for curve in curves_of:
+                axis.plot(epochs, curve, color=colours[method], alpha=0.25, linewidth=1)
+            axis.plot(epochs, mean, color=colours[method], label=method)
     left.axhline(0, color="grey", linewidth=0.5)
     left.set(title="change of log p(y_w), held out (nats)", xlabel="epoch")
     middle.set(title="image-conditional accuracy, held out", xlabel="epoch")
