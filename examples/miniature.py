@@ -267,8 +267,7 @@ def main(argv=None):
     methods = ["base", *(args.methods or (QUICK if args.quick else METHODS))]
     world = {"small": shapes.SMALL, "large": shapes.LARGE}[args.world]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        for _ in pool.map(prepare_seed, *zip(*[(args.out, seed, world) for seed in seeds])):
-            pass  # an error is raised here
+        list(pool.map(prepare_seed, *zip(*[(args.out, seed, world) for seed in seeds])))  # raises what a worker raised
         tasks = [(args.out, seed, method, args.scenes, world) for seed in seeds for method in methods]
         results = iter(list(tqdm(pool.map(run_method, *zip(*tasks)), "runs", len(tasks))))
     by_seed = {str(seed): {method: next(results) for method in methods} for seed in seeds}
