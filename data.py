@@ -443,7 +443,7 @@ class Pairs(torch.utils.data.Dataset):
 
 # ------------------------------------------------------------------------------------------------------------ batch
 
-# Rows of an example: (which image: 0 is m_w and 1 m_l, which responses: indices into LogPs).
+# Sequences of an example: (which image: 0 is m_w and 1 m_l, which responses: indices into LogPs).
 LAYOUTS = {
     "packed": ((0, (0, 1)), (1, (2,))),  # [m_w | q | y_w | y_l], [m_l | q | y_w]
     "plain": ((0, (0,)), (0, (1,)), (1, (2,))),  # [m_w | q | y_w], [m_w | q | y_l], [m_l | q | y_w]
@@ -451,52 +451,62 @@ LAYOUTS = {
 
 
 def make_batch(items, processor, layout="packed", image_rejected=True, max_length=2048):
-    """Lay B examples out as rows of tokens, for `mdpo.response_logps`.
+    """Lay B examples out as sequences of tokens, for `mdpo.response_logps`.
 
     items: B tuples (question, chosen, rejected, image, rejected_image). The question is text, or chat messages as in
         `Example`; the images are PIL RGB, or lists of them, or None: no images.
     processor: an image-text-to-text processor with a chat template; its tokenizer has a pad token.
-    layout: "packed" (2 rows an example) or "plain" (3). image_rejected: False leaves out the rows with m_l.
+    layout: "packed": 2 sequences an example, all end to end in R = 1 row without padding; or "plain": 3, a row each.
+    image_rejected: False leaves out the sequences with m_l.
     max_length: tokens of prompt and one response; a longer response is cut on the right, the prompt never is.
-    Returns a dict; its R rows are ordered by kind, then by example:
+    Returns a dict; sequences are ordered by kind, then by example:
         input_ids (R, T)
-        packed: segments, position_ids (R, T), see `mdpo.packed_attention_mask`; plain: attention_mask (R, T)
+        packed: position_ids (R, T), and lengths, the list of tokens in each sequence's prefix and each of its responses,
+            see `mdpo.PackedMask`; plain: attention_mask (R, T)
         predictors, targets (R, K): positions whose logits predict a response token, and these tokens
-        target_field (R, K): the index into `LogPs` that a token counts for, -1 in padding
+        slots (R, K): the response that a token counts for, index into LogPs * B + example; -1 in padding
         processor_keys: names of what else the processor returned; each is in the dict, too, such as pixel_values with
-            the images of all rows in order, or token types, (R, T), which are 0 for the responses
+            the images of all sequences in order, or token types, (R, T), which are 0 for the responses
         batch_size: B; has_image_rejected
     Raises BadInput where a prompt leaves no room for a response, or where the processor does what rows cannot follow.
     """
     tokenized = [tokenize(processor, *item[:3], len(as_list(item[3]))) for item in items]
     kinds = LAYOUTS[layout][: None if image_rejected else -1]
-    rows = [(tokenized[i], as_list(items[i][3 + image]), fields) for image, fields in kinds for i in range(len(items))]
-    prefixes, image_inputs = expand_prefixes(processor, [row[:2] for row in rows])
-    columns = {name: [] for name in ("segments", "position_ids", "predictors", "targets", "target_field", *prefixes[0])}
-    for (tokens, _, fields), prefix in zip(rows, prefixes):
-        start = len(prefix["input_ids"])
+    sequences = [(i, image, fields) for image, fields in kinds for i in range(len(items))]
+    prefixes, image_inputs = expand_prefixes(
+        processor, [(tokenized[i], as_list(items[i][3 + image])) for i, image, _ in sequences]
+    )
+    rows, lengths = [], []
+    for (i, _, fields), prefix in zip(sequences, prefixes):
+        if layout == "plain" or not rows:
+            rows.append({name: [] for name in ("position_ids", "predictors", "targets", "slots", *prefix)})
+        row, start = rows[-1], len(prefix["input_ids"])
         room = room_for_response(start, max_length)
-        row = {name: [] for name in columns} | prefix
-        row |= {"segments": [1] * start, "position_ids": list(range(start))}
+        for name, values in prefix.items():
+            row[name] += values
+        row["position_ids"] += range(start)
+        last, lengths_here = len(row["input_ids"]) - 1, [start]
         for field_index in fields:
-            response = tokens.responses[field_index == 1][:room]  # y_l for field 1, else y_w
+            response = tokenized[i].responses[field_index == 1][:room]  # y_l for field 1, else y_w
             end = len(row["input_ids"])
             # The prefix's last token predicts the first of each response, which goes on where the prefix ended.
-            row["predictors"] += [start - 1, *range(end, end + len(response) - 1)]
+            row["predictors"] += [last, *range(end, end + len(response) - 1)]
             row["position_ids"] += range(start, start + len(response))
-            row["segments"] += [2 + field_index] * len(response)
-            row["target_field"] += [field_index] * len(response)
+            row["slots"] += [field_index * len(items) + i] * len(response)
             row["targets"] += response
             row["input_ids"] += response
             for name in prefix.keys() - {"input_ids"}:
                 row[name] += [0] * len(response)
-        for name, values in row.items():
-            columns[name].append(torch.tensor(values))
+            lengths_here.append(len(response))
+        lengths.append(lengths_here)
 
-    padding = {"input_ids": processor.tokenizer.pad_token_id, "target_field": -1}
+    padding = {"input_ids": processor.tokenizer.pad_token_id, "slots": -1}
+    columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
     batch = {name: pad_sequence(values, True, padding.get(name, 0)) for name, values in columns.items()} | image_inputs
-    if layout == "plain":
-        batch["attention_mask"] = (batch.pop("segments") > 0).long()
+    if layout == "packed":
+        batch["lengths"] = lengths
+    else:
+        batch["attention_mask"] = pad_sequence([torch.ones(sum(sequence), dtype=torch.long) for sequence in lengths], True)
         del batch["position_ids"]
     keys = [*image_inputs, *(prefixes[0].keys() - {"input_ids"})]
     return batch | {"processor_keys": keys, "batch_size": len(items), "has_image_rejected": image_rejected}

@@ -98,38 +98,75 @@ def unwrapped(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def packed_attention_mask(segments):
-    """(R, T) segment of each token -> (R, 1, T, T) bool: which keys (last dim) each query may attend to.
+class PackedMask(torch.Tensor):
+    """The attention mask of sequences that lie end to end in one row: a token sees the prefix and its own response.
 
-    Segment 0 is padding, 1 the prefix (image and question), 2 and above a response each. A response sees the prefix and
-    itself but no other response. Padding sees only padding: a row of the mask with nothing to see would give NaN.
+    lengths: of each sequence, the number of tokens of its prefix (image and question) and of each of its responses.
+    To a model it is a mask of shape (1, 1, N, N), passed on to `F.scaled_dot_product_attention` as it is. There it turns
+    into `packed_attention`, and no N x N numbers are ever held.
     """
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    same = segments[:, :, None] == segments[:, None, :]  # (R, T, T)
-    return (causal & (same | (segments[:, None, :] == 1) & (segments[:, :, None] > 0)))[:, None]
+
+    @staticmethod
+    def __new__(cls, lengths, device=None):
+        n_tokens = sum(map(sum, lengths))
+        mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, n_tokens, n_tokens).as_subclass(cls)
+        mask.lengths = lengths
+        return mask
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return packed_attention(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def packed_attention(query, key, value, attn_mask, **options):
+    """Attention under a `PackedMask`: (1, H, N, D) -> (1, H, N, D), every sequence by itself, in causal kernels.
+
+    A sequence's first response follows its prefix, so both are one causal block. Each further response has a block of its
+    own, which sees the prefix and itself.
+    """
+    options["is_causal"] = False
+    sizes = [n for prefix, first, *others in attn_mask.lengths for n in (prefix + first, *others)]
+    # One split of each tensor, since its backward pass is one concatenation; a slice's is as long as the row.
+    blocks = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
+    outputs = []
+    for prefix, _, *others in attn_mask.lengths:
+        q, k, v = next(blocks)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, **options | {"is_causal": True}))
+        for length in others:
+            q, *own = next(blocks)
+            k, v = (torch.cat([first[:, :, :prefix], other], 2) for first, other in zip((k, v), own))
+            sees = torch.ones(length, prefix + length, dtype=torch.bool, device=q.device).tril(prefix)
+            outputs.append(F.scaled_dot_product_attention(q, k, v, sees, **options))
+    # Side by side as (1, N, H, D), which is what the next layer reads.
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1).transpose(1, 2)
 
 
 def packed_positions(model, batch):
-    """Position ids of packed rows: (R, T), or (3, R, T) for a model that places an image's tokens in space (Qwen-VL)."""
+    """Position ids of packed rows: (1, N), or (3, 1, N) for a model that places an image's tokens in space (Qwen-VL)."""
     positions = batch["position_ids"]
     rope_index = getattr(unwrapped(model).base_model, "get_rope_index", None)
     if rope_index is None or "pixel_values" not in batch:
         return positions
     accepted = inspect.signature(rope_index).parameters
     known = {name: batch[name] for name in ("input_ids", *batch["processor_keys"]) if name in accepted}
-    in_a_line, _ = rope_index(**known, attention_mask=(batch["segments"] > 0).long())  # as if y_l followed y_w
-    return in_a_line.gather(-1, positions.expand_as(in_a_line))
+    in_a_line, _ = rope_index(**known, attention_mask=torch.ones_like(positions))  # as if all followed one another
+    lengths = torch.tensor([sum(sequence) for sequence in batch["lengths"]], device=positions.device)
+    starts = (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=positions.shape[1])  # (N,)
+    at = lambda index: in_a_line.gather(-1, index.expand_as(in_a_line))
+    return at(starts + positions) - at(starts)
 
 
 def token_logps(model, batch, image_features=None):
     """Log-probability of each token in batch["targets"]: (R, K) float32, in nats. Arguments as of `response_logps`."""
     inputs = {name: batch[name] for name in ("input_ids", *batch["processor_keys"])}
     inputs |= {"logits_to_keep": batch["predictors"], "use_cache": False}
-    if "segments" in batch:
+    if "lengths" in batch:
         implementation = model.config.get_text_config()._attn_implementation
         if implementation != "sdpa":
             raise ValueError(f"packed rows need attn_implementation='sdpa', the model has {implementation!r}")
-        inputs["attention_mask"] = packed_attention_mask(batch["segments"])
+        inputs["attention_mask"] = PackedMask(batch["lengths"], batch["input_ids"].device)
         inputs["position_ids"] = packed_positions(model, batch)
     else:
         inputs["attention_mask"] = batch["attention_mask"]
@@ -148,14 +185,13 @@ def response_logps(model, batch, image_features=None):
     """Summed log-probabilities of the responses in a batch of `data.make_batch`; gradients flow.
 
     model: an image-text-to-text model of transformers, plain or wrapped by peft.
-    batch: R rows of T tokens; either packed rows, [m_w|q|y_w|y_l] and [m_l|q|y_w], or plain rows of one response each.
+    batch: one packed row of sequences, [m_w|q|y_w|y_l] and [m_l|q|y_w], or plain rows of one response each.
     image_features: of `encode_images(model, batch)`, so that two passes can share them; encoded here if None.
     Returns `LogPs` of (B,) float32 tensors in nats, end-of-sequence included.
-    Raises ValueError for packed rows under an attention implementation other than SDPA: eager attention *adds* the
-    boolean mask as 0 and 1, and is silently wrong.
+    Raises ValueError for a packed row under an attention implementation other than SDPA, which its mask is made for.
     """
     logps = token_logps(model, batch, image_features)
-    logps = logps.view(-1, batch["batch_size"], logps.shape[1])  # (R / B, B, K)
-    belongs_to = batch["target_field"].view_as(logps)  # index into LogPs; -1 where the K slots are padded
-    fields = range(3 if batch["has_image_rejected"] else 2)
-    return LogPs(*(torch.where(belongs_to == field, logps, 0).sum((0, 2)) for field in fields))
+    n_fields, n_examples = 3 if batch["has_image_rejected"] else 2, batch["batch_size"]
+    slots = torch.arange(n_fields * n_examples, device=logps.device)[:, None]
+    sums = torch.where(batch["slots"].flatten() == slots, logps.flatten(), 0).sum(1)  # (n_fields * B,)
+    return LogPs(*sums.view(n_fields, n_examples))

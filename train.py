@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,6 @@ from data import (
     encode_prompts,
     make_batch,
     read_examples,
-    texts_of,
     to_device,
     tokenize,
 )
@@ -187,10 +186,11 @@ def bunny_config(name_or_path, config, processor):
     with safe_open(cached_file(name_or_path, file_of[layer.format(0)]), "pt") as weights:
         intermediate_size, hidden_size = weights.get_slice(layer.format(0)).get_shape()
     patch_size, image_size = bunny_patch_and_image_size(name_or_path, config)
+    text_config = {k: v for k, v in config.items() if k not in ("model_type", "auto_map") and v is not None}
+    if text_config.get("hidden_act") == "gelu_new":
+        text_config["hidden_act"] = "gelu_pytorch_tanh"  # the same function, in one kernel in place of eight
     return transformers.LlavaConfig(
-        text_config=transformers.PhiConfig(
-            **{k: v for k, v in config.items() if k not in ("model_type", "auto_map") and v is not None}
-        ),
+        text_config=transformers.PhiConfig(**text_config),
         vision_config=transformers.SiglipVisionConfig(
             hidden_size=hidden_size,
             intermediate_size=intermediate_size,
@@ -256,6 +256,24 @@ def enable_checkpointing(model):
     model.get_decoder().disable_input_require_grads()  # a need of reentrant checkpointing alone
 
 
+class LoraLinear(peft.tuners.lora.Linear):
+    """peft's LoRA layer, y = W x + b + scale * B A x, in which the last matrix product also scales and adds.
+
+    peft's own forward pass writes B A x, its scaled copy and the sum one after the other. Here A and B may be float32
+    where the rest is bf16: they are rounded as they are used, and autocast is not needed.
+    """
+
+    def forward(self, x):
+        *batch, _ = x.shape
+        x = x.flatten(0, -2)  # (tokens, in)
+        y = self.base_layer(x)  # (tokens, out)
+        if not (self.disable_adapters or self.merged):
+            (adapter,) = self.active_adapters
+            A, B = (side[adapter].weight.to(y.dtype) for side in (self.lora_A, self.lora_B))  # (r, in), (out, r)
+            y.addmm_(x.to(y.dtype) @ A.T, B.T, alpha=self.scaling[adapter])
+        return y.view(*batch, -1)
+
+
 def add_lora(model, rank=64, alpha=128, seed=0, targets=None):
     """Wrap `model` with LoRA on every linear layer of its language model, and on nothing else (paper 4.1).
 
@@ -269,7 +287,7 @@ def add_lora(model, rank=64, alpha=128, seed=0, targets=None):
         raise BadInput(f"--lora-targets {unknown[0]}: the linear layers of the language model are {', '.join(leaves)}")
     leaves = targets or leaves
     torch.manual_seed(seed)
-    return peft.get_peft_model(
+    model = peft.get_peft_model(
         model,
         peft.LoraConfig(
             r=rank,
@@ -278,22 +296,22 @@ def add_lora(model, rank=64, alpha=128, seed=0, targets=None):
             target_modules=rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(leaves)})",
         ),
     )
+    for module in model.modules():
+        if type(module) is peft.tuners.lora.Linear:
+            module.__class__ = LoraLinear
+    return model
 
 
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def plan_steps(n_examples, batch_size, epochs, seed, length=lambda index: 0):
-    """What each optimizer step sees: a list of lists of (epoch, index). A last, smaller batch is used, not dropped.
-
-    Within a batch examples are in order of their `length`: its mean is the same, and its micro-batches need less padding.
-    """
+def plan_steps(n_examples, batch_size, epochs, seed):
+    """What each optimizer step sees: a list of lists of (epoch, index). A last, smaller batch is used, not dropped."""
     plan = []
     for epoch in range(epochs):
         order = list(range(n_examples))
         random.Random(f"{seed} order {epoch}").shuffle(order)
-        batches = [sorted(order[at : at + batch_size], key=length) for at in range(0, n_examples, batch_size)]
-        plan += [[(epoch, i) for i in batch] for batch in batches]
+        plan += [[(epoch, i) for i in order[at : at + batch_size]] for at in range(0, n_examples, batch_size)]
     return plan
 
 
@@ -325,17 +343,12 @@ def ignore_interrupts(worker_id):
 def forward(model, batch, args, ref_logps=None):
     """One batch -> losses (B,), metrics, and the reference's log-probabilities, computed here unless they are known."""
     batch = to_device(batch, args.device)
-    with precision(args.device):
-        image_features = encode_images(model, batch)
-        if ref_logps is None:
-            with torch.no_grad(), model.disable_adapter():
-                ref_logps = response_logps(model, batch, image_features)
-        policy_logps = response_logps(model, batch, image_features)
+    image_features = encode_images(model, batch)
+    if ref_logps is None:
+        with torch.no_grad(), model.disable_adapter():
+            ref_logps = response_logps(model, batch, image_features)
+    policy_logps = response_logps(model, batch, image_features)
     return *mdpo_loss(policy_logps, ref_logps, args.beta, args.delta, args.conditional, args.anchors), ref_logps
-
-
-def precision(device):
-    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else nullcontext()
 
 
 # What the order of additions may change, in nats a token (root mean square over a response). In float32 anything wrong is
@@ -377,24 +390,26 @@ def layout_error(model, processor, items, layout, args):
     root_mean_square = lambda difference: difference.square().mean().sqrt()
     image_rejected = items[0][4] is not None
     batch = to_device(make_batch(items, processor, layout, image_rejected, args.max_length), args.device)
-    belongs_to = batch["target_field"]  # (R, K)
-    example = torch.arange(len(belongs_to), device=args.device)[:, None] % len(items)  # rows are by kind, then example
     errors = []
-    with precision(args.device):
-        image_features = encode_images(model, batch)
-        logps = token_logps(model, batch, image_features)  # (R, K)
-        for i, item in enumerate(items):
-            for field in range(3 if image_rejected else 2):
-                mine = (belongs_to == field) & (example == i)
-                n = mine.sum()  # a response that is too long is cut
-                tokens, expected = library_logps(model, processor, item, field, args.device)
-                if not tokens[:n].equal(batch["targets"][mine]):
-                    return math.inf
-                errors.append(root_mean_square(logps[mine] - expected[:n]))
-        if layout == "packed":
-            y_w, y_l = batch["segments"] == 2, belongs_to == 1
-            changed = batch | {"input_ids": batch["input_ids"].masked_fill(y_w, batch["targets"][0, 0].item())}
-            errors.append(root_mean_square(logps[y_l] - token_logps(model, changed, image_features)[y_l]))
+    image_features = encode_images(model, batch)
+    logps = token_logps(model, batch, image_features)  # (R, K)
+    for i, item in enumerate(items):
+        for field in range(3 if image_rejected else 2):
+            mine = batch["slots"] == field * len(items) + i  # (R, K)
+            n = mine.sum()  # a response that is too long is cut
+            tokens, expected = library_logps(model, processor, item, field, args.device)
+            if not tokens[:n].equal(batch["targets"][mine]):
+                return math.inf
+            errors.append(root_mean_square(logps[mine] - expected[:n]))
+    if layout == "packed":
+        y_l = (batch["slots"] >= len(items)) & (batch["slots"] < 2 * len(items))  # (1, K)
+        ids, at = batch["input_ids"].clone(), 0
+        for prefix, *responses in batch["lengths"]:
+            if len(responses) == 2:
+                ids[0, at + prefix : at + prefix + responses[0]] = ids[0, 0]
+            at += prefix + sum(responses)
+        changed = token_logps(model, batch | {"input_ids": ids}, image_features)
+        errors.append(root_mean_square(logps[y_l] - changed[y_l]))
     return torch.stack(errors).max().item()
 
 
@@ -445,9 +460,7 @@ def train(model, processor, examples, held_out, args, out):
     optimizer = torch.optim.AdamW(
         parameters, args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=args.device == "cuda"
     )
-    texts = [[*texts_of(example.question), example.chosen, example.rejected] for example in examples]
-    length = lambda index: sum(map(len, texts[index]))
-    plan = plan_steps(len(examples), args.batch_size, args.epochs, args.seed, length)
+    plan = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup * len(plan)), len(plan))
     # Where the images do not change between epochs, the reference is asked in the first only.
     needs_image_rejected = args.conditional or "image_rejected" in args.anchors
@@ -787,8 +800,6 @@ def run(args):
         examples = [example for i, example in enumerate(examples) if i not in held]
 
         cuda = args.device == "cuda"
-        if cuda:
-            torch.set_float32_matmul_precision("high")  # tf32 for what stays in float32
         model, processor = load_model(args.model, args.device, torch.bfloat16 if cuda else torch.float32)
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed, args.lora_targets)
         if args.resume:

@@ -13,11 +13,15 @@ Texts have lengths as in Silkie: questions of about 40 tokens, answers of about 
     trl          TRL's DPOTrainer: plain DPO, so two rows and no rejected image (needs trl)
 
 Before it times anything, ours and authors are checked to give equal log-probabilities. They are timed in turns, step by
-step, so that a change in the machine's speed meets both. A line of JSON for each measurement, a table last.
+step, so that a change in the machine's speed meets both: first with identical settings (the same checkpointing, LoRA
+layers and activation function; the authors' rows are padded on the right, so that their attention needs no mask), then
+ours without checkpointing against the authors' as released: with checkpointing, peft's own LoRA layers and Phi's own
+activation, under autocast on a GPU. Each measurement is a line of JSON as soon as it is there; a table comes last.
 
 Useful FLOPs are 2 x parameters x tokens for each of: the reference's forward pass, the policy's, and its backward pass,
 which is as dear as a forward pass, as frozen weights need no gradient. Counted are the language model's layers over real
-(unpadded) tokens, its head over response tokens, and the vision tower over patches. Recomputation and padding are not useful.
+(unpadded) tokens, its head over response tokens, and the vision tower over patches. Recomputation, attention's products
+of queries and keys, LoRA and padding are not counted.
 """
 
 import argparse
@@ -33,14 +37,17 @@ import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import patch
 
+import peft
 import torch
 import transformers
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import Pairs, make_batch, read_examples, to_device
+from data import LAYOUTS, Pairs, make_batch, read_examples, to_device
 from examples import tiny_bunny
 from mdpo import LogPs, mdpo_loss, response_logps, unwrapped
 
@@ -54,12 +61,13 @@ def siglip(**sizes):
 SHAPES = {  # language model, vision tower, patches a side
     "tiny": (
         transformers.PhiConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                               vocab_size=2560, attention_dropout=0.0, resid_pdrop=0.0),
+                               vocab_size=2560, hidden_act="gelu_pytorch_tanh", attention_dropout=0.0, resid_pdrop=0.0),
         siglip(hidden_size=48, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, image_size=216, patch_size=8),
     ),
     "bunny-3b": (
         transformers.PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32,
-                               vocab_size=51200, partial_rotary_factor=0.4, attention_dropout=0.0, resid_pdrop=0.0),
+                               vocab_size=51200, partial_rotary_factor=0.4, hidden_act="gelu_pytorch_tanh",
+                               attention_dropout=0.0, resid_pdrop=0.0),
         siglip(hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=384,
                patch_size=14),
     ),
@@ -114,39 +122,19 @@ def our_losses(model, batch, args):
     return train.forward(model, batch, args)[0]
 
 
-def reference_known(model, batch, args):
-    return train.forward(model, batch, args, LogPs(*torch.zeros(3, batch["batch_size"], device=args.device)))[0]
-
-
-def encoding_twice(model, batch, args):
-    batch = to_device(batch, args.device)
-    with train.precision(args.device):
-        with torch.no_grad(), model.disable_adapter():
-            ref_logps = response_logps(model, batch)
-        return mdpo_loss(response_logps(model, batch), ref_logps, args.beta)[0]
-
-
-def all_logits(model, batch, args):
-    """Logits at every position, of which those that predict response tokens are picked afterwards."""
-    everywhere = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
-    targets = torch.zeros_like(everywhere).scatter(1, batch["predictors"], batch["targets"])
-    field = torch.full_like(everywhere, -1).scatter(1, batch["predictors"], batch["target_field"])
-    return our_losses(model, batch | {"predictors": everywhere, "targets": targets, "target_field": field}, args)
-
-
 def authors_losses(model, batch, args):
     batch = to_device(batch, args.device)
-    with train.precision(args.device):
-        with torch.no_grad(), model.disable_adapter():
-            ref_logps = authors_logps(model, batch)
-        policy_logps = authors_logps(model, batch)
-    return mdpo_loss(policy_logps, ref_logps, args.beta)[0]
+    with torch.no_grad(), model.disable_adapter():
+        ref_logps = authors_logps(model, batch)
+    return mdpo_loss(authors_logps(model, batch), ref_logps, args.beta)[0]
 
 
 def authors_logps(model, batch):
-    """The library's own call on three padded rows an example, and logits of every position."""
-    names = ("input_ids", "attention_mask", "pixel_values")
-    logits = model(**{name: batch[name] for name in names}, use_cache=False).logits.float()
+    """The library's own call on three padded rows an example, and logits of every position.
+
+    Rows are padded on the right, where no token of a response looks: without a mask, attention takes its fastest path.
+    """
+    logits = model(batch["input_ids"], batch["pixel_values"], use_cache=False).logits.float()
     logps = logits[:, :-1].log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None])[..., 0]  # (3B, T - 1)
     return LogPs(*(logps * batch["is_response"]).sum(1).chunk(3))
 
@@ -155,7 +143,7 @@ def plain_batch(items, processor):
     """Three rows an example, with a mask (3B, T - 1) of the positions that predict a response token."""
     batch = make_batch(items, processor, "plain")
     mask = torch.zeros(batch["input_ids"].shape[0], batch["input_ids"].shape[1] - 1)
-    mask.scatter_add_(1, batch["predictors"], (batch["target_field"] >= 0).float())
+    mask.scatter_add_(1, batch["predictors"], (batch["slots"] >= 0).float())
     return batch | {"is_response": mask}
 
 
@@ -173,10 +161,95 @@ def trl_step(model, processor, items, checkpointing, args):
     rows = trl_dataset(items)
     trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=processor)
     batch = trainer.data_collator([rows[i] for i in range(len(rows))])
-    return lambda: trainer.compute_loss(trainer.model, to_device(batch, args.device)).backward()
+    return lambda: trainer.compute_loss(trainer.model, to_device(batch, args.device))
+
+
+def as_released(model):
+    """The model with peft's own LoRA layers, and the activation as Phi's config has it; see `autocast`."""
+    for module in model.modules():
+        if isinstance(module, train.LoraLinear):
+            module.__class__ = peft.tuners.lora.Linear
+        if hasattr(module, "activation_fn") and unwrapped(model).config.text_config.model_type == "phi":
+            module.activation_fn = transformers.activations.ACT2FN["gelu_new"]
+    return model
+
+
+def autocast(losses):
+    """bf16 as peft's own layers have it: their weights are float32."""
+
+    def under_autocast(model, batch, args):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
+            return losses(model, batch, args)
+
+    return under_autocast
+
+
+# ------------------------------------------------------------------------------ our step, less one measure at a time
+
+
+def reference_known(model, batch, args):
+    return train.forward(model, batch, args, LogPs(*torch.zeros(3, batch["batch_size"], device=args.device)))[0]
+
+
+def encoding_twice(model, batch, args):
+    batch = to_device(batch, args.device)
+    with torch.no_grad(), model.disable_adapter():
+        ref_logps = response_logps(model, batch)
+    return mdpo_loss(response_logps(model, batch), ref_logps, args.beta)[0]
+
+
+def all_logits(model, batch, args):
+    """Logits at every position of a packed row; those that predict no response token count for nothing."""
+    others = sorted({*range(batch["input_ids"].shape[1])} - {*batch["predictors"][0].tolist()})
+    append = lambda name, values: torch.cat([batch[name], torch.tensor([values])], 1)
+    batch = batch | {
+        "predictors": append("predictors", others),
+        "targets": append("targets", [0] * len(others)),
+        "slots": append("slots", [-1] * len(others)),
+    }
+    return our_losses(model, batch, args)
+
+
+def unshared_batch(items, processor):
+    """Three sequences an example, end to end as ours are: y_w and y_l each have a prefix of their own."""
+    with patch.dict(LAYOUTS, packed=LAYOUTS["plain"]):
+        return make_batch(items, processor)
+
+
+def padded_batch(items, processor):
+    """Our two sequences an example, as rows padded to the longest, under a boolean mask (2B, 1, T, T)."""
+    batch = make_batch(items, processor)
+    lengths = batch.pop("lengths")
+    tokens, answers = [sum(sequence) for sequence in lengths], [sum(sequence[1:]) for sequence in lengths]
+    rows = lambda values, sizes, padding=0: pad_sequence(values[0].split(sizes), True, padding)
+    parts = [torch.tensor([*range(1, len(s) + 1)]).repeat_interleave(torch.tensor(s)) for s in lengths]
+    part = pad_sequence(parts, True)  # (2B, T): 1 in the prefix, 2 and above in a response each, 0 in padding
+    causal = torch.ones(part.shape[1], part.shape[1], dtype=torch.bool).tril()
+    same, prefix = part[:, :, None] == part[:, None, :], (part[:, None, :] == 1) & (part[:, :, None] > 0)
+    starts = torch.tensor(tokens).cumsum(0) - torch.tensor(tokens)
+    return batch | {
+        "input_ids": rows(batch["input_ids"], tokens),
+        "position_ids": rows(batch["position_ids"], tokens),
+        "attention_mask": (causal & (same | prefix))[:, None],
+        "predictors": (rows(batch["predictors"], answers) - starts[:, None]).clamp(0),
+        "targets": rows(batch["targets"], answers),
+        "slots": rows(batch["slots"], answers, -1),
+        "processor_keys": [*batch["processor_keys"], "position_ids"],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
+
+
+def record(args, **measurement):
+    """Print a measurement as a line of JSON, and add it to the file of --json -> the measurement."""
+    line = json.dumps({"shape": args.shape, "device": args.device_name, "dtype": str(args.dtype),
+                       "micro_batch_size": args.micro_batch_size, **measurement})  # fmt: skip
+    print(line, flush=True)
+    if args.json:
+        with args.json.open("a") as file:
+            file.write(line + "\n")
+    return measurement
 
 
 def synchronize(device):
@@ -190,17 +263,14 @@ class Stepper:
     def __init__(self, name, model, batches, losses, args):
         self.name, self.model, self.batches, self.losses, self.args = name, model, batches, losses, args
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, 1e-5, fused=args.device == "cuda")
+        self.optimizer = torch.optim.AdamW(self.parameters, args.lr, fused=args.device == "cuda")
         self.times, self.count = [], 0
 
     def step(self):
         synchronize(self.args.device)
         started = time.perf_counter()
-        batch = self.batches[self.count % len(self.batches)]
-        if self.losses:
-            self.losses(self.model, batch, self.args).mean().backward()
-        else:
-            batch()
+        self.loss = self.losses(self.model, self.batches[self.count % len(self.batches)], self.args).mean()
+        self.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -214,7 +284,7 @@ def useful_flops(model, batch):
     model = unwrapped(model)
     count = lambda module: sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
     layers, head, tower = count(model.get_decoder().layers), count(model.lm_head), count(model.model.vision_tower)
-    tokens, targets = (batch["segments"] > 0).sum().item(), (batch["target_field"] >= 0).sum().item()
+    tokens, targets = batch["input_ids"].numel(), batch["targets"].numel()
     patches = len(batch["pixel_values"]) * model.config.image_seq_length
     return (3 * 2 * (layers * tokens + head * targets) + 2 * tower * patches) / batch["batch_size"]
 
@@ -233,19 +303,49 @@ def matmul_rate(device, dtype, size=8192, times=30):
     return times * 2 * size**3 / (time.perf_counter() - started)
 
 
-def peak_memory(args, scheme, checkpointing):
-    """GiB before the first step (on a GPU: the weights) and, above that, at the worst moment of three steps.
+def prepare(args, checkpointing):
+    """-> (peft model, processor, micro-batches of 16 items)."""
+    torch.manual_seed(0)
+    model, processor = make_model(args.shape, args.device, args.dtype, rank=64 if args.shape != "tiny" else 8)
+    if checkpointing:
+        train.enable_checkpointing(model)
+    return model.train(), processor, train.micro_batches(make_items(16), args.micro_batch_size)
 
-    Measured in a fresh process.
+
+MEMORY = {  # whose peak is measured: losses, how a batch is made, checkpointing, as released
+    "ours": (our_losses, make_batch, True, False),
+    "authors": (authors_losses, plain_batch, True, False),
+    "ours, no checkpointing": (our_losses, make_batch, False, False),
+    "authors, as released": (autocast(authors_losses), plain_batch, True, True),
+}
+
+
+def peak_memory(args, name):
+    """GiB before the first step (on a GPU: the weights) and, above that, at the worst moment of two steps.
+
+    Measured in a fresh process, on the micro-batch with the longest texts.
     """
-    command = [sys.executable, __file__, "--shape", args.shape, "--device", args.device, "--only", scheme,
-               "--micro-batch-size", str(args.micro_batch_size), "--threads", str(args.threads)]  # fmt: skip
-    command += ["--checkpointing"] * checkpointing
-    exactly = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536"
-    }  # what is freed goes back at once, and is not counted again
-    before, above = subprocess.run(command, env=exactly, capture_output=True, text=True, check=True).stdout.split()[-2:]
-    return {"before": float(before), "above": float(above)}
+    command = [sys.executable, __file__, "--shape", args.shape, "--device", args.device, "--dtype", args.dtype_name,
+               "--micro-batch-size", str(args.micro_batch_size), "--threads", str(args.threads), "--only", name]  # fmt: skip
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once, and is not counted again
+    done = subprocess.run(command, env=os.environ | at_once, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
+    before, above = map(float, done.stdout.split()[-2:])
+    return {"before": before, "above": above}
+
+
+def measure_memory(args):
+    losses, make, checkpointing, released = MEMORY[args.only]
+    model, processor, groups = prepare(args, checkpointing)
+    model = as_released(model) if released else model
+    heaviest = max(groups, key=lambda group: sum(len(text) for item in group for text in item[:3]))
+    stepper = Stepper(args.only, model, [make(heaviest, processor)], losses, args)
+    gc.collect()
+    before = memory_now(args.device)
+    for _ in range(2):
+        stepper.step()
+    print(before, memory_now(args.device, peak=True) - before)
 
 
 def memory_now(device, peak=False):
@@ -253,28 +353,6 @@ def memory_now(device, peak=False):
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**30
     line = "VmHWM:" if peak else "VmRSS:"  # not getrusage's peak, which a process inherits from the one that started it
     return int(Path("/proc/self/status").read_text().partition(line)[2].split()[0]) / 2**20
-
-
-def prepare(args, checkpointing, grouped):
-    """-> (peft model, processor, micro-batches of items, which `grouped` orders by length as training does)."""
-    model, processor = make_model(args.shape, args.device, args.dtype, rank=64 if args.shape != "tiny" else 8)
-    if checkpointing:
-        train.enable_checkpointing(model)
-    items = make_items(16)
-    if grouped:
-        items.sort(key=lambda item: sum(map(len, item[:3])))
-    return model.train(), processor, train.micro_batches(items, args.micro_batch_size)
-
-
-def measure_memory(args):
-    model, processor, groups = prepare(args, args.checkpointing, True)
-    batches = [make_batch(groups[-1], processor)] if args.only == "ours" else [plain_batch(groups[-1], processor)]
-    stepper = Stepper(args.only, model, batches, our_losses if args.only == "ours" else authors_losses, args)
-    gc.collect()
-    before = memory_now(args.device)
-    for _ in range(3):
-        stepper.step()
-    print(before, memory_now(args.device, peak=True) - before)
 
 
 def in_turns(steppers, n_batches, rounds):
@@ -290,69 +368,85 @@ def in_turns(steppers, n_batches, rounds):
     return {name: {"median": statistics.median(r), "low": r[0], "high": r[-1]} for name, r in ratios.items()}
 
 
-def compare(args, ours_checkpointing, authors_checkpointing, grouped):
-    """Time ours against the authors' scheme (and TRL's) -> a record."""
-    model, processor, groups = prepare(args, ours_checkpointing, grouped)
-    ours = Stepper("ours", model, [make_batch(group, processor) for group in groups], our_losses, args)
-    model_of_authors, _, in_order = prepare(args, authors_checkpointing, False)
+def compare(args, identical):
+    """Time ours against the authors' scheme (and TRL's): identical settings, or ours at its best and theirs as released."""
+    model, processor, groups = prepare(args, identical)
+    model_of_authors, *_ = prepare(args, True)
     model_of_authors.load_state_dict(model.state_dict())
-    theirs = Stepper(
-        "authors", model_of_authors, [plain_batch(group, processor) for group in in_order], authors_losses, args
-    )
-    check_equal(model, processor, in_order[0], args)
-    rivals = [ours, theirs]
+    check_equal(model, processor, groups[0], args)
+    ours = Stepper("ours", model, [make_batch(group, processor) for group in groups], our_losses, args)
+    rivals = {"authors": ([plain_batch(group, processor) for group in groups], authors_losses)}
     if args.trl:
-        step = trl_step(model_of_authors, processor, in_order[0], authors_checkpointing, args)
-        rivals.append(Stepper("trl", model_of_authors, [step], None, args))
-    speedup = in_turns(rivals, len(groups), args.rounds)
+        steps = [trl_step(model_of_authors, processor, group, True, args) for group in groups]
+        rivals["trl"] = (steps, lambda model, step, args: step())
+    if not identical:
+        as_released(model_of_authors)
+        rivals = {name: (batches, autocast(losses)) for name, (batches, losses) in rivals.items()}
+    steppers = [ours] + [Stepper(name, model_of_authors, *rival, args) for name, rival in rivals.items()]
+    speedup = in_turns(steppers, len(groups), args.rounds)
     seconds = statistics.median(ours.times)
-    flops = sum(useful_flops(model, batch) for batch in ours.batches) / len(ours.batches)
-    tokens = sum((batch["segments"] > 0).sum().item() for batch in ours.batches) / len(ours.batches)
-    record = {
-        "shape": args.shape, "device": args.device, "micro_batch_size": args.micro_batch_size, "grouped": grouped,
-        "checkpointing": {"ours": ours_checkpointing, "authors": authors_checkpointing},
-        "examples_per_second": {r.name: args.micro_batch_size / statistics.median(r.times) for r in rivals},
-        "real_tokens_per_second": tokens / seconds, "speedup": speedup,
-        "useful_share_of_matmul_rate": flops * args.micro_batch_size / seconds / args.matmul_rate,
-        "hours_for_10k_x_3": 30_000 * seconds / args.micro_batch_size / 3600,
-    }  # fmt: skip
-    print(json.dumps(record), flush=True)
-    return record
+    mean = lambda values: sum(values) / len(groups)
+    flops = mean(useful_flops(model, batch) for batch in ours.batches) * args.micro_batch_size
+    return record(
+        args,
+        settings="identical" if identical else "ours at its best, theirs as released",
+        speedup=speedup,
+        examples_per_second={s.name: args.micro_batch_size / statistics.median(s.times) for s in steppers},
+        real_tokens_per_second=mean(batch["input_ids"].numel() for batch in ours.batches) / seconds,
+        useful_share_of_matmul_rate=flops / seconds / args.matmul_rate,
+        hours_for_10k_x_3=30_000 * seconds / args.micro_batch_size / 3600,
+    )
 
 
 def one_by_one(args):
     """What each measure gains alone: the time of a step without it, over the time with all of them -> a record."""
-    model, processor, groups = prepare(args, False, True)
-    model_checkpointing, _, in_order = prepare(args, True, False)
-    packed = [make_batch(group, processor) for group in groups]
-    steppers = [
-        Stepper("ours", model, packed, our_losses, args),
-        Stepper("packed rows", model, [make_batch(g, processor, "plain") for g in groups], our_losses, args),
-        Stepper("images encoded once for both passes", model, packed, encoding_twice, args),
-        Stepper("logits of response tokens only", model, packed, all_logits, args),
-        Stepper(
-            "examples of like length side by side",
-            model,
-            [make_batch(g, processor) for g in in_order],
-            our_losses,
-            args,
-        ),
-        Stepper("activations kept (--no-checkpointing)", model_checkpointing, packed, our_losses, args),
-        Stepper("reference kept after epoch 1 (--fixed-crops)", model, packed, reference_known, args),
-    ]
+    model, processor, groups = prepare(args, False)
+    batches = lambda make: [make(group, processor) for group in groups]
+    packed = batches(make_batch)
+    kept = "the reference's answers kept after epoch 1 (--fixed-crops)"
+    without = {
+        "y_w and y_l behind one prefix": (model, batches(unshared_batch), our_losses),
+        "sequences end to end in causal blocks, not padded under a mask": (model, batches(padded_batch), our_losses),
+        "each image encoded once for both passes": (model, packed, encoding_twice),
+        "logits of response tokens only": (model, packed, all_logits),
+        "LoRA and activation in one kernel each": (as_released(prepare(args, False)[0]), packed, autocast(our_losses)),
+        "activations kept (--no-checkpointing)": (prepare(args, True)[0], packed, our_losses),
+        kept: (model, packed, reference_known),
+    }
+    steppers = [Stepper("ours", model, packed, our_losses, args)]
+    steppers += [Stepper(name, *measure, args) for name, measure in without.items()]
     gains = in_turns(steppers, len(groups), args.rounds)
-    kept = gains["reference kept after epoch 1 (--fixed-crops)"]  # here the stepper has the measure, ours has not
-    kept.update({"median": 1 / kept["median"], "low": 1 / kept["high"], "high": 1 / kept["low"]})
-    print(json.dumps({"gain_alone": gains}), flush=True)
-    return gains
+    # There the stepper has the measure, and ours has not.
+    gains[kept] = {"median": 1 / gains[kept]["median"], "low": 1 / gains[kept]["high"], "high": 1 / gains[kept]["low"]}
+    return record(args, gain_alone=gains)
+
+
+def follow(args, steps=20):
+    """The loss of some training steps, packed against plain rows -> how far apart at most, and what rounding does.
+
+    For rounding, the plain rows' micro-batches are run with their examples in reverse order: the same mean.
+    """
+    model, processor, groups = prepare(args, True)
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    plain = lambda group: make_batch(group, processor, "plain")
+    curves = []
+    for batches in (map(plain, groups), (make_batch(g, processor) for g in groups), (plain(g[::-1]) for g in groups)):
+        model.load_state_dict(start, strict=False)
+        stepper = Stepper("", model, list(batches), our_losses, args)
+        curves.append([])
+        for _ in range(steps):
+            stepper.step()
+            curves[-1].append(stepper.loss.item())
+    apart = lambda curve: max(abs(a - b) for a, b in zip(curves[0], curve))
+    return record(args, loss_of_first_and_last_step=[curves[1][0], curves[1][-1]], packed_off_plain_by=apart(curves[1]),
+                  plain_reordered_off_plain_by=apart(curves[2]))  # fmt: skip
 
 
 @torch.no_grad()
 def check_equal(model, processor, items, args):
     """Both schemes on the same model and examples. Raises AssertionError if they do not compute the same."""
-    with train.precision(args.device):
-        ours = response_logps(model, to_device(make_batch(items, processor), args.device))
-        theirs = authors_logps(model, to_device(plain_batch(items, processor), args.device))
+    ours = response_logps(model, to_device(make_batch(items, processor), args.device))
+    theirs = authors_logps(model, to_device(plain_batch(items, processor), args.device))
     for name, a, b in zip(LogPs._fields, ours, theirs):
         difference = ((a - b).abs() / b.abs()).max().item()
         assert difference < (1e-5 if args.dtype == torch.float32 else 1e-2), f"{name}: {difference:.1e} apart"
@@ -375,8 +469,7 @@ def data_side(args, processor):
             next(loader)  # the workers have started
             started, count = time.perf_counter(), sum(batch["batch_size"] for batch in loader)
             rates[workers] = count / (time.perf_counter() - started)
-    print(json.dumps({"data_examples_per_second_by_workers": rates}), flush=True)
-    return rates
+    return record(args, data_examples_per_second_by_workers=rates)
 
 
 def main(argv=None):
@@ -384,58 +477,48 @@ def main(argv=None):
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="tiny")
     add("--device", choices=("cuda", "cpu"), default=train.best_device()[0])
+    add("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU, else float32)")
     add("--micro-batch-size", type=int, default=4)
     add("--rounds", type=int, default=5, help="turns of 16 examples each")
     add("--threads", type=int, default=1, help="on the CPU")
     add("--trl", action="store_true", help="also TRL's DPOTrainer")
-    add("--json", type=Path, help="write all measurements here")
-    add("--only", choices=("ours", "authors"), help=argparse.SUPPRESS)  # measures memory, in a process of its own
-    add("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    add("--json", type=Path, help="add every measurement to this file")
+    add("--only", choices=MEMORY, help="print the memory of one scheme before its first step and above that, in GiB")
     args = parser.parse_args(argv)
     train.quiet_libraries()
     torch.set_num_threads(args.threads)
-    args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    args.beta, args.delta, args.conditional, args.anchors = 0.1, 0.0, True, ["chosen"]
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")
+    cuda = args.device == "cuda"
+    args.dtype_name = args.dtype or ("bfloat16" if cuda else "float32")
+    args.dtype = getattr(torch, args.dtype_name)
+    args.beta, args.delta, args.conditional, args.anchors, args.lr = 0.1, 0.0, True, ["chosen"], 1e-4
+    args.device_name = torch.cuda.get_device_name() if cuda else f"CPU, {args.threads} thread(s)"
     if args.only:
         return measure_memory(args)
+    memory = {name: peak_memory(args, name) for name in MEMORY}  # first, while this process holds nothing on the GPU
+    record(args, memory_gib=memory)
     args.matmul_rate = matmul_rate(args.device, args.dtype)
-    settings = {
-        "identical settings": (True, True, False),
-        "ours at its best, authors' defaults": (False, True, True),
-    }
-    records = {name: compare(args, *setting) for name, setting in settings.items()}
-    gains = one_by_one(args)
-    memory = {scheme: peak_memory(args, scheme, True) for scheme in ("ours", "authors")}
-    memory["ours, no checkpointing"] = peak_memory(args, "ours", False)
-    print(json.dumps({"memory_gib": memory}))
-    rates = data_side(args, make_model("tiny", "cpu", torch.float32, 8)[1])
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {args.threads} thread(s)"
-    print(
-        f"\n{args.shape}, {device}, micro-batch {args.micro_batch_size}, matmul {args.matmul_rate / 1e12:.3g} TFLOP/s"
-    )
-    for name, record in records.items():
-        print(f"  {name}:")
-        for rival, ratio in record["speedup"].items():
+    records = [compare(args, identical=True), compare(args, identical=False)]
+    gains = one_by_one(args)["gain_alone"]
+    followed = follow(args)
+    rates = data_side(args, make_model("tiny", "cpu", torch.float32, 8)[1])["data_examples_per_second_by_workers"]
+
+    print(f"\n{args.shape}, {args.device_name}, {args.dtype_name}, micro-batch {args.micro_batch_size}, "
+          f"matmul {args.matmul_rate / 1e12:.3g} TFLOP/s")  # fmt: skip
+    for result in records:
+        print(f"  {result['settings']}:")
+        for rival, ratio in result["speedup"].items():
             print(f"    {ratio['median']:.2f}x {rival} ({ratio['low']:.2f} to {ratio['high']:.2f})")
-        rate, share = record["examples_per_second"]["ours"], record["useful_share_of_matmul_rate"]
-        print(f"    {rate:.2f} examples/s, {record['real_tokens_per_second']:.0f} real tokens/s, {share:.0%} of the matmul rate, "
-              f"{record['hours_for_10k_x_3']:.2f} h for 10K x 3 epochs")  # fmt: skip
+        rate, share = result["examples_per_second"]["ours"], result["useful_share_of_matmul_rate"]
+        print(f"    {rate:.2f} examples/s, {result['real_tokens_per_second']:.0f} real tokens/s, {share:.0%} of the matmul rate, "
+              f"{result['hours_for_10k_x_3']:.2f} h for 10K x 3 epochs")  # fmt: skip
     print("  a step without it takes, alone:")
     for name, gain in gains.items():
         print(f"    {gain['median']:.2f}x {name} ({gain['low']:.2f} to {gain['high']:.2f})")
     for name, gib in memory.items():
         print(f"  memory: {gib['before']:.2f} GiB, and {gib['above']:.2f} more at the peak of a step: {name}")
+    print(f"  loss of 20 steps: packed at most {followed['packed_off_plain_by']:.1e} off plain rows, "
+          f"plain rows in another order {followed['plain_reordered_off_plain_by']:.1e}")  # fmt: skip
     print("  data, examples/s by workers: " + ", ".join(f"{n}: {rate:.0f}" for n, rate in rates.items()))
-    if args.json:
-        lines = [
-            *records.values(),
-            {"gain_alone": gains},
-            {"memory_gib": memory},
-            {"data_examples_per_second_by_workers": rates},
-        ]
-        args.json.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,12 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BUNNY_SYSTEM
 from examples import shapes
-from mdpo import packed_attention_mask
+from mdpo import PackedMask
 from train import BUNNY_IMAGE_TOKEN, load_model, quiet_libraries
 
 
@@ -180,7 +179,7 @@ def question_and_answer(scene, rng):
 
 
 def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questions=8, lr=2e-3):
-    """Supervised tuning. A row is one image and several questions, each blind to the others, as in mDPO's packed rows."""
+    """Supervised tuning. A sequence is one image and several questions, each blind to the others, as mDPO packs answers."""
     tokenizer = processor.tokenizer
     prefix = tokenizer(f"{BUNNY_SYSTEM} USER: {BUNNY_IMAGE_TOKEN * (2 * world.grid) ** 2}\n").input_ids
     tokens = functools.cache(lambda text: tokenizer(text).input_ids)
@@ -190,28 +189,28 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, world.base_steps // 20, world.base_steps)
     for _ in tqdm(range(world.base_steps), "learning to answer", disable=not progress):
         scenes = [shapes.random_scene(rng, 0.25, world) for _ in range(n_scenes)]
-        columns = {name: [] for name in ("input_ids", "segments", "position_ids", "predictors", "targets")}
+        row = {name: [] for name in ("input_ids", "position_ids", "predictors", "targets")}
+        lengths = []
         for scene in scenes:
-            row = {"input_ids": prefix[:], "segments": [1] * len(prefix), "position_ids": [*range(len(prefix))]}
-            row |= {"predictors": [], "targets": []}
-            for segment in range(2, 2 + questions):
+            row["input_ids"] += prefix
+            row["position_ids"] += range(len(prefix))
+            lengths.append([len(prefix)])
+            for _ in range(questions):
                 question, answer = question_and_answer(scene, rng)
                 asked, answered = tokens(f"{question} ASSISTANT:"), [*tokens(f" {answer}"), tokenizer.eos_token_id]
                 start = len(row["input_ids"]) + len(asked) - 1
                 row["predictors"] += range(start, start + len(answered))
                 row["targets"] += answered
-                row["segments"] += [segment] * len(asked + answered)
                 row["position_ids"] += range(len(prefix), len(prefix + asked + answered))
                 row["input_ids"] += asked + answered
-            for name, values in row.items():
-                columns[name].append(torch.tensor(values))
-        batch = {k: pad_sequence(v, True, -100 if k == "targets" else 0) for k, v in columns.items()}
+                lengths[-1].append(len(asked + answered))
+        batch = {name: torch.tensor([values]) for name, values in row.items()}
         with torch.no_grad():
             seen = tower_features(model, pixels(scenes, rng, world))
         features = SimpleNamespace(pooler_output=list(model.model.multi_modal_projector(seen)))
         logits = model(
             input_ids=batch["input_ids"],
-            attention_mask=packed_attention_mask(batch["segments"]),
+            attention_mask=PackedMask(lengths),
             position_ids=batch["position_ids"],
             logits_to_keep=batch["predictors"],
             mm_encoder_outputs={"image": features},

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, Pairs, make_batch, read_examples, to_device
 from examples.answer import load_tuned
 from mdpo import mdpo_loss, response_logps
-from train import precision, quiet_libraries
+from train import quiet_libraries
 
 
 @torch.no_grad()
@@ -27,10 +27,9 @@ def reward_margins(model, processor, items, beta=0.1, batch_size=8):
     for at in tqdm(range(0, len(items), batch_size), leave=False, disable=None):
         batch = make_batch(items[at : at + batch_size], processor, "plain", image_rejected=False)
         batch = to_device(batch, model.device)
-        with precision(model.device.type):
-            policy_logps = response_logps(model, batch)
-            with model.disable_adapter():
-                ref_logps = response_logps(model, batch)
+        policy_logps = response_logps(model, batch)
+        with model.disable_adapter():
+            ref_logps = response_logps(model, batch)
         _, metrics = mdpo_loss(policy_logps, ref_logps, beta, conditional=False, anchors=())
         margins += metrics["rewards/margins"].tolist()
     return margins
