@@ -485,11 +485,12 @@ def make_batch(items, processor, layout="packed", image_rejected=True, max_lengt
         for name, values in prefix.items():
             row[name] += values
         row["position_ids"] += range(start)
-        last, lengths_here = len(row["input_ids"]) - 1, [start]
+        lengths.append([start])
+        last = len(row["input_ids"]) - 1
         for field_index in fields:
             response = tokenized[i].responses[field_index == 1][:room]  # y_l for field 1, else y_w
             end = len(row["input_ids"])
-            # The prefix's last token predicts the first of each response, which goes on where the prefix ended.
+            # The prefix's last token predicts the first of each response, whose positions go on where the prefix ended.
             row["predictors"] += [last, *range(end, end + len(response) - 1)]
             row["position_ids"] += range(start, start + len(response))
             row["slots"] += [field_index * len(items) + i] * len(response)
@@ -497,17 +498,16 @@ def make_batch(items, processor, layout="packed", image_rejected=True, max_lengt
             row["input_ids"] += response
             for name in prefix.keys() - {"input_ids"}:
                 row[name] += [0] * len(response)
-            lengths_here.append(len(response))
-        lengths.append(lengths_here)
+            lengths[-1].append(len(response))
 
     padding = {"input_ids": processor.tokenizer.pad_token_id, "slots": -1}
-    columns = {name: [torch.tensor(row[name]) for row in rows] for name in rows[0]}
-    batch = {name: pad_sequence(values, True, padding.get(name, 0)) for name, values in columns.items()} | image_inputs
+    as_rows = lambda name: pad_sequence([torch.tensor(row[name]) for row in rows], True, padding.get(name, 0))
+    batch = {name: as_rows(name) for name in rows[0]} | image_inputs
     if layout == "packed":
         batch["lengths"] = lengths
-    else:
-        batch["attention_mask"] = pad_sequence([torch.ones(sum(sequence), dtype=torch.long) for sequence in lengths], True)
+    else:  # in a row of its own a sequence's positions are what the model takes them to be
         del batch["position_ids"]
+        batch["attention_mask"] = pad_sequence([torch.ones(sum(sequence), dtype=torch.long) for sequence in lengths], True)
     keys = [*image_inputs, *(prefixes[0].keys() - {"input_ids"})]
     return batch | {"processor_keys": keys, "batch_size": len(items), "has_image_rejected": image_rejected}
 

@@ -14,7 +14,8 @@ it needs, `response_logps`, for a batch made by `data.make_batch`. Of packages i
 
 Where it departs from the authors' code (the README says why):
 - one rejected image an example, made with the data, so that policy and reference see the same;
-- two packed rows an example instead of three, each image encoded once, logits of response tokens only: same numbers.
+- two packed sequences an example instead of three, no padding, each image encoded once, logits of response tokens only:
+  the same numbers.
 """
 
 import inspect
@@ -102,15 +103,17 @@ class PackedMask(torch.Tensor):
     """The attention mask of sequences that lie end to end in one row: a token sees the prefix and its own response.
 
     lengths: of each sequence, the number of tokens of its prefix (image and question) and of each of its responses.
-    To a model it is a mask of shape (1, 1, N, N), passed on to `F.scaled_dot_product_attention` as it is. There it turns
-    into `packed_attention`, and no N x N numbers are ever held.
+    To a model it is a boolean mask (1, 1, N, N), one number expanded, which it hands on to SDPA as it is. There the call
+    becomes one of `packed_attention`.
     """
 
     @staticmethod
     def __new__(cls, lengths, device=None):
-        n_tokens = sum(map(sum, lengths))
-        mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, n_tokens, n_tokens).as_subclass(cls)
+        one, n_tokens = torch.ones((), dtype=torch.bool, device=device), sum(map(sum, lengths))
+        mask = one.expand(1, 1, n_tokens, n_tokens).as_subclass(cls)
         mask.lengths = lengths
+        # What each response but a sequence's first sees: the prefix, and its own tokens up to each.
+        mask.sees = [[one.expand(n, prefix + n).tril(prefix) for n in others] for prefix, _, *others in lengths]
         return mask
 
     @classmethod
@@ -121,26 +124,22 @@ class PackedMask(torch.Tensor):
 
 
 def packed_attention(query, key, value, attn_mask, **options):
-    """Attention under a `PackedMask`: (1, H, N, D) -> (1, H, N, D), every sequence by itself, in causal kernels.
+    """SDPA under a `PackedMask`: (1, H, N, D) -> (1, H, N, D), every sequence by itself, so no N x N scores exist.
 
-    A sequence's first response follows its prefix, so both are one causal block. Each further response has a block of its
-    own, which sees the prefix and itself.
+    A sequence's prefix and first response are one causal block, for which attention has its fastest kernels. Each further
+    response is a small block of its own, of which the prefix is seen.
     """
-    options["is_causal"] = False
     sizes = [n for prefix, first, *others in attn_mask.lengths for n in (prefix + first, *others)]
-    # One split of each tensor, since its backward pass is one concatenation; a slice's is as long as the row.
+    # One split a tensor: its backward pass is one concatenation, where each slice's would be as long as the row.
     blocks = zip(*(tensor.split(sizes, dim=2) for tensor in (query, key, value)))
     outputs = []
-    for prefix, _, *others in attn_mask.lengths:
+    for (prefix, *_), masks in zip(attn_mask.lengths, attn_mask.sees):
         q, k, v = next(blocks)
         outputs.append(F.scaled_dot_product_attention(q, k, v, **options | {"is_causal": True}))
-        for length in others:
-            q, *own = next(blocks)
-            k, v = (torch.cat([first[:, :, :prefix], other], 2) for first, other in zip((k, v), own))
-            sees = torch.ones(length, prefix + length, dtype=torch.bool, device=q.device).tril(prefix)
+        for sees, (q, *own) in zip(masks, blocks):
+            k, v = (torch.cat([seen[:, :, :prefix], mine], 2) for seen, mine in zip((k, v), own))
             outputs.append(F.scaled_dot_product_attention(q, k, v, sees, **options))
-    # Side by side as (1, N, H, D), which is what the next layer reads.
-    return torch.cat([output.transpose(1, 2) for output in outputs], 1).transpose(1, 2)
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1).transpose(1, 2)  # (1, N, H, D) in memory
 
 
 def packed_positions(model, batch):

@@ -532,6 +532,15 @@ def test_what_is_not_exact_is_noticed(family, monkeypatch, capsys):
         train.choose_layout(model, processor, ITEMS[:2], HERE)
 
 
+def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_sequence_may_be_long(llava, capsys):
+    """A packed row's attention knows no window; the first examples may fit into it, and a later one not."""
+    model, processor = train.load_model(str(llava))
+    for window, layout in ((2048, "packed"), (2047, "plain"), (None, "packed")):
+        model.config.text_config.sliding_window = window
+        assert train.choose_layout(model, processor, ITEMS[:2], HERE) == layout
+    assert "see 2047 tokens back, fewer than --max-length 2048" in capsys.readouterr().out
+
+
 def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read(tmp_path, bunny, monkeypatch):
     """The reason, in one line, and not after a download of gigabytes."""
     for name, config, reason in (

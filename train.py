@@ -369,7 +369,8 @@ def choose_layout(model, processor, items, args):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model may refuse a mask or a key in whatever way
-            errors[layout], reasons[layout] = math.inf, f"{type(error).__name__}: {error}"
+            errors[layout] = math.inf
+            reasons[layout] = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
     allowed = TOLERANCE[model.dtype]
     if args.layout != "plain" and errors["packed"] <= min(allowed, 1e-3 + 3 * errors["plain"]):
         return "packed"
@@ -386,6 +387,9 @@ def layout_error(model, processor, items, layout, args):
     """How far a layout is from the library's own call on one sequence at a time: the worst response's root mean square
     over its tokens, in nats; inf if the tokens differ. Packed, also how much y_l feels it when y_w's tokens are changed.
     """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if layout == "packed" and window and window < args.max_length:
+        raise BadInput(f"its layers see {window} tokens back, fewer than --max-length {args.max_length}")
     model.eval()
     root_mean_square = lambda difference: difference.square().mean().sqrt()
     image_rejected = items[0][4] is not None
