@@ -147,21 +147,21 @@ def plain_batch(items, processor):
     return batch | {"is_response": mask}
 
 
-def trl_step(model, processor, items, checkpointing, args):
-    """-> a function that takes a step of TRL's DPOTrainer up to the backward pass, on these items."""
+def trl_rival(model, processor, groups, args):
+    """-> (batches, losses) of TRL's DPOTrainer on these micro-batches of items."""
     from trl import DPOConfig, DPOTrainer
 
     from examples.trl_mdpo import trl_dataset
 
     config = DPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(items), beta=args.beta, report_to="none",
-        bf16=args.device == "cuda", use_cpu=args.device == "cpu", gradient_checkpointing=checkpointing,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(groups[0]), beta=args.beta, report_to="none",
+        bf16=args.device == "cuda", use_cpu=args.device == "cpu", gradient_checkpointing=True,
         remove_unused_columns=False, max_length=None,
     )  # fmt: skip
-    rows = trl_dataset(items)
-    trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=processor)
-    batch = trainer.data_collator([rows[i] for i in range(len(rows))])
-    return lambda: trainer.compute_loss(trainer.model, to_device(batch, args.device))
+    datasets = [trl_dataset(group) for group in groups]
+    trainer = DPOTrainer(model, args=config, train_dataset=datasets[0], processing_class=processor)
+    batches = [trainer.data_collator([*rows]) for rows in datasets]
+    return batches, lambda model, batch, args: trainer.compute_loss(trainer.model, to_device(batch, args.device))
 
 
 def as_released(model):
@@ -369,7 +369,7 @@ def in_turns(steppers, n_batches, rounds):
 
 
 def compare(args, identical):
-    """Time ours against the authors' scheme (and TRL's): identical settings, or ours at its best and theirs as released."""
+    """Time ours against the authors' scheme and TRL's: identical settings, or ours at its best and theirs as released."""
     model, processor, groups = prepare(args, identical)
     model_of_authors, *_ = prepare(args, True)
     model_of_authors.load_state_dict(model.state_dict())
@@ -377,8 +377,7 @@ def compare(args, identical):
     ours = Stepper("ours", model, [make_batch(group, processor) for group in groups], our_losses, args)
     rivals = {"authors": ([plain_batch(group, processor) for group in groups], authors_losses)}
     if args.trl:
-        steps = [trl_step(model_of_authors, processor, group, True, args) for group in groups]
-        rivals["trl"] = (steps, lambda model, step, args: step())
+        rivals["trl"] = trl_rival(model_of_authors, processor, groups, args)
     if not identical:
         as_released(model_of_authors)
         rivals = {name: (batches, autocast(losses)) for name, (batches, losses) in rivals.items()}
