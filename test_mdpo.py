@@ -1690,7 +1690,8 @@ def test_throughput_compares_like_with_like(monkeypatch, tmp_path, capsys):
     from examples import throughput
 
     text = transformers.PhiConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                  vocab_size=600, attention_dropout=0.0, resid_pdrop=0.0)  # fmt: skip
+                                  vocab_size=600, hidden_act="gelu_pytorch_tanh", attention_dropout=0.0,
+                                  resid_pdrop=0.0)  # fmt: skip
     vision = throughput.siglip(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                                image_size=32, patch_size=8)  # fmt: skip
     monkeypatch.setitem(throughput.SHAPES, "tiny", (text, vision))
@@ -1733,8 +1734,9 @@ def test_throughput_compares_like_with_like(monkeypatch, tmp_path, capsys):
     assert throughput.useful_flops(model, batch) == by_hand
 
     throughput.check_equal(model, processor, items, args)
-    released = throughput.as_released(model)
-    assert not any(isinstance(module, train.LoraLinear) for module in released.modules())
+    released = throughput.with_pefts_layers(throughput.with_phis_activation(model))
+    kinds = {type(module) for module in released.modules()}
+    assert transformers.activations.NewGELUActivation in kinds and train.LoraLinear not in kinds
     losses = throughput.autocast(throughput.our_losses)(released, make_batch(items, processor), args)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
     authors_logps = throughput.authors_logps

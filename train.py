@@ -257,10 +257,10 @@ def enable_checkpointing(model):
 
 
 class LoraLinear(peft.tuners.lora.Linear):
-    """peft's LoRA layer, y = W x + b + scale * B A x, in which the last matrix product also scales and adds.
+    """peft's LoRA layer, y = W x + b + alpha / r * B A x, with the scaling and the sum left to the product with B.
 
-    peft's own forward pass writes B A x, its scaled copy and the sum one after the other. Here A and B may be float32
-    where the rest is bf16: they are rounded as they are used, and autocast is not needed.
+    peft's own forward pass writes B A x, its scaled copy and the sum one after the other. The adapter may be float32
+    where the model is bf16: A and B are rounded as they are used, without autocast.
     """
 
     def forward(self, x):
@@ -298,7 +298,7 @@ def add_lora(model, rank=64, alpha=128, seed=0, targets=None):
     )
     for module in model.modules():
         if type(module) is peft.tuners.lora.Linear:
-            module.__class__ = LoraLinear
+            module.__class__ = LoraLinear  # the same weights under the same names
     return model
 
 

@@ -164,18 +164,24 @@ def trl_rival(model, processor, groups, args):
     return batches, lambda model, batch, args: trainer.compute_loss(trainer.model, to_device(batch, args.device))
 
 
-def as_released(model):
-    """The model with peft's own LoRA layers, and the activation as Phi's config has it; see `autocast`."""
+def with_pefts_layers(model):
+    """The model with peft's own LoRA layers, in place of `train.LoraLinear`; they need `autocast`."""
     for module in model.modules():
         if isinstance(module, train.LoraLinear):
             module.__class__ = peft.tuners.lora.Linear
-        if hasattr(module, "activation_fn") and unwrapped(model).config.text_config.model_type == "phi":
+    return model
+
+
+def with_phis_activation(model):
+    """The model with the activation that a Bunny's config names, if its language model is a Phi."""
+    for module in model.modules():
+        if isinstance(module, transformers.models.phi.modeling_phi.PhiMLP):
             module.activation_fn = transformers.activations.ACT2FN["gelu_new"]
     return model
 
 
 def autocast(losses):
-    """bf16 as peft's own layers have it: their weights are float32."""
+    """bf16 for peft's own layers, whose weights are float32."""
 
     def under_autocast(model, batch, args):
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == torch.bfloat16):
@@ -338,7 +344,7 @@ def peak_memory(args, name):
 def measure_memory(args):
     losses, make, checkpointing, released = MEMORY[args.only]
     model, processor, groups = prepare(args, checkpointing)
-    model = as_released(model) if released else model
+    model = with_pefts_layers(with_phis_activation(model)) if released else model
     heaviest = max(groups, key=lambda group: sum(len(text) for item in group for text in item[:3]))
     stepper = Stepper(args.only, model, [make(heaviest, processor)], losses, args)
     gc.collect()
@@ -379,7 +385,7 @@ def compare(args, identical):
     if args.trl:
         rivals["trl"] = trl_rival(model_of_authors, processor, groups, args)
     if not identical:
-        as_released(model_of_authors)
+        with_pefts_layers(with_phis_activation(model_of_authors))
         rivals = {name: (batches, autocast(losses)) for name, (batches, losses) in rivals.items()}
     steppers = [ours] + [Stepper(name, model_of_authors, *rival, args) for name, rival in rivals.items()]
     speedup = in_turns(steppers, len(groups), args.rounds)
@@ -400,6 +406,7 @@ def compare(args, identical):
 def one_by_one(args):
     """What each measure gains alone: the time of a step without it, over the time with all of them -> a record."""
     model, processor, groups = prepare(args, False)
+    another = lambda checkpointing=False: prepare(args, checkpointing)[0]
     batches = lambda make: [make(group, processor) for group in groups]
     packed = batches(make_batch)
     kept = "the reference's answers kept after epoch 1 (--fixed-crops)"
@@ -408,8 +415,9 @@ def one_by_one(args):
         "sequences end to end in causal blocks, not padded under a mask": (model, batches(padded_batch), our_losses),
         "each image encoded once for both passes": (model, packed, encoding_twice),
         "logits of response tokens only": (model, packed, all_logits),
-        "LoRA and activation in one kernel each": (as_released(prepare(args, False)[0]), packed, autocast(our_losses)),
-        "activations kept (--no-checkpointing)": (prepare(args, True)[0], packed, our_losses),
+        "LoRA added in its matrix product": (with_pefts_layers(another()), packed, autocast(our_losses)),
+        "Bunny's activation in one kernel": (with_phis_activation(another()), packed, our_losses),
+        "activations kept (--no-checkpointing)": (another(checkpointing=True), packed, our_losses),
         kept: (model, packed, reference_known),
     }
     steppers = [Stepper("ours", model, packed, our_losses, args)]
