@@ -705,7 +705,7 @@ def test_lora_layers_compute_what_pefts_own_do(bunny, dtype):
     model, processor = train.load_model(str(bunny), dtype=dtype)
     model = train.add_lora(model, 4, 12)
     layers = [module for module in model.modules() if isinstance(module, train.LoraLinear)]
-    assert len(layers) == 12
+    assert len(layers) == 12  # 2 layers: q, k, v, dense, fc1, fc2
     for layer in layers:
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
     x = torch.randn(2, 5, layers[0].in_features).to(dtype).requires_grad_()

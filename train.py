@@ -274,10 +274,11 @@ class LoraLinear(peft.tuners.lora.Linear):
         return y.view(*batch, -1)
 
 
-def add_lora(model, rank=64, alpha=128, seed=0, targets=None):
+def add_lora(model, rank=64, alpha=128, seed=0, targets=None, layer=LoraLinear):
     """Wrap `model` with LoRA on every linear layer of its language model, and on nothing else (paper 4.1).
 
     targets: names of layers, such as "q_proj": only those. Raises BadInput if the language model has none of a name.
+    layer: `LoraLinear`, or `peft.tuners.lora.Linear` for frameworks that shard weights and gather them module by module.
     """
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
@@ -298,7 +299,7 @@ def add_lora(model, rank=64, alpha=128, seed=0, targets=None):
     )
     for module in model.modules():
         if type(module) is peft.tuners.lora.Linear:
-            module.__class__ = LoraLinear  # the same weights under the same names
+            module.__class__ = layer  # the same weights under the same names
     return model
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import peft
 import torch
 import transformers
 from trl import DPOConfig, DPOTrainer
@@ -89,7 +90,8 @@ def main():
     parser.add_argument("--images")
     config, args = parser.parse_args_into_dataclasses()
     model, processor = load_model(args.model, "cpu", torch.bfloat16 if config.bf16 else torch.float32)
-    trainer = make_trainer(add_lora(model), processor, read_examples(args.data, args.images), config)
+    model = add_lora(model, layer=peft.tuners.lora.Linear)  # FSDP and ZeRO-3 gather the weights of peft's own layers
+    trainer = make_trainer(model, processor, read_examples(args.data, args.images), config)
     trainer.train()
     trainer.save_model(config.output_dir)
 
