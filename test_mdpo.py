@@ -1698,9 +1698,8 @@ def test_throughput_compares_like_with_like(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         throughput, "peak_memory", lambda *args: {"before": 1.0, "above": 1.0}
     )  # starts a process for each
-    make_items = throughput.make_items
-    monkeypatch.setattr(throughput, "make_items", lambda n: make_items(min(n, 4)))
-    throughput.main(["--rounds", "1", "--micro-batch-size", "2", "--json", str(tmp_path / "out.jsonl"), "--device", "cpu"])
+    small = ["--device", "cpu", "--rounds", "1", "--items", "4", "--micro-batch-size", "2"]
+    throughput.main([*small, "--json", str(tmp_path / "out.jsonl")])
     assert "x authors" in capsys.readouterr().out
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     results = {name: value for record in records for name, value in record.items()}

@@ -728,7 +728,7 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="of adapter, order, samples and rejected images")
     add = parser.add_argument_group("system").add_argument
     add("--device", choices=("cuda", "cpu"), help="(default: cuda if there is one)")
-    add("--layout", choices=LAYOUTS, help="two packed rows an example, or three plain ones (default: packed where the first "
+    add("--layout", choices=LAYOUTS, help="two packed sequences an example, or three plain rows (default: packed where the first "
         "examples show that it is exact for the model)")
     add("--no-checkpointing", dest="checkpointing", action="store_false", help="keep activations: faster, more memory")
     add("--workers", type=int, default=4, metavar="N", help="processes that decode images")

@@ -7,7 +7,7 @@
 Models have random weights and are made on the device: speed does not depend on the weights, and nothing is downloaded.
 Texts have lengths as in Silkie: questions of about 40 tokens, answers of about 110 and 90, log-normal around these.
 
-    ours         two packed rows an example, images encoded once, logits of response tokens only
+    ours         two packed sequences an example, images encoded once, logits of response tokens only
     authors      what their release does, on the same model: three rows padded to the longest, policy and reference each
                  with their own encoding of three images an example, float32 logits of the whole sequence
     trl          TRL's DPOTrainer: plain DPO, so two rows and no rejected image (needs trl)
@@ -310,12 +310,12 @@ def matmul_rate(device, dtype, size=8192, times=30):
 
 
 def prepare(args, checkpointing):
-    """-> (peft model, processor, micro-batches of 16 items)."""
+    """-> (peft model, processor, micro-batches of items)."""
     torch.manual_seed(0)
     model, processor = make_model(args.shape, args.device, args.dtype, rank=64 if args.shape != "tiny" else 8)
     if checkpointing:
         train.enable_checkpointing(model)
-    return model.train(), processor, train.micro_batches(make_items(16), args.micro_batch_size)
+    return model.train(), processor, train.micro_batches(make_items(args.items), args.micro_batch_size)
 
 
 MEMORY = {  # whose peak is measured: losses, how a batch is made, checkpointing, as released
@@ -466,7 +466,7 @@ def data_side(args, processor):
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         records = []
-        for i, (question, chosen, rejected, image, _) in enumerate(make_items(64)):
+        for i, (question, chosen, rejected, image, _) in enumerate(make_items(4 * args.items)):
             image.save(Path(folder) / f"{i}.jpg")
             records.append({"image": f"{i}.jpg", "question": question, "chosen": chosen, "rejected": rejected})
         (Path(folder) / "data.json").write_text(json.dumps(records))
@@ -488,11 +488,13 @@ def main(argv=None):
     add("--device", choices=("cuda", "cpu"), default=train.best_device()[0])
     add("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU, else float32)")
     add("--micro-batch-size", type=int, default=4)
-    add("--rounds", type=int, default=5, help="turns of 16 examples each")
+    add("--rounds", type=int, default=5, help="turns that each scheme takes")
+    add("--items", type=int, default=16, help="examples in a turn")
     add("--threads", type=int, default=1, help="on the CPU")
     add("--trl", action="store_true", help="also TRL's DPOTrainer")
     add("--json", type=Path, help="add every measurement to this file")
-    add("--only", choices=MEMORY, help="print the memory of one scheme before its first step and above that, in GiB")
+    add("--only", choices=("speed", *MEMORY), help="the comparison at identical settings; or what memory a scheme takes: "
+        "GiB before its first step, and above that")  # fmt: skip
     args = parser.parse_args(argv)
     train.quiet_libraries()
     torch.set_num_threads(args.threads)
@@ -501,11 +503,13 @@ def main(argv=None):
     args.dtype = getattr(torch, args.dtype_name)
     args.beta, args.delta, args.conditional, args.anchors, args.lr = 0.1, 0.0, True, ["chosen"], 1e-4
     args.device_name = torch.cuda.get_device_name() if cuda else f"CPU, {args.threads} thread(s)"
-    if args.only:
+    if args.only in MEMORY:
         return measure_memory(args)
-    memory = {name: peak_memory(args, name) for name in MEMORY}  # first, while this process holds nothing on the GPU
-    record(args, memory_gib=memory)
     args.matmul_rate = matmul_rate(args.device, args.dtype)
+    if args.only == "speed":
+        return compare(args, identical=True)
+    memory = {name: peak_memory(args, name) for name in MEMORY}  # while this process holds next to nothing on the GPU
+    record(args, memory_gib=memory)
     records = [compare(args, identical=True), compare(args, identical=False)]
     gains = one_by_one(args)["gain_alone"]
     followed = follow(args)
