@@ -498,6 +498,20 @@ def test_images_are_encoded_once_where_a_model_takes_them_encoded(family, monkey
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
+def test_positions_in_space_start_anew_in_each_sequence(family):
+    """They are relative, so a shift is harmless in float32; in bf16 its rounding grows along the row."""
+    _, model, processor = family
+    batch, at = make_batch(SIZES, processor), 0
+    positions = mdpo.packed_positions(model, batch)
+    for image, (prefix, *responses) in enumerate(batch["lengths"]):
+        alone = slice(at, at + prefix + responses[0])
+        known = {name: batch[name][:, alone] for name in ("input_ids", "mm_token_type_ids")}
+        expected, _ = model.model.get_rope_index(**known, image_grid_thw=batch["image_grid_thw"][image : image + 1])
+        assert torch.equal(positions[..., alone], expected) and positions[..., at].max() == 0
+        at += prefix + sum(responses)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
 def test_what_is_not_exact_is_noticed(family, monkeypatch, capsys):
     """The choice of layout must rest on a measurement that can fail: positions in a line instead of in space, a response
     that sees the other, and a forgotten key are each found out."""
