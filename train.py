@@ -387,6 +387,7 @@ def choose_layout(model, processor, items, args):
 def layout_error(model, processor, items, layout, args):
     """How far a layout is from the library's own call on one sequence at a time: the worst response's root mean square
     over its tokens, in nats; inf if the tokens differ. Packed, also how much y_l feels it when y_w's tokens are changed.
+    Raises BadInput where layers see less far back than a packed sequence may be long.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if layout == "packed" and window and window < args.max_length:
