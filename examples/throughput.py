@@ -10,7 +10,7 @@ Texts have lengths as in Silkie: questions of about 40 tokens, answers of about 
     ours         two packed sequences an example, images encoded once, logits of response tokens only
     authors      what their release does, on the same model: three rows padded to the longest, policy and reference each
                  with their own encoding of three images an example, float32 logits of the whole sequence
-    trl          TRL's DPOTrainer: plain DPO, so two rows and no rejected image (needs trl)
+    trl          TRL's DPOTrainer: plain DPO, so two rows and no rejected image, under TRL's own padding mask (needs trl)
 
 Before it times anything, ours and authors are checked to give equal log-probabilities. They are timed in turns, step by
 step, so that a change in the machine's speed meets both: first with identical settings (the same checkpointing, LoRA
