@@ -294,10 +294,9 @@ def best_and_worst(completions):
     rated = []
     for completion in completions:
         try:
-            ratings = [float(aspect["Rating"]) for aspect in completion["annotations"].values()]
-            rated.append((statistics.mean(ratings), completion["response"]))
-        except ValueError:  # "N/A", or no ratings at all
-            continue
+            ratings = [str(aspect["Rating"]).strip() for aspect in completion["annotations"].values()]
+            if ratings and all(re.fullmatch(r"\d{1,3}(\.\d+)?", rating) for rating in ratings):  # not "N/A"
+                rated.append((statistics.mean(map(float, ratings)), completion["response"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"'completions' is not in VLFeedback's form ({error!r})") from None
     if not rated:
@@ -347,7 +346,7 @@ def open_image(path):
 
 
 def reject_image(image, strategy="crop", rng=random, crop=CROP, other=None):
-    """The rejected image m_l made from m_w (paper 3.2 and Table 3): PIL RGB -> PIL RGB of the same size.
+    """The rejected image m_l made from m_w (paper 3.1 and Table 3): PIL RGB -> PIL RGB of the same size.
 
     strategy: "crop" keeps a random part, its area uniform in `crop` (fractions), its aspect log-uniform in 3/4..4/3;
         "random" is the image `other`, centred and fitted; "moco" is MoCo v2's augmentation (arXiv:2003.04297).
@@ -417,7 +416,7 @@ class Pairs(torch.utils.data.Dataset):
     def __init__(self, examples, strategy="crop", crop=CROP, seed=0, pool=None, fixed=False):
         self.examples, self.strategy, self.crop, self.seed, self.fixed = examples, strategy, crop, seed, fixed
         self.pool = sorted({image for example in (pool or examples) for image in example.images})
-        if strategy == "random" and any(set(self.pool) == set(example.images) for example in examples):
+        if strategy == "random" and any(example.images and set(self.pool) <= set(example.images) for example in examples):
             raise BadInput("rejected images of strategy 'random' need more different images in the data")
 
     def __len__(self):
@@ -523,7 +522,7 @@ def expand_prefixes(processor, rows):
     The first is a dict a row: input_ids, with the tokens of the images in place, and what else the processor says of
     each token (its type). The second is a dict of tensors: pixel_values and, for some models, sizes or grids.
     """
-    if not rows[0][1]:
+    if not any(images for _, images in rows):
         return [{"input_ids": tokens.prompt_ids[: tokens.n_shared]} for tokens, _ in rows], {}
     encoded = encode_prompts(processor, [tokens.prompt for tokens, _ in rows], [images for _, images in rows])
     masks = encoded.pop("attention_mask").bool()
@@ -560,7 +559,8 @@ def tokenize(processor, question, chosen, rejected, n_images):
     # A stand-in for the response shows what the template puts before it and after it.
     stand_in = "\ue000"
     assistant = {"role": "assistant", "content": [{"type": "text", "text": stand_in}]}
-    before, _, after = processor.apply_chat_template([*messages, assistant], tokenize=False).partition(stand_in)
+    # The last one: the question may hold the same character.
+    before, _, after = processor.apply_chat_template([*messages, assistant], tokenize=False).rpartition(stand_in)
     ending = after.strip() or tokenizer.eos_token
     if prompt == processor.apply_chat_template(messages, tokenize=False) and before.startswith(prompt):
         prompt = before.rstrip()  # a template without a generation prompt: what opens the answer is not to be learned

@@ -44,8 +44,8 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     Returns losses (B,), with gradient, and a dict of detached (B,) metrics, in nats; without image_rejected (None is
         allowed where no term needs it) its metrics are left out. Raises ValueError naming the argument that is wrong.
     """
-    if not beta > 0:
-        raise ValueError(f"beta must be above 0, got {beta}")
+    if not 0 < beta < float("inf"):
+        raise ValueError(f"beta must be above 0 and finite, got {beta}")
     if isinstance(anchors, str) or not set(anchors) <= set(LogPs._fields):
         raise ValueError(f"anchors must be a tuple of names among {LogPs._fields}, got {anchors!r}")
     r = {}  # the rewards, (B,) each
@@ -70,7 +70,7 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
         metrics["loss/conditional"] = -F.logsigmoid(image_margin)  # eq. 6, CoPO
     if anchors:
         toward = {"chosen": 1, "rejected": -1, "image_rejected": -1}  # which side of delta the reward belongs on
-        metrics["loss/anchor"] = sum(-F.logsigmoid(toward[a] * (r[a] - delta)) for a in anchors)  # eq. 7, Table 4
+        metrics["loss/anchor"] = sum(-F.logsigmoid(toward[a] * (r[a] - delta)) for a in r if a in anchors)  # eq. 7, Table 4
     losses = sum(metrics.values())  # eq. 8, mDPO
 
     metrics |= {f"rewards/{name}": reward for name, reward in r.items()}

@@ -1,11 +1,13 @@
 """Tests, and worked examples: `pytest test_mdpo.py`. Each says what breaks if it fails. Tiny random models, no network."""
 
+import copy
 import inspect
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in child processes: another number of threads adds in another order
 
 import peft
 import pytest
@@ -79,9 +83,40 @@ def test_loss_is_the_papers(options, expected):
     assert sum(v.item() for k, v in metrics.items() if k.startswith("loss/")) == pytest.approx(expected, abs=1e-6)
 
 
+def test_the_defaults_are_the_papers():
+    """Who copies the loss and names nothing gets beta 0.1, delta 0, the conditional term and the anchor on y_w: rewards
+    0.1, -0.2 and -0.1, so margins 0.3 and 0.2."""
+    losses, _ = mdpo_loss(POLICY, REF)
+    assert losses.item() == pytest.approx(softplus(-0.3) + softplus(-0.2) + softplus(-0.1), abs=1e-6)
+
+
+def test_each_example_has_its_own_loss():
+    """A mean or a sum over the batch inside the loss would be hidden by a batch of one. Example 2 is example 1 with policy
+    and reference exchanged, so each reward changes its sign."""
+    pair = lambda a, b: LogPs(*(torch.cat([x, y]) for x, y in zip(a, b)))
+    losses, metrics = mdpo_loss(pair(POLICY, REF), pair(REF, POLICY), beta=0.5)
+    assert losses.tolist() == pytest.approx([DPO + CONDITIONAL + ANCHOR, sum(map(softplus, (1.5, 1.0, 0.5)))], abs=1e-6)
+    assert metrics["rewards/margins"].tolist() == [1.5, -1.5] and metrics["rewards/accuracies"].tolist() == [1, 0]
+
+
+def test_an_anchor_named_twice_counts_once():
+    """`--anchors chosen chosen` is no request for twice the weight."""
+    losses, _ = mdpo_loss(POLICY, REF, beta=0.5, anchors=["chosen", "chosen"])
+    assert losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-6)
+
+
+def test_a_tie_is_not_accurate():
+    """Before training every margin is 0: counted as accurate, a run would begin at 100%."""
+    _, metrics = mdpo_loss(REF, REF)
+    assert metrics["rewards/accuracies"].item() == metrics["rewards/image_accuracies"].item() == 0
+
+
 def test_metrics_are_the_rewards_of_their_names():
-    """Swapped or scaled metrics mislead every reader of the log."""
-    _, metrics = mdpo_loss(POLICY, REF, beta=0.5)
+    """Swapped or scaled metrics mislead every reader of the log; with a graph attached, a log of them keeps every
+    activation of every step alive."""
+    policy = LogPs(*(p.clone().requires_grad_() for p in POLICY))
+    losses, metrics = mdpo_loss(policy, REF, beta=0.5)
+    assert losses.requires_grad
     expected = {"chosen": 0.5, "rejected": -1, "image_rejected": -0.5, "margins": 1.5, "image_margins": 1}
     expected |= {"accuracies": 1, "image_accuracies": 1}
     assert {k.removeprefix("rewards/"): v.item() for k, v in metrics.items() if "rewards" in k} == expected
@@ -109,12 +144,24 @@ def test_dpo_needs_no_third_logp():
     assert losses.item() == pytest.approx(DPO, abs=1e-6) and not any("image" in name for name in metrics)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_raised_to_float32(dtype):
-    """bf16 steps are 4 nats wide at -1000: subtracting there would erase the margin."""
-    policy = LogPs(*(p.to(dtype) for p in POLICY))
-    losses, _ = mdpo_loss(policy, REF, beta=0.5)
-    assert losses.dtype == torch.float32 and losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-6)
+@pytest.mark.parametrize("policy_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ref_dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_raised_to_float32(policy_dtype, ref_dtype):
+    """Steps are 4 nats wide at -1000 in bf16: subtracted there, -1000 + 3 + 1/64 is -996. Every number here is exact in both
+    half types. Rewards, beta 1: -1000 + 3 + 1/64, -1004 + 3 and -1000 + 3; the anchor's term is minus the first."""
+    numbers = lambda values, dtype: LogPs(*(torch.tensor([value], dtype=dtype) for value in values))
+    policy, ref = numbers((-1000, -1004, -1000), policy_dtype), numbers((-3 - 1 / 64, -3, -3), ref_dtype)
+    losses, metrics = mdpo_loss(policy, ref, beta=1.0)
+    assert losses.dtype == torch.float32
+    assert metrics["rewards/chosen"].item() == -997 + 1 / 64 and metrics["rewards/margins"].item() == 4 + 1 / 64
+    assert losses.item() == pytest.approx(softplus(-4 - 1 / 64) + softplus(-1 / 64) + 997 - 1 / 64, abs=1e-4)
+
+
+def test_float64_stays_float64():
+    """Rounded to float32, the loss could not be checked to the last bit."""
+    as_double = lambda logps: LogPs(*(p.double() for p in logps))
+    losses, _ = mdpo_loss(as_double(POLICY), as_double(REF), beta=0.5)
+    assert losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-15)
 
 
 B2 = torch.zeros(2)
@@ -125,7 +172,12 @@ WRONG_ARGUMENTS = {
     "ref_logps.chosen must be a float tensor": lambda: mdpo_loss((B2, B2, B2), (B2.long(), B2, B2)),
     "policy_logps.image_rejected must be a float tensor": lambda: mdpo_loss((B2, B2), (B2, B2, B2)),
     "are the two swapped": lambda: mdpo_loss((B2, B2, B2), (B2.clone().requires_grad_(), B2, B2)),
-    "beta must be above 0": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), beta=0),
+    "ref_logps.image_rejected must be a float tensor": lambda: mdpo_loss((B2, B2, B2), (B2, B2)),
+    "policy_logps.image_rejected must be a float": lambda: mdpo_loss((B2, B2), (B2, B2), conditional=True, anchors=()),
+    "policy_logps.image_rejected must be": lambda: mdpo_loss((B2,) * 2, (B2,) * 2, anchors=("image_rejected",), conditional=False),
+    "beta must be above 0 and finite, got 0": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), beta=0),
+    "beta must be above 0 and finite, got inf": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), beta=math.inf),
+    "beta must be above 0 and finite, got nan": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), beta=math.nan),
     "anchors must be a tuple": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), anchors=("cropped",)),
     "anchors must be a tuple of": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), anchors="chosen"),
 }
@@ -174,6 +226,7 @@ def llava(tmp_path_factory):
         merges=[tuple(merge) for merge in vocabulary["merges"]],
         extra_special_tokens={"image_token": "<image>"},
         pad_token="<pad>",
+        add_bos_token=True,
     )
     pixels = {"height": 32, "width": 32}
     image_processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=pixels)
@@ -269,6 +322,101 @@ def test_tokens_are_those_of_the_librarys_own_call(loaded, layout):
     for i, (question, chosen, _, image, _) in enumerate(ITEMS):
         ids = processor(text=["".join(full_text(processor, question, chosen))], images=[image])["input_ids"][0]
         assert sequences[i][: len(ids)].tolist() == ids  # sequences open with prompt and y_w in both layouts
+
+
+@pytest.fixture(scope="session")
+def in_float64(loaded):
+    """A copy of the model of `loaded` in float64: `response_in_float64` asks it."""
+    return copy.deepcopy(loaded[0]).double().eval()
+
+
+@torch.no_grad()
+def response_in_float64(model, processor, prompt, response, images, other_response, room=10**6):
+    """log p(response | images, prompt), of one sequence by itself, so without any mask, padding or packing.
+
+    Tokenised whole; the response begins where prompt, prompt + response and prompt + other_response begin to differ, and
+    ends with its first end-of-sequence. At most `room` tokens of it count. An image takes 16 tokens, in both models.
+    """
+    tokenizer, image_id = processor.tokenizer, processor.image_token_id
+    ids, *others = (tokenizer(prompt + more).input_ids for more in (response, "", other_response))
+    start = len(os.path.commonprefix([ids, *others]))  # of lists, too
+    end = ids.index(tokenizer.eos_token_id, start) + 1
+    ids = [ids[:start], ids[start : min(end, start + room)]]
+    prefix = [token for id in ids[0] for token in [id] * (16 if id == image_id else 1)]
+    inputs = {"input_ids": torch.tensor([prefix + ids[1]])}
+    if images:
+        inputs["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"].double()
+    logits = model(**inputs).logits[0, len(prefix) - 1 : -1]
+    return sum((row[token] - row.logsumexp(0)).item() for row, token in zip(logits, ids[1]))
+
+
+ODD_TEXTS = {  # (question, chosen, rejected)
+    "emoji": ("What is 🦄 doing?", "It is 🏃‍♀️ running, naïvely.", "Это 東京 🗼."),
+    "looks like the template": (" USER: Hi ASSISTANT: yes USER: no", "No. USER: and now? ASSISTANT: Yes.", "ASSISTANT:"),
+    "newlines at either end": ("\n\nWhat is it?\n", "\nA red circle.\n\n", "\n\n"),
+    "end of sequence inside": ("What is it?", "A red circle.EOS It is red.", "A blue square.EOS"),
+    "one character": ("?", "a", "b"),
+    "one begins as the other": ("What is it?", "A red", "A red circle"),
+    "private use": ("What is \ue000 in \ue000 it?", "A \ue000 circle.", "\ue000"),
+    "spaces": ("What  is   it?", "  A  red    circle. ", " A  red    square. "),
+}
+
+
+@pytest.mark.parametrize("layout", ["packed", "plain"])
+@pytest.mark.parametrize("texts", ODD_TEXTS)
+def test_odd_texts_are_scored_exactly(loaded, in_float64, texts, layout):
+    """A boundary that is guessed instead of found, a stand-in that the text holds, or a second BOS: each of them scores other
+    tokens than the model will produce, in silence."""
+    model, processor = loaded
+    question, *answers = (text.replace("EOS", processor.tokenizer.eos_token) for text in ODD_TEXTS[texts])
+    (prompt, y_w), (_, y_l) = (full_text(processor, question, answer) for answer in answers)
+    logps = response_logps(model, make_batch([ITEMS[1], (question, *answers, noise(1), noise(2))], processor, layout))
+    oracle = lambda response, other, image: response_in_float64(in_float64, processor, prompt, response, [image], other)
+    expected = [oracle(y_w, y_l, noise(1)), oracle(y_l, y_w, noise(1)), oracle(y_w, y_l, noise(2))]
+    assert [p[1].item() for p in logps] == pytest.approx(expected, rel=2e-6, abs=1e-4)
+
+
+def test_several_images_cut_responses_and_no_image_are_scored_exactly(loaded, in_float64):
+    """Examples of other kinds in one batch: two images, a response that is cut, and a text without an image, first."""
+    model, processor = loaded
+    prompt, y_w = full_text(processor, "Which?", "There is a red circle.")
+    _, y_l = full_text(processor, "Which?", "No.")
+    token = processor.image_token + "\n"
+    two = [noise(1), noise(3, (20, 50))], [noise(2), noise(4, (20, 50))]
+    items = [("Which?", "There is a red circle.", "No.", *images) for images in ((None, None), two, (noise(1), noise(2)))]
+    n_tokens = lambda images: len(processor.tokenizer(prompt.replace(token, token * images)).input_ids) + 15 * images
+    max_length = n_tokens(images=2) + 3
+    logps = response_logps(model, make_batch(items, processor, max_length=max_length))
+    for i, (*_, images, rejected_images) in enumerate(items):
+        images, rejected_images = ([x] if isinstance(x, Image.Image) else x or [] for x in (images, rejected_images))
+        text, left = prompt.replace(token, token * len(images)), max_length - n_tokens(len(images))
+        oracle = lambda y, other, shown: response_in_float64(in_float64, processor, text, y, shown, other, left)
+        expected = [oracle(y_w, y_l, images), oracle(y_l, y_w, images), oracle(y_w, y_l, rejected_images)]
+        assert [p[i].item() for p in logps] == pytest.approx(expected, rel=2e-6, abs=1e-4)
+
+
+@pytest.mark.parametrize("template_has_bos", [False, True])
+def test_a_sequence_has_one_bos(llava, template_has_bos):
+    """Llama's tokenizer adds <s>, and some templates write it as well: twice, or not at all, is not what the model knows."""
+    _, processor = train.load_model(str(llava))
+    if template_has_bos:
+        processor.chat_template = "{{ bos_token }}" + HUB_LLAVA_TEMPLATE
+    for item in (ITEMS[0], (*ITEMS[0][:3], None, None)):
+        ids = make_batch([item], processor, image_rejected=False)["input_ids"][0].tolist()
+        assert ids[0] == processor.tokenizer.bos_token_id == 1 and ids.count(1) == 1
+
+
+def test_logits_are_raised_to_float32(bunny):
+    """A log-softmax in bf16 is off by hundredths of a nat a token. Held to a float64 one of the very same bf16 logits."""
+    model, processor = train.load_model(str(bunny), dtype=torch.bfloat16)
+    logits = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output.double()))
+    logps = response_logps(model, make_batch(ITEMS[:1], processor))
+    tokenizer = processor.tokenizer
+    y_w, y_l = (tokenizer(full_text(processor, "", answer)[1]).input_ids for answer in ITEMS[0][1:3])
+    by_token = logits[0][0].log_softmax(-1).gather(1, torch.tensor(y_w + y_l + y_w)[:, None])[:, 0]
+    expected = [part.sum().item() for part in by_token.split([len(y_w), len(y_l), len(y_w)])]
+    assert [p.item() for p in logps] == pytest.approx(expected, abs=1e-4)
 
 
 def test_packed_gradients_equal_plain(loaded):
@@ -440,8 +588,15 @@ CONVERSATION.append({"role": "user", "content": [{"type": "image"}, {"type": "te
 
 @pytest.mark.parametrize(
     "items",
-    [ITEMS[:2], SIZES, TWO_IMAGES, [(CONVERSATION, *ITEMS[0][1:]), ITEMS[1]], [(*i[:3], None, None) for i in ITEMS]],
-    ids=["one image", "different sizes", "two images", "turns", "no image"],
+    [
+        ITEMS[:2],
+        SIZES,
+        TWO_IMAGES,
+        [(CONVERSATION, *ITEMS[0][1:]), ITEMS[1]],
+        [(*i[:3], None, None) for i in ITEMS],
+        [(*ITEMS[0][:3], None, None), SIZES[1], TWO_IMAGES[0]],
+    ],
+    ids=["one image", "different sizes", "two images", "turns", "no image", "none, one and two images"],
 )
 def test_each_family_trains_on_the_librarys_own_log_probabilities(family, items):
     """A forgotten processor key, position or kind of attention is silent, and wrong by nats: packed rows where they are
@@ -612,16 +767,80 @@ def test_turns_and_several_images_are_read_and_shown(folder, loaded):
 def test_every_bunny_weight_lands_in_its_place(bunny):
     """A tensor left out would be random: the run would go on, and be worthless."""
     model, _ = train.load_model(str(bunny))
-    weights = {}
-    for file in bunny.glob("*.safetensors"):
-        weights |= load_file(file)
-    state = model.state_dict()
+    weights, state = weights_of(bunny), model.state_dict()
     assert len(state) == len(weights)
     for name, tensor in weights.items():
         for pattern, ours in train.BUNNY_KEYS.items():
             name = re.sub(pattern, ours, name)
         assert torch.equal(state[name], tensor.float()), name
     assert model.config.vision_config.num_hidden_layers == 2 and model.config.image_seq_length == 16
+
+
+def eye_by_hand(weights, image):
+    """What the language model is given of an image, by the arithmetic of SigLIP and Bunny's projector: (16, 32).
+
+    Patches of 8 pixels, 2 layers 32 wide with 16 heads, then Linear, GELU, Linear. `weights` under the checkpoint's names.
+    """
+    side = max(image.size)  # to a square, on the mean colour 0.5 * 255 = 127, the image in the middle
+    square = Image.new("RGB", (side, side), (127, 127, 127))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    square = square.resize((32, 32), Image.Resampling.BICUBIC)
+    x = torch.tensor(list(square.tobytes()), dtype=torch.float64).view(32, 32, 3) / 255
+    x = (x - 0.5) / 0.5
+    patches = x.view(4, 8, 4, 8, 3).permute(0, 2, 4, 1, 3).reshape(16, 3 * 8 * 8)  # by rows; in each: colour, y, x
+
+    w = lambda name: weights["model.vision_tower.vision_tower.vision_model." + name].double()
+    linear = lambda x, name: x @ w(name + ".weight").T + w(name + ".bias")
+
+    def layer_norm(x, name):
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x * w(name + ".weight") + w(name + ".bias")
+
+    patch = "embeddings.patch_embedding"
+    h = patches @ w(patch + ".weight").flatten(1).T + w(patch + ".bias") + w("embeddings.position_embedding.weight")
+    for layer in ("encoder.layers.0.", "encoder.layers.1."):
+        y = layer_norm(h, layer + "layer_norm1")
+        q, k, v = (linear(y, f"{layer}self_attn.{side}_proj").view(16, 16, 2).transpose(0, 1) for side in "qkv")
+        seen = ((q @ k.transpose(1, 2)) / math.sqrt(2)).softmax(-1) @ v  # (heads, patches, 2)
+        h = h + linear(seen.transpose(0, 1).reshape(16, 32), layer + "self_attn.out_proj")
+        y = linear(layer_norm(h, layer + "layer_norm2"), layer + "mlp.fc1")
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        h = h + linear(y, layer + "mlp.fc2")
+    w = lambda name: weights["model.mm_projector." + name].double()  # no norm behind the last layer
+    y = linear(h, "0")
+    return linear(0.5 * y * (1 + torch.erf(y / math.sqrt(2))), "2")
+
+
+def weights_of(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("size", [(48, 32), (20, 50), (32, 32)])
+def test_bunnys_eye_by_hand(bunny, size):
+    """Features of another layer, CLIP's mean and deviation, a picture squeezed where it should be padded: a wrong model would
+    train in silence, since packed and plain rows and the reference would all be wrong alike."""
+    model, processor = train.load_model(str(bunny))
+    for parameter in [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]:
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    weights = {}
+    for name, tensor in model.state_dict().items():  # back to the checkpoint's names
+        name = name.replace("model.vision_tower.", "model.vision_tower.vision_tower.vision_model.")
+        name = name.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
+        weights[name.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")] = tensor
+    seen = []
+    model.model.multi_modal_projector.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    response_logps(model, make_batch([(*ITEMS[0][:3], noise(1, size), noise(2, size))], processor))
+    expected = [eye_by_hand(weights, noise(seed, size)) for seed in (1, 2)]
+    torch.testing.assert_close(torch.cat(seen).view(2, 16, 32).double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_bunny_in_one_file_is_the_same_model(bunny, tmp_path):
+    """Small checkpoints have no index of shards; the sizes of the vision tower are then read off the one file."""
+    folder = tmp_path / "bunny"
+    shutil.copytree(bunny, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(weights_of(bunny), folder / "model.safetensors", metadata={"format": "pt"})
+    ours, theirs = (train.load_model(str(path))[0].state_dict() for path in (folder, bunny))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_activation_of_bunny_is_its_own_in_one_kernel(bunny):
@@ -1103,6 +1322,196 @@ def test_plain_layout_trains_the_same(finished, bunny, small, tmp_path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
+class Settings(NamedTuple):
+    """The arguments of a run, with the paper's defaults (Section 4.1, and the authors' released config)."""
+
+    epochs: int = 3
+    batch_size: int = 32
+    micro_batch_size: int = 4
+    lr: float = 1e-5
+    warmup: float = 0.1
+    betas: tuple = (0.9, 0.98)
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+    beta: float = 0.1
+    delta: float = 0.0
+    conditional: bool = True
+    anchors: tuple = ("chosen",)
+    reject: str = "crop"
+    crop: tuple = (0.01, 0.2)
+    lora_rank: int = 64
+    lora_alpha: int = 128
+    lora_targets: tuple | None = None
+    seed: int = 0
+    limit: int | None = None
+    eval_size: int = 0
+    max_length: int = 2048
+    no_image: bool = False
+
+    def flags(self):
+        """Only what is not a default, so that the defaults are tested, too."""
+        changed = {k: v for k, v in self._asdict().items() if v != self._field_defaults[k]}
+        words = []
+        for name, value in changed.items():
+            if name == "conditional":
+                words.append("--no-conditional")
+            elif value is True:
+                words.append(f"--{name.replace('_', '-')}")
+            else:
+                words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+                words += ["none"] if value == () else []
+        return words
+
+
+def crop_by_hand(image, rng, low, high):
+    """An area uniform in low..high, an aspect log-uniform in 3/4..4/3, or as far as the image has room for it; a place."""
+    width, height = image.size
+    area = width * height * (low + (high - low) * rng.random())
+    widest, tallest = min(4 / 3, width * width / area), max(3 / 4, area / (height * height))
+    aspect = math.exp(math.log(tallest) + (math.log(widest) - math.log(tallest)) * rng.random())
+    w, h = max(1, round((area * aspect) ** 0.5)), max(1, round((area / aspect) ** 0.5))
+    left, top = rng.randrange(width - w + 1), rng.randrange(height - h + 1)
+    return image.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+
+
+def run_by_hand(folder, data_file, a):
+    """A whole run from its arguments `a` alone: one sequence at a time, peft's own layers, no packing, no checkpointing, AdamW,
+    clipping and schedule written out. -> (a record for each step, the adapter)."""
+    records = list(enumerate(json.loads(Path(data_file).read_text())))
+    if a.limit:
+        records = [records[i] for i in sorted(random.Random(a.seed).sample(range(len(records)), a.limit))]
+    held = random.Random(f"{a.seed} held out").sample(range(len(records)), a.eval_size)
+    training = [record for i, record in enumerate(records) if i not in held]
+    held_out = [record for i, record in enumerate(records) if i in held]
+    open_ = lambda record: Image.open(Path(data_file).parent / record[1]["img_path"]).convert("RGB")
+    pool = sorted(records, key=lambda record: str(Path(data_file).parent / record[1]["img_path"]))
+
+    def rejected_image(record, key):
+        rng = random.Random(f"{a.seed} {key[0]} {key[1]}")
+        if a.reject == "crop":
+            return crop_by_hand(open_(record), rng, *a.crop)
+        while (other := rng.choice(pool)) == record:
+            pass
+        return open_(other)
+
+    model, processor = train.load_model(str(folder))
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "language_model" in n
+             and n.rpartition(".")[2] in (a.lora_targets or n)]  # fmt: skip
+    torch.manual_seed(a.seed)
+    config = peft.LoraConfig(r=a.lora_rank, lora_alpha=a.lora_alpha, lora_dropout=0, target_modules=names)
+    model = peft.get_peft_model(model, config)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    states = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in weights.items()}
+
+    def logp(prompt, response, image):
+        if a.no_image:
+            prompt, image = prompt.replace(processor.image_token + "\n", ""), None
+        encode = lambda text: processor(text=[text], images=[image] if image else None, return_tensors="pt")
+        start, inputs = encode(prompt)["input_ids"].shape[1], encode(prompt + response)
+        ids = inputs["input_ids"][0, : a.max_length]
+        rows = model(**inputs).logits[0, start - 1 :]
+        return sum(rows[i].log_softmax(0)[id] for i, id in enumerate(ids[start:]))
+
+    def losses_of(record, key):
+        question = record["prompt"].partition("<image>\n")[2].removesuffix(" ASSISTANT:")
+        (prompt, y_w), (_, y_l) = (full_text(processor, question, record[side]) for side in ("chosen", "rejected"))
+        m_w, m_l = open_((0, record)), rejected_image((key[2], record), key)
+        score = lambda: [logp(prompt, y_w, m_w), logp(prompt, y_l, m_w), logp(prompt, y_w, m_l)]
+        with torch.no_grad(), model.disable_adapter():
+            reference = score()
+        r = dict(zip(LogPs._fields, (a.beta * (p - q) for p, q in zip(score(), reference))))
+        terms = {"loss/dpo": r["chosen"] - r["rejected"]}
+        if a.conditional:
+            terms["loss/conditional"] = r["chosen"] - r["image_rejected"]
+        values = {name: -torch.sigmoid(margin).log() for name, margin in terms.items()}
+        anchored = [-torch.sigmoid((r[n] - a.delta) * (1 if n == "chosen" else -1)).log() for n in a.anchors]
+        values |= {"loss/anchor": sum(anchored)} if anchored else {}
+        values |= {"loss": sum(values.values())}
+        values |= {f"rewards/{name}": reward for name, reward in r.items()}
+        values["rewards/accuracies"] = (r["chosen"] > r["rejected"]).float()
+        values["rewards/image_accuracies"] = (r["chosen"] > r["image_rejected"]).float()
+        return values
+
+    def mean(values):
+        return {name: sum(value[name].item() for value in values) / len(values) for name in values[0]}
+
+    def held_out_metrics():
+        with torch.no_grad():
+            values = [losses_of(record, ("held out", i, n)) for i, (n, record) in enumerate(held_out)]
+        return {f"eval/{name}": value for name, value in mean(values).items()} if values else {}
+
+    steps_an_epoch = -(-len(training) // a.batch_size)
+    n_steps, log = a.epochs * steps_an_epoch, []
+    n_warmup = math.ceil(a.warmup * n_steps)
+    for step in range(n_steps):
+        epoch, at = divmod(step, steps_an_epoch)
+        order = list(range(len(training)))
+        random.Random(f"{a.seed} order {epoch}").shuffle(order)
+        batch = [(epoch, i, training[i][0]) for i in order[at * a.batch_size : (at + 1) * a.batch_size]]
+        values = [losses_of(training[i][1], (epoch, i, n)) for epoch, i, n in batch]
+        mean_loss = sum(value["loss"] for value in values) / len(batch)
+        gradients = dict(zip(weights, torch.autograd.grad(mean_loss, weights.values())))
+        norm = sum(g.square().sum() for g in gradients.values()).sqrt().item()
+        if step < n_warmup:
+            lr = a.lr * step / n_warmup
+        else:
+            lr = a.lr * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / (n_steps - n_warmup)))
+        with torch.no_grad():
+            for name, weight in weights.items():
+                gradient, (m, v), (b1, b2) = gradients[name] * min(1, a.max_grad_norm / norm), states[name], a.betas
+                m.mul_(b1).add_((1 - b1) * gradient)
+                v.mul_(b2).add_((1 - b2) * gradient**2)
+                m_hat, v_hat = m / (1 - b1 ** (step + 1)), v / (1 - b2 ** (step + 1))
+                weight -= lr * (a.weight_decay * weight + m_hat / (v_hat.sqrt() + 1e-8))
+        record = mean(values) | {"lr": lr, "grad_norm": norm}
+        log.append(record | (held_out_metrics() if at == steps_an_epoch - 1 else {}))
+    return log, {name.replace(".default", ""): weight.detach() for name, weight in weights.items()}
+
+
+RUNS = {
+    "the paper's settings": Settings(epochs=2, batch_size=4, micro_batch_size=2),
+    "every number changed": Settings(
+        epochs=3, batch_size=3, micro_batch_size=1, lr=0.02, warmup=0.4, betas=(0.8, 0.9), weight_decay=0.7,
+        max_grad_norm=0.3, beta=0.5, delta=0.3, anchors=("chosen", "rejected", "image_rejected"), crop=(0.2, 0.5),
+        lora_rank=2, lora_alpha=12, seed=3, limit=6, eval_size=2, max_length=82,
+    ),
+    "a random image": Settings(
+        epochs=2, batch_size=5, micro_batch_size=5, lr=0.03, warmup=0.0, weight_decay=0.0, max_grad_norm=100.0,
+        conditional=False, anchors=("image_rejected",), delta=-0.2, reject="random", lora_rank=3,
+        lora_targets=("q_proj", "fc2"), seed=1,
+    ),
+    "DPO": Settings(epochs=2, batch_size=4, lr=0.01, conditional=False, anchors=(), lora_rank=4, lora_alpha=4, seed=2),
+    "DPO without images": Settings(
+        epochs=1, batch_size=3, micro_batch_size=3, lr=0.01, conditional=False, anchors=(), no_image=True, seed=4
+    ),
+    "one step": Settings(epochs=1, lr=0.01),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_what_its_arguments_say(bunny, small, tmp_path, name):
+    """An argument that is ignored, a gradient that is not clipped, a schedule that is a step late, a last batch divided by the
+    full size, one rejected image for all epochs: each trains something else than the user asked for, in silence."""
+    settings, out = RUNS[name], tmp_path / "out"
+    arguments = ["--model", bunny, "--data", small, "--out", out, "--workers", 0, "--device", "cpu", *settings.flags()]
+    assert train.main([*map(str, arguments)]) == 0
+    steps = [record for record in log_of(out) if record["step"] > 0]
+    one_step = name == "one step"  # a single step is not warm-up, whose first step has rate 0
+    expected, weights = run_by_hand(bunny, small, settings._replace(warmup=0.0) if one_step else settings)
+    for record, values in zip(steps, expected, strict=True):
+        for key, value in values.items():
+            if key in record:
+                assert record[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (record["step"], key)
+            else:  # where no term asks for the rejected image
+                assert "image" in key and not settings.conditional and "image_rejected" not in settings.anchors
+    saved = adapter(out)
+    assert saved.keys() == weights.keys()
+    start = run_by_hand(bunny, small, settings._replace(epochs=0))[1]
+    apart = sum((saved[k] - weights[k]).square().sum().item() for k in weights)
+    moved = sum((start[k] - weights[k]).square().sum().item() for k in weights)
+    assert apart < 1e-4 * moved and moved > 0
+
+
 KILLED_WHILE_SAVING = """
 import os, signal, sys, torch, train
 save, calls = torch.save, []
@@ -1129,7 +1538,7 @@ def test_resume_after_sigkill_is_exact(bunny, small, tmp_path, where):
     assert train.main(command(bunny, small, whole, *more)) == 0
     if where == "at a random step":
         process = child("train.py", *command(bunny, small, cut, *more))
-        steps = random.SystemRandom().randint(1, 9)
+        steps = random.Random(0).randint(1, 9)
         while not (cut / "metrics.jsonl").exists() or len((cut / "metrics.jsonl").read_text().splitlines()) <= steps:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.002)
@@ -1271,9 +1680,18 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "not a text file": lambda b, t: ["--data", ROOT / Path(b) / "model-00001-of-00002.safetensors"],
     "no such image folder": lambda b, t: ["--images", t / "none"],
     "--batch-size 4 is not a multiple of --micro-batch-size 3": lambda b, t: ["--micro-batch-size", 3],
-    "--beta must be above 0": lambda b, t: ["--beta", 0],
-    "--beta must be above 0, got -0.1": lambda b, t: ["--beta", -0.1],
-    "--lr must be above 0": lambda b, t: ["--lr", 0],
+    "--beta: must be above 0, got 0": lambda b, t: ["--beta", 0],
+    "--beta: must be above 0, got -0.1": lambda b, t: ["--beta", -0.1],
+    "--beta: must be above 0, got inf": lambda b, t: ["--beta", "inf"],
+    "--lr: must be above 0, got 0": lambda b, t: ["--lr", 0],
+    "--lr: must be above 0, got nan": lambda b, t: ["--lr", "nan"],
+    "--delta: must be finite, got -inf": lambda b, t: ["--delta", "-inf"],
+    "--weight-decay: must be 0 or above, got -1e-3": lambda b, t: ["--weight-decay", "-1e-3"],
+    "--warmup: must be within 0 to 1, got 1.5": lambda b, t: ["--warmup", 1.5],
+    "--betas: must be 0 or above and below 1, got 1": lambda b, t: ["--betas", 0.9, 1],
+    "--epochs: must be above 0, got 0": lambda b, t: ["--epochs", 0],
+    "--eval-size: must be 0 or above, got -1": lambda b, t: ["--eval-size", -1],
+    "--seed: must be 0 or above and below 2**63, got -1": lambda b, t: ["--seed", -1],
     "--crop needs": lambda b, t: ["--crop", 0.5, 0.2],
     "--anchors none stands alone": lambda b, t: ["--anchors", "none", "chosen"],
     "--no-image leaves": lambda b, t: ["--no-image", "--anchors", "image_rejected"],

@@ -275,7 +275,9 @@ class LoraLinear(peft.tuners.lora.Linear):
 
 
 def add_lora(model, rank=64, alpha=128, seed=0, targets=None, layer=LoraLinear):
-    """Wrap `model` with LoRA on every linear layer of its language model, and on nothing else (paper 4.1).
+    """Wrap `model` with LoRA on every linear layer of its language model, and on nothing else.
+
+    Rank and alpha are the paper's (4.1), the choice of layers is the authors' config.
 
     targets: names of layers, such as "q_proj": only those. Raises BadInput if the language model has none of a name.
     layer: `LoraLinear`, or `peft.tuners.lora.Linear` for frameworks that shard weights and gather them module by module.
@@ -467,7 +469,8 @@ def train(model, processor, examples, held_out, args, out):
         parameters, args.lr, betas=args.betas, weight_decay=args.weight_decay, fused=args.device == "cuda"
     )
     plan = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup * len(plan)), len(plan))
+    warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # the first is at rate 0: an only step is none
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup_steps, len(plan))
     # Where the images do not change between epochs, the reference is asked in the first only.
     needs_image_rejected = args.conditional or "image_rejected" in args.anchors
     reuse_ref = args.fixed_crops or not needs_image_rejected
@@ -676,6 +679,10 @@ def before_and_after(out):
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
+
     def error(self, message):  # one line, as for every other mistake
         raise BadInput(f"{message} (--help lists the arguments)")
 
@@ -684,6 +691,27 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         has_value = action.default is not None and action.nargs != 0
         return super()._get_help_string(action) if has_value else action.help
+
+
+def number(kind, allowed, description):
+    """An argparse type: an int or a finite float that is `allowed`."""
+
+    def convert(text):
+        value = kind(text)
+        if not (abs(value) < math.inf and allowed(value)):  # also False for nan
+            raise argparse.ArgumentTypeError(f"must be {description}, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # "invalid int value"
+    return convert
+
+
+positive, whole = (number(kind, lambda x: x > 0, "above 0") for kind in (float, int))
+not_negative, count = (number(kind, lambda x: x >= 0, "0 or above") for kind in (float, int))
+share = number(float, lambda x: 0 <= x <= 1, "within 0 to 1")
+decay = number(float, lambda x: 0 <= x < 1, "0 or above and below 1")
+finite = number(float, lambda x: True, "finite")
+seed = number(int, lambda n: 0 <= n < 2**63, "0 or above and below 2**63")
 
 
 # fmt: off
@@ -697,43 +725,44 @@ def parse_args(argv):
     add("--demo", action="store_true", help="make a tiny model and drawn data, and train on them")
     add = parser.add_argument_group("data").add_argument
     add("--subset", metavar="PREFIX", help="only ids that begin so; the paper's is llava (4.1)")
-    add("--limit", type=int, metavar="N", help="a sample of N examples; the paper's is 10000 (4.1)")
-    add("--eval-size", type=int, default=0, metavar="N", help="examples held out, never trained on")
+    add("--limit", type=whole, metavar="N", help="a sample of N examples; the paper's is 10000 (4.1)")
+    add("--eval-size", type=count, default=0, metavar="N", help="examples held out, never trained on")
     add("--skip-bad", action="store_true", help="drop bad records instead of stopping")
-    add("--max-length", type=int, default=2048, metavar="N", help="tokens of prompt and one response (authors' config)")
+    add("--max-length", type=whole, default=2048, metavar="N", help="tokens of prompt and one response (authors' config)")
     add("--reject", choices=STRATEGIES, default="crop", help="how the rejected image is made (Table 3)")
-    add("--crop", type=float, nargs=2, default=CROP, metavar=("LO", "HI"), help="share of the area that a crop keeps (Table 3)")
+    add("--crop", type=share, nargs=2, default=CROP, metavar=("LO", "HI"), help="share of the area that a crop keeps (Table 3)")
     add("--fixed-crops", action="store_true", help="one rejected image an example for the whole run, where the paper draws "
         "one each time; the reference is then asked in the first epoch only")
     add("--no-image", action="store_true", help="the data without images, DPO (No Image) of Fig. 1: no conditional term, "
         "and no anchor unless --anchors asks for one")
     add = parser.add_argument_group("loss").add_argument
-    add("--beta", type=float, default=0.1, help="strength of the KL constraint (paper 4.1)")
-    add("--delta", type=float, default=0.0, help="the anchor, in units of reward (paper 4.1)")
+    add("--beta", type=positive, default=0.1, help="strength of the KL constraint (paper 4.1)")
+    add("--delta", type=finite, default=0.0, help="the anchor, in units of reward (paper 4.1)")
     add("--no-conditional", dest="conditional", action="store_false", help="drop eq. 6 (Table 2, minus conditional)")
     add("--anchors", nargs="+", choices=(*LogPs._fields, "none"), metavar="NAME", help="anchored rewards: any of chosen "
         "(eq. 7), rejected, image_rejected (Table 4); none is Table 2, minus anchored (default: chosen)")
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=int, default=3, metavar="N", help="passes over the data (paper 4.1)")
-    add("--batch-size", type=int, default=32, metavar="N", help="examples an update (paper 4.1)")
-    add("--micro-batch-size", type=int, default=4, metavar="N", help="examples at a time: for memory, not for the result")
-    add("--lr", type=float, default=1e-5, help="peak learning rate (paper 4.1)")
-    add("--warmup", type=float, default=0.1, help="share of the steps, before a cosine to 0 (paper 4.1)")
-    add("--betas", type=float, nargs=2, default=(0.9, 0.98), metavar=("B1", "B2"), help="of AdamW (authors' config)")
-    add("--weight-decay", type=float, default=0.05, help="of AdamW (authors' config)")
-    add("--max-grad-norm", type=float, default=1.0, help="gradient clipping (authors' config)")
-    add("--lora-rank", type=int, default=64, metavar="R", help="(paper 4.1)")
-    add("--lora-alpha", type=int, default=128, metavar="A", help="(paper 4.1)")
+    add("--epochs", type=whole, default=3, metavar="N", help="passes over the data (paper 4.1)")
+    add("--batch-size", type=whole, default=32, metavar="N", help="examples an update (paper 4.1)")
+    add("--micro-batch-size", type=whole, default=4, metavar="N", help="examples at a time: for memory, not for the result")
+    add("--lr", type=positive, default=1e-5, help="peak learning rate (paper 4.1)")
+    add("--warmup", type=share, default=0.1, help="share of the steps, rounded up, before a cosine to 0 (paper 4.1); a single "
+        "step has none")
+    add("--betas", type=decay, nargs=2, default=(0.9, 0.98), metavar=("B1", "B2"), help="of AdamW (B2: authors' config)")
+    add("--weight-decay", type=not_negative, default=0.05, help="of AdamW (authors' config)")
+    add("--max-grad-norm", type=positive, default=1.0, help="gradient clipping (the default of the authors' trainer)")
+    add("--lora-rank", type=whole, default=64, metavar="R", help="(paper 4.1)")
+    add("--lora-alpha", type=whole, default=128, metavar="A", help="(paper 4.1)")
     add("--lora-targets", nargs="+", metavar="NAME", help="only these linear layers of the language model, such as q_proj "
-        "v_proj (default: all, paper 4.1)")
-    add("--seed", type=int, default=0, help="of adapter, order, samples and rejected images")
+        "v_proj (default: all, as in the authors' config)")
+    add("--seed", type=seed, default=0, help="of adapter, order, samples and rejected images")
     add = parser.add_argument_group("system").add_argument
     add("--device", choices=("cuda", "cpu"), help="(default: cuda if there is one)")
     add("--layout", choices=LAYOUTS, help="two packed sequences an example, or three plain rows (default: packed where the first "
         "examples show that it is exact for the model)")
     add("--no-checkpointing", dest="checkpointing", action="store_false", help="keep activations: faster, more memory")
-    add("--workers", type=int, default=4, metavar="N", help="processes that decode images")
-    add("--save-every", type=int, metavar="N", help="a checkpoint every N steps, beside each epoch's")
+    add("--workers", type=count, default=4, metavar="N", help="processes that decode images")
+    add("--save-every", type=whole, metavar="N", help="a checkpoint every N steps, beside each epoch's")
     add("--resume", action="store_true", help="go on with the run in --out, exactly")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -750,22 +779,12 @@ def check_args(args):
     for name in ("model", "data"):
         if not getattr(args, name):
             raise BadInput(f"--{name} is missing (or try --demo)")
-    above_zero = ("beta", "epochs", "batch_size", "micro_batch_size", "lr", "max_grad_norm", "lora_rank", "lora_alpha",
-                  "max_length", "limit", "save_every")  # fmt: skip
-    for name in above_zero:
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise BadInput(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-    for name in ("eval_size", "workers", "weight_decay"):
-        if not getattr(args, name) >= 0:
-            raise BadInput(f"--{name.replace('_', '-')} must not be negative, got {getattr(args, name)}")
     if args.batch_size % args.micro_batch_size:
         raise BadInput(
             f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}"
         )
     if not 0 < args.crop[0] <= args.crop[1] <= 1:
         raise BadInput(f"--crop needs 0 < LO <= HI <= 1, got {args.crop[0]} {args.crop[1]}")
-    if not 0 <= args.warmup <= 1 or not all(0 <= beta < 1 for beta in args.betas) or not math.isfinite(args.delta):
-        raise BadInput("--warmup must be within 0..1, each of --betas within 0..1 (1 excluded), --delta finite")
     if args.resume and (args.overwrite or args.out is None):
         raise BadInput("--resume needs --out, the folder of the run, and excludes --overwrite")
     if args.no_image:
