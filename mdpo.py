@@ -41,8 +41,8 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     beta: strength of the KL constraint, > 0 (paper 4.1: 0.1). delta: the anchor, in units of reward (paper 4.1: 0).
     conditional: keep eq. 6 (False: Table 2, minus conditional). With `anchors=()` too, this is DPO.
     anchors: any of "chosen" (eq. 7), "rejected", "image_rejected" (Table 4); (): Table 2, minus anchored.
-    Returns losses (B,), with gradient, and a dict of detached (B,) metrics, in nats; without image_rejected (None is
-        allowed where no term needs it) its metrics are left out. Raises ValueError naming the argument that is wrong.
+    Returns losses (B,), with gradient, and a dict of detached (B,) metrics: losses, rewards and margins in nats, accuracies 0
+        or 1; without image_rejected (None is allowed where no term needs it) its metrics are left out. Raises ValueError naming the argument that is wrong.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be above 0 and finite, got {beta}")

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -145,16 +146,17 @@ def test_dpo_needs_no_third_logp():
 
 
 @pytest.mark.parametrize("policy_dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("ref_dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_raised_to_float32(policy_dtype, ref_dtype):
-    """Steps are 4 nats wide at -1000 in bf16: subtracted there, -1000 + 3 + 1/64 is -996. Every number here is exact in both
-    half types. Rewards, beta 1: -1000 + 3 + 1/64, -1004 + 3 and -1000 + 3; the anchor's term is minus the first."""
+@pytest.mark.parametrize("ref_dtype, step", [(torch.float16, 2**-9), (torch.bfloat16, 2**-6), (torch.float32, 2**-13)])
+def test_half_precision_is_raised_to_float32(policy_dtype, ref_dtype, step):
+    """Steps are 4 nats wide at -1000 in bf16: subtracted there, -1000 + 3 + 1/64 is -996. `step` is one that `ref_dtype`
+    resolves at 3, so that a type with fewer bits loses it. Rewards, beta 1: -997 + step, -1001 and -997; the anchor's
+    term is minus the first."""
     numbers = lambda values, dtype: LogPs(*(torch.tensor([value], dtype=dtype) for value in values))
-    policy, ref = numbers((-1000, -1004, -1000), policy_dtype), numbers((-3 - 1 / 64, -3, -3), ref_dtype)
+    policy, ref = numbers((-1000, -1004, -1000), policy_dtype), numbers((-3 - step, -3, -3), ref_dtype)
     losses, metrics = mdpo_loss(policy, ref, beta=1.0)
     assert losses.dtype == torch.float32
-    assert metrics["rewards/chosen"].item() == -997 + 1 / 64 and metrics["rewards/margins"].item() == 4 + 1 / 64
-    assert losses.item() == pytest.approx(softplus(-4 - 1 / 64) + softplus(-1 / 64) + 997 - 1 / 64, abs=1e-4)
+    assert metrics["rewards/chosen"].item() == -997 + step and metrics["rewards/margins"].item() == 4 + step
+    assert losses.item() == pytest.approx(softplus(-4 - step) + softplus(-step) + 997 - step, abs=1e-4)
 
 
 def test_float64_stays_float64():
@@ -708,7 +710,7 @@ def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_sequence_may_be
     assert "see 2047 tokens back, fewer than --max-length 2048" in capsys.readouterr().out
 
 
-def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read(tmp_path, bunny, monkeypatch):
+def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read(tmp_path, bunny, llava, monkeypatch):
     """The reason, in one line, and not after a download of gigabytes."""
     for name, config, reason in (
         ("text", transformers.LlamaConfig(), "of type llama, .* is no model that takes images"),
@@ -722,6 +724,14 @@ def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read
         patch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *args, **kwargs: SimpleNamespace())
         with pytest.raises(BadInput, match="has no image token"):
             train.load_processor(str(tmp_path / "git"))
+    shutil.copytree(llava, tmp_path / "silent", ignore=shutil.ignore_patterns("chat_template*"))
+    with pytest.raises(BadInput, match="has no chat template"):
+        train.load_processor(str(tmp_path / "silent"))
+    shutil.copytree(bunny, tmp_path / "small")
+    config = json.loads((bunny / "config.json").read_text())
+    write(tmp_path / "small" / "config.json", config | {"vocab_size": 20})
+    with pytest.raises(BadInput, match="has no token of nine tabs"):
+        train.load_processor(str(tmp_path / "small"))
     _, processor = train.load_model(str(bunny))
     with monkeypatch.context() as patch:  # as Mllama's, whose layers of cross-attention need a mask of their own
         mask = lambda call: {"cross_attention_mask": call["input_ids"][:, :, None, None]}
@@ -729,6 +739,16 @@ def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read
         patch.setattr(data, "encode_prompts", lambda *args: (lambda call: call.data | mask(call))(encode(*args)))
         with pytest.raises(BadInput, match="returns cross_attention_mask of shape"):
             make_batch(ITEMS, processor)
+
+
+def test_a_conversation_with_bunny_is_in_its_own_words(bunny):
+    """Bunny was tuned on one template. Earlier answers end in the end-of-sequence token, as the last one does."""
+    _, processor = train.load_model(str(bunny))
+    pair = (CONVERSATION, "A cat.", "A dog.", noise(1), noise(2))
+    ids = make_batch([pair], processor, image_rejected=False)["input_ids"][0].tolist()
+    text = processor.decode(ids).replace("\t" * 9, "[]")
+    expected = "Be brief. USER: Hello.  ASSISTANT: Hello!<|endoftext|>USER: " + "[]" * 16 + "\nWhat is it?  ASSISTANT: A cat.<|endoftext|>"
+    assert re.sub(" +", " ", text).startswith(re.sub(" +", " ", expected))
 
 
 def test_lora_targets_stay_in_the_language_model(bunny):
@@ -770,9 +790,12 @@ def test_every_bunny_weight_lands_in_its_place(bunny):
     weights, state = weights_of(bunny), model.state_dict()
     assert len(state) == len(weights)
     for name, tensor in weights.items():
-        for pattern, ours in train.BUNNY_KEYS.items():
-            name = re.sub(pattern, ours, name)
-        assert torch.equal(state[name], tensor.float()), name
+        ours = name.replace("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.")
+        ours = ours.replace("mm_projector.0", "multi_modal_projector.linear_1")
+        ours = ours.replace("mm_projector.2", "multi_modal_projector.linear_2")
+        if ours.split(".")[1] in ("embed_tokens", "layers", "final_layernorm"):
+            ours = ours.replace("model.", "model.language_model.", 1)
+        torch.testing.assert_close(state[ours], tensor.float(), rtol=0, atol=0)
     assert model.config.vision_config.num_hidden_layers == 2 and model.config.image_seq_length == 16
 
 
@@ -865,6 +888,19 @@ def test_dropout_of_the_base_is_off(loaded):
     assert rates and not any(rates)
 
 
+def test_pickled_weights_are_not_loaded(llava, tmp_path):
+    """Unpickling runs whatever code the file holds."""
+    shutil.copytree(llava, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(llava / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(BadInput):
+        train.load_model(str(tmp_path / "pickled"))
+
+
+def test_a_loaded_model_is_frozen(loaded):
+    """Weights that are not frozen take optimizer memory for 3 billion parameters, or drift."""
+    assert not any(parameter.requires_grad for parameter in loaded[0].parameters())
+
+
 def with_lora(folder, checkpointing=True):
     model, processor = train.load_model(str(folder))
     model = train.add_lora(model, rank=4, alpha=8)
@@ -954,6 +990,10 @@ def test_lora_layers_compute_what_pefts_own_do(bunny, dtype):
         assert not torch.equal(y, base) and y.dtype == base.dtype == dtype
     for ours, theirs in zip(*results):
         assert (ours - theirs).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * theirs.norm()
+    layers[1].merge()
+    merged = layers[1](x)
+    layers[1].unmerge()
+    assert (merged - layers[1](x)).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * merged.norm()
 
 
 def test_checkpointing_does_not_change_gradients(bunny):
@@ -1318,6 +1358,7 @@ def test_micro_batch_size_does_not_change_the_update(finished, bunny, small, tmp
 def test_plain_layout_trains_the_same(finished, bunny, small, tmp_path):
     """--layout plain is the yardstick a user can switch to."""
     assert train.main(command(bunny, small, tmp_path / "out", "--layout", "plain")) == 0
+    assert json.loads((tmp_path / "out" / "args.json").read_text())["layout"] == "plain"
     for ours, theirs in zip(log_of(tmp_path / "out"), log_of(finished), strict=True):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
@@ -1499,6 +1540,7 @@ def test_a_run_is_what_its_arguments_say(bunny, small, tmp_path, name):
     one_step = name == "one step"  # a single step is not warm-up, whose first step has rate 0
     expected, weights = run_by_hand(bunny, small, settings._replace(warmup=0.0) if one_step else settings)
     for record, values in zip(steps, expected, strict=True):
+        assert ("eval/loss" in record) == ("eval/loss" in values)
         for key, value in values.items():
             if key in record:
                 assert record[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (record["step"], key)
@@ -1512,45 +1554,69 @@ def test_a_run_is_what_its_arguments_say(bunny, small, tmp_path, name):
     assert apart < 1e-4 * moved and moved > 0
 
 
-KILLED_WHILE_SAVING = """
-import os, signal, sys, torch, train
-save, calls = torch.save, []
-def save_half(state, path):
-    calls.append(path)
-    save(state, path)
-    if len(calls) == 2:  # the second checkpoint: cut the file short, then die
-        os.truncate(path, os.path.getsize(path) // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save_half
-train.main(sys.argv[1:])
-"""
-
-
 def child(*arguments, **options):
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
 
 
-@pytest.mark.parametrize("where", ["at a random step", "inside the writing of a checkpoint"])
-def test_resume_after_sigkill_is_exact(bunny, small, tmp_path, where):
-    """Hours of training hang on it: the adapter must come out bit for bit, and the log hold each step once."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    more = ("--epochs", 6, "--save-every", 1, "--eval-size", 1)
-    assert train.main(command(bunny, small, whole, *more)) == 0
-    if where == "at a random step":
-        process = child("train.py", *command(bunny, small, cut, *more))
-        steps = random.Random(0).randint(1, 9)
-        while not (cut / "metrics.jsonl").exists() or len((cut / "metrics.jsonl").read_text().splitlines()) <= steps:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.002)
-        process.kill()
-    else:
-        process = child("-c", KILLED_WHILE_SAVING, *command(bunny, small, cut, *more))
-    assert process.wait() == -signal.SIGKILL
+def fork(function, *arguments):
+    """Start function(*arguments) in a copy of this process."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="session")
+def six_epochs(bunny, small, tmp_path_factory):
+    """(arguments of 12 steps, the adapter of the run that was not stopped)."""
+    arguments = lambda out, *more: command(bunny, small, out, "--epochs", 6, "--save-every", 1, "--eval-size", 1, *more)
+    whole = tmp_path_factory.mktemp("runs") / "whole"
+    assert train.main(arguments(whole)) == 0
+    return arguments, adapter(whole)
+
+
+def goes_on_exactly(six_epochs, cut):
+    """Resumed, the adapter comes out bit for bit, and the log holds each step once."""
+    arguments, whole = six_epochs
     assert not (cut / "adapter_model.safetensors").exists()
-    assert train.main(command(bunny, small, cut, *more, "--resume")) == 0
+    assert train.main(arguments(cut, "--resume")) == 0
     assert [record["step"] for record in log_of(cut)] == list(range(13))
-    ours, theirs = adapter(cut), adapter(whole)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    ours = adapter(cut)
+    assert ours.keys() == whole.keys() and all(torch.equal(ours[k], whole[k]) for k in ours)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_resume_after_sigkill_is_exact(six_epochs, tmp_path, seed):
+    """Hours of training hang on it. The kill comes from outside, at any moment behind a drawn step."""
+    rng, cut = random.Random(seed), tmp_path / "cut"
+    process, n_steps = fork(train.main, six_epochs[0](cut)), rng.randint(1, 9)
+    while not (cut / "metrics.jsonl").exists() or len((cut / "metrics.jsonl").read_text().splitlines()) <= n_steps:
+        assert process.is_alive()
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.05))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    goes_on_exactly(six_epochs, cut)
+
+
+def test_resume_after_sigkill_inside_the_writing_of_a_checkpoint_is_exact(six_epochs, tmp_path, monkeypatch):
+    """The worst moment: the file is half there. The second checkpoint is step 2's, since --save-every is 1."""
+    save, calls, cut = torch.save, [], tmp_path / "cut"
+
+    def save_half(state, path):
+        calls.append(path)
+        save(state, path)
+        if len(calls) == 2:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", save_half)
+        process = fork(train.main, six_epochs[0](cut))
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert [record["step"] for record in log_of(cut)] == [0, 1, 2]
+    goes_on_exactly(six_epochs, cut)
 
 
 @pytest.mark.parametrize("flags", ["--fixed-crops", "--no-conditional --anchors none"])
@@ -1579,19 +1645,76 @@ def test_the_reference_is_asked_once_where_its_images_do_not_change(bunny, small
     assert train.main(command(bunny, small, tmp_path / "fresh")) == 0 and not any(given)
 
 
+def stopped_at(step, monkeypatch, arguments, number=signal.SIGTERM):
+    """Run train.main and send it a signal once it has logged `step` -> exit status."""
+    show = train.show
+    with monkeypatch.context() as patched:
+        stop = lambda bar, record: record["step"] == step and os.kill(os.getpid(), number)
+        patched.setattr(train, "show", stop)
+        status = train.main(arguments)
+    assert train.show is show
+    return status
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_save_before_leaving(finished, bunny, small, tmp_path, monkeypatch, capsys, number):
-    """A cluster's preemption must not cost an epoch."""
-    out, show = tmp_path / "out", train.show
-    with monkeypatch.context() as patched:
-        stop_at_3 = lambda bar, record: record["step"] == 3 and os.kill(os.getpid(), number)
-        patched.setattr(train, "show", stop_at_3)
-        assert train.main(command(bunny, small, out)) == 128 + number
-    assert "--resume" in capsys.readouterr().out and train.show is show
+    """A cluster's preemption must not cost an epoch. What a kill left of a line in the log is not read."""
+    out, before = tmp_path / "out", signal.getsignal(number)
+    assert stopped_at(3, monkeypatch, command(bunny, small, out), number) == 128 + number
+    assert "--resume" in capsys.readouterr().out and signal.getsignal(number) == before
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 3
-    assert signal.getsignal(number) != train.StopSignals.note
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
     assert train.main(command(bunny, small, out, "--resume")) == 0
+    assert [record["step"] for record in log_of(out)] == [1, 2, 3, 4]
     assert all(torch.equal(v, adapter(finished)[k]) for k, v in adapter(out).items())
+
+
+def test_a_run_goes_on_with_its_own_data_only(bunny, small, tmp_path, monkeypatch, capsys):
+    """Half of the steps on other data is a run that nobody asked for."""
+    records = json.loads(Path(small).read_text())
+    shutil.copytree(Path(small).parent, tmp_path / "data")
+    mine, out = tmp_path / "data" / "silkie.json", tmp_path / "out"
+    assert stopped_at(1, monkeypatch, command(bunny, mine, out)) == 128 + signal.SIGTERM
+    write(mine, [records[0] | {"chosen": "Something else."}, *records[1:]])
+    assert train.main(command(bunny, mine, out, "--resume")) == 2
+    assert "data" in capsys.readouterr().err
+
+
+def test_the_table_at_the_end_is_the_logs(bunny, small, tmp_path, capsys):
+    """Before and after are what a user quotes: exchanged, or of training steps, they say something else."""
+    assert train.main(command(bunny, small, tmp_path / "held", "--eval-size", 2)) == 0
+    first, *_, last = [record for record in log_of(tmp_path / "held") if "eval/loss" in record]
+    assert first["step"] == 0 and last["step"] == 4
+    line = re.search(r"^  loss +(\S+) +(\S+)$", capsys.readouterr().out, re.MULTILINE)
+    assert line.groups() == (f"{first['eval/loss']:.4f}", f"{last['eval/loss']:.4f}")
+    assert train.main(command(bunny, small, tmp_path / "none", "--epochs", 6)) == 0
+    log = log_of(tmp_path / "none")  # 12 steps: a tenth, rounded up, is 2
+    expected = [sum(record["loss"] for record in ends) / 2 for ends in (log[:2], log[-2:])]
+    line = re.search(r"^  loss +(\S+) +(\S+)$", capsys.readouterr().out, re.MULTILINE)
+    assert line.groups() == tuple(f"{loss:.4f}" for loss in expected)
+
+
+@pytest.mark.parametrize("flag, calls", [((), 3), (("--no-checkpointing",), 2)])
+def test_activations_are_recomputed_unless_told_otherwise(bunny, small, tmp_path, monkeypatch, flag, calls):
+    """Without checkpointing a real model does not fit; with it against the user's wish a run is a quarter slower.
+    One epoch is 4 micro-batches of 2 layers: each runs for the reference, for the policy, and to be recomputed."""
+    mlp = transformers.models.phi.modeling_phi.PhiMLP
+    forward, training = mlp.forward, []
+    count = lambda self, x: training.append(self.training) or forward(self, x)
+    monkeypatch.setattr(mlp, "forward", count)
+    assert train.main(command(bunny, small, tmp_path / "out", "--epochs", 1, *flag)) == 0
+    assert sum(training) == 4 * 2 * calls
+
+
+def test_each_image_of_a_step_is_encoded_once(bunny, small, tmp_path, monkeypatch):
+    """Vision towers are a third of a step: policy and reference share an encoding, of the same two images an example."""
+    tower = transformers.models.siglip.modeling_siglip.SiglipVisionModel
+    forward, sizes = tower.forward, []
+    count = lambda self, pixel_values, **options: sizes.append(len(pixel_values)) or forward(self, pixel_values, **options)
+    monkeypatch.setattr(tower, "forward", count)
+    assert train.main(command(bunny, small, tmp_path / "out", "--epochs", 1)) == 0
+    assert sizes[-4:] == [4, 4, 4, 2]  # micro-batches of 2, 2, 2 and 1 examples; before them, the check of the rows
 
 
 def test_held_out_examples_are_never_trained_on_and_keep_their_image(bunny, small, tmp_path, monkeypatch):
@@ -1622,6 +1745,16 @@ def test_no_image_run_needs_no_images(bunny, tmp_path):
     path = write(tmp_path / "x.json", [authors(img_path="nowhere.png", chosen=f"A cat {i}.") for i in range(5)])
     assert train.main(command(bunny, path, tmp_path / "out", "--no-image", "--eval-size", 1)) == 0
     assert log_of(tmp_path / "out")[1]["loss"] == pytest.approx(math.log(2))
+
+
+def test_images_elsewhere_and_bad_records_on_the_command_line(bunny, small, tmp_path, capsys):
+    """A flag that is parsed and not handed on: the images beside the file would be looked for, or the run would stop."""
+    good = json.loads(Path(small).read_text())[:3]
+    mine, images = write(tmp_path / "mine.json", [*good, good[0] | {"chosen": ""}]), Path(small).parent
+    assert train.main(command(bunny, mine, tmp_path / "out", "--images", images)) == 2
+    assert "record 4" in capsys.readouterr().err
+    assert train.main(command(bunny, mine, tmp_path / "out", "--images", images, "--skip-bad", "--epochs", 1)) == 0
+    assert "1 bad record" in capsys.readouterr().out and len(log_of(tmp_path / "out")) == 1
 
 
 def test_without_out_each_run_gets_its_own_folder(bunny, small, tmp_path, monkeypatch):
@@ -1725,10 +1858,17 @@ def test_bad_input_is_one_line_and_status_2(bunny, small, tmp_path, capsys, mess
         train.main([*arguments, "--debug"])
 
 
-def test_nan_stops_the_run_and_names_the_batch(bunny, small, tmp_path, capsys, monkeypatch):
-    """Training on after a NaN ruins the adapter in silence."""
+@pytest.mark.parametrize("wrong", ["the loss is nan", "the gradient is nan"])
+def test_nan_stops_the_run_and_names_the_batch(bunny, small, tmp_path, capsys, monkeypatch, wrong):
+    """Training on after a NaN ruins the adapter in silence. The slope of a square root at 0 is infinite, its value is not."""
     loss = train.mdpo_loss
-    monkeypatch.setattr(train, "mdpo_loss", lambda *a: (loss(*a)[0] * float("nan"), loss(*a)[1]))
+
+    def broken(policy_logps, *rest, **options):
+        losses, metrics = loss(policy_logps, *rest, **options)
+        more = math.nan if wrong == "the loss is nan" else (0 * policy_logps[0]).sqrt()
+        return losses + more, metrics
+
+    monkeypatch.setattr(train, "mdpo_loss", broken)
     assert train.main(command(bunny, small, tmp_path / "out")) == 2
     error = capsys.readouterr().err
     ids = re.search(r"examples of the batch: (.*)", error)[1].split(", ")
