@@ -1206,7 +1206,7 @@ TURNS = {  # a system text, an earlier turn, two images
 
 @pytest.mark.parametrize("record", [authors(), VLFEEDBACK, AS_COLUMNS, MESSAGES, PLAIN, NO_PROMPT])
 @pytest.mark.parametrize(
-    "name, form", [("x.json", "[{}]"), ("x.jsonl", "{}\n"), ("x.json", "\n{}\n"), ("x.jsonl", "[{}]")]
+    "name, form", [("x.json", "[{}]"), ("x.jsonl", "{}\n"), ("x.json", "\n{}\n"), ("x.jsonl", "\n [{}]")]
 )
 def test_every_format_gives_the_same_example(folder, record, name, form):
     """Formats are told apart by the records, not by the file's name."""
@@ -1611,6 +1611,13 @@ def test_crops_of_long_images_keep_the_area(tmp_path):
         assert off_uniform(long / 250, 0.3, 0.5) < 1.63
 
 
+def test_a_crop_is_at_least_one_pixel(tmp_path):
+    """A box without width is one colour, stretched: 1% of a thumbnail is less than a pixel."""
+    crops = drawn(tmp_path, gradient(6, 6, step=40), "crop", 50, crop=(1e-4, 1e-3))
+    spans = crops[:, :2].amax((2, 3)) - crops[:, :2].amin((2, 3))
+    assert 10 < spans.min() and spans.max() <= 40  # from one pixel's middle towards the next, in both directions
+
+
 def as_examples(folder, n=4):
     return read_examples(str(shapes.write_pairs(folder / "drawn", n)))
 
@@ -1818,16 +1825,19 @@ def test_data_command_counts_every_kind_of_record(folder, capsys):
         tie,
         *[authors(id=f"llava-bad-{i}", chosen="") for i in range(25)],
         authors(id="llava-no", img_path="none.png"),
+        authors(id="llava-broken", img_path="broken.png"),
     ]
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
     path = write(folder / "elsewhere" / "x.json", kinds)
     assert data.main([path, "--images", str(folder), "--subset", "llava"]) == 1
     out, err = capsys.readouterr()
-    assert f"{path}: 3 good, 26 bad, 1 without a preference\nimages: 2 different\n" in out
+    assert f"{path}: 3 good, 27 bad, 1 without a preference\nimages: 2 different\n" in out
     assert re.search(r"question words: +mean 3.0, median 3, longest 3\n", out)
     assert re.search(r"chosen words: +mean 4.7, median 3, longest 9\n", out)
     assert re.search(r"rejected words: +mean 2.0, median 2, longest 2\n", out)
-    assert err.startswith("26 bad records:\n") and err.count("'chosen' is empty") == 25 and "... and" not in err
+    assert err.startswith("27 bad records:\n") and err.count("'chosen' is empty") == 25 and "... and" not in err
     assert "record 6 (id llava-bad-0): 'chosen' is empty" in err and "record 31 (id llava-no): no image" in err
+    assert re.search(r"record 32 \(id llava-broken\): image .*broken.png cannot be decoded", err)
     assert data.main([path, "--images", str(folder), "--subset", "svit"]) == 0
     assert "1 good, 0 bad, 0 without" in capsys.readouterr().out
     assert data.main([write(folder / "y.json", [authors(), tie])]) == 0
