@@ -187,6 +187,8 @@ def parse_record(record, id, roots, placeholders, with_images):
     for name, text in texts:
         if not text.strip():
             raise BadInput(f"'{name}' is empty")
+        if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can hold it, a tokenizer cannot
+            raise BadInput(f"'{name}' holds half a character (a lone surrogate)")
         for placeholder in placeholders:
             if placeholder in text:
                 raise BadInput(f"'{name}' holds the image token {placeholder!r} in its text")
@@ -243,7 +245,7 @@ def read_messages(messages, n_images):
     """
     messages = [read_message(message, "prompt") for message in messages]
     roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
+    turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise BadInput(f"'prompt' has the roles {roles}: user and assistant must take turns, and the user ends")
     parts = [part for message in messages for part in message["content"]]
@@ -266,7 +268,7 @@ def read_message(message, name):
     if message.get("role") not in ("system", "user", "assistant"):
         raise BadInput(f"'{name}' holds a message whose role is not system, user or assistant")
     content, parts = message.get("content"), []
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else as_list(content):
         if isinstance(part, dict) and part.get("type") == "image":
             parts.append({"type": "image"})
         elif isinstance(part, dict) and isinstance(part.get("text"), str):
@@ -289,22 +291,21 @@ def bare_question(prompt):
 
 def best_and_worst(completions):
     """VLFeedback's completions -> responses with the highest and lowest mean rating; None if tied or unrated."""
-    if isinstance(completions, dict):  # exported through `datasets`: a dict of lists, at any depth
-        completions = [row(completions, i) for i in range(len(completions.get("response", ())))]
     rated = []
-    for completion in completions:
-        try:
+    try:
+        if isinstance(completions, dict):  # exported through `datasets`: a dict of lists, at any depth
+            completions = [row(completions, i) for i in range(len(completions.get("response", ())))]
+        for completion in completions:
             ratings = [str(aspect["Rating"]).strip() for aspect in completion["annotations"].values()]
+            response = re.sub(r"【[^】]*†[^】]*】", "", completion["response"])  # without citation marks
             if ratings and all(re.fullmatch(r"\d{1,3}(\.\d+)?", rating) for rating in ratings):  # not "N/A"
-                rated.append((statistics.mean(map(float, ratings)), completion["response"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"'completions' is not in VLFeedback's form ({error!r})") from None
+                rated.append((statistics.mean(map(float, ratings)), response))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise BadInput(f"'completions' is not in VLFeedback's form ({error!r})") from None
     if not rated:
         return None
     best, worst = max(rated, key=lambda pair: pair[0]), min(rated, key=lambda pair: pair[0])
-    if best[0] == worst[0]:
-        return None
-    return tuple(re.sub(r"【[^】]*†[^】]*】", "", response) for _, response in (best, worst))  # citation marks
+    return None if best[0] == worst[0] else (best[1], worst[1])
 
 
 def row(columns, i):
@@ -322,7 +323,7 @@ def find_images(value, roots):
 def find_image(image, roots):
     if os.path.isabs(image):
         roots = [Path("/")]
-    elif os.path.normpath(image).startswith(".."):
+    elif Path(os.path.normpath(image)).parts[:1] == ("..",):
         raise BadInput(f"image path {image!r} climbs out of the image folder")
     for root in roots:
         if (root / image).is_file():
@@ -563,7 +564,8 @@ def tokenize(processor, question, chosen, rejected, n_images):
     before, _, after = processor.apply_chat_template([*messages, assistant], tokenize=False).rpartition(stand_in)
     ending = after.strip() or tokenizer.eos_token
     if prompt == processor.apply_chat_template(messages, tokenize=False) and before.startswith(prompt):
-        prompt = before.rstrip()  # a template without a generation prompt: what opens the answer is not to be learned
+        # A template without a generation prompt: what opens the answer is not to be learned. Tabs may be an image's token.
+        prompt = before.rstrip(" \n")
     wholes = before + chosen + ending, before + rejected + ending
 
     special = {"add_special_tokens": not starts_with_bos(processor, prompt)}
