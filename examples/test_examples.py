@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import io
-import itertools
 import json
 import math
 import random
@@ -669,9 +668,8 @@ WRONG_MERGES = {
 @pytest.mark.parametrize("wrong", WRONG_MERGES)
 def test_a_wrong_merge_is_not_saved(wrong, adapted, tmp_path, monkeypatch, capsys):
     """A deployed model that is not the one that was trained and evaluated, and nobody is told."""
-    merged = peft.PeftModel.merge_and_unload
-    change = WRONG_MERGES[wrong]
-    monkeypatch.setattr(peft.PeftModel, "merge_and_unload", lambda model, **options: change(model, merged), raising=False)
+    merged, change = peft.LoraModel.merge_and_unload, WRONG_MERGES[wrong]
+    monkeypatch.setattr(peft.LoraModel, "merge_and_unload", lambda model, **options: change(model, merged))
     assert merge.main(["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
     printed = capsys.readouterr()
     assert "merge is wrong" in printed.err and printed.out == "" and not (tmp_path / "merged").exists()
@@ -1024,62 +1022,430 @@ def test_unconditional_command_without_another_image_or_a_margin(bunny, tmp_path
     assert lines[1].endswith(" 0.4000") and lines[2].endswith("50.0% of it") and lines[3].endswith("100.0% of it")
 
 
-def test_throughput_compares_like_with_like(monkeypatch, tmp_path, capsys):
-    """A benchmark against a rival that computes something else is worthless: the script must notice; and its count of
-    FLOPs must be the sum it says it is. Counted by hand for one example of 16 patches an image, hidden 32, one layer."""
+# ------------------------------------------------------------------------------------------------------ throughput
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Sizes and texts at which a comparison takes a second -> the arguments of a comparison."""
     text = transformers.PhiConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                                   vocab_size=600, hidden_act="gelu_pytorch_tanh", attention_dropout=0.0,
                                   resid_pdrop=0.0)  # fmt: skip
     vision = throughput.siglip(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                                image_size=32, patch_size=8)  # fmt: skip
     monkeypatch.setitem(throughput.SHAPES, "tiny", (text, vision))
-    monkeypatch.setattr(
-        throughput, "peak_memory", lambda *args: {"before": 1.0, "above": 1.0}
-    )  # starts a process for each
-    small = ["--device", "cpu", "--rounds", "1", "--items", "4", "--micro-batch-size", "2"]
-    throughput.main([*small, "--json", str(tmp_path / "out.jsonl")])
-    assert "x authors" in capsys.readouterr().out
-    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    results = {name: value for record in records for name, value in record.items()}
-    assert all(rate > 0 for rate in results["data_examples_per_second_by_workers"].values())
-    first, last = results["loss_of_first_and_last_step"]
-    assert last < first and results["packed_off_plain_by"] < 1e-5 * first
+    items = [("there is a red", "circle and blue square " * 2, "here the", noise(1), noise(2)),
+             ("picture of", "on in", "with small large near " * 3, noise(3), noise(4))]  # fmt: skip
+    monkeypatch.setattr(throughput, "make_items", lambda n: [items[i % 2] for i in range(n)])
+    return Namespace(
+        shape="tiny", device="cpu", device_name="CPU", dtype=torch.float32, beta=0.1, delta=0.0, conditional=True,
+        anchors=["chosen"], lr=1e-3, items=4, micro_batch_size=2, rounds=1, trl=False, json=None, matmul_rate=1e12,
+    )  # fmt: skip
 
-    model, processor = throughput.make_model("tiny", "cpu", torch.float32, 8)
-    items = throughput.make_items(2)
-    args = Namespace(device="cpu", dtype=torch.float32, beta=0.1, delta=0.0, conditional=True, anchors=("chosen",))
+
+@pytest.fixture
+def timed(monkeypatch):
+    """The steppers that are timed against each other, {name: stepper}, in place of their timing: ours takes half a
+    second a step, the others two."""
+    steppers = {}
+
+    def in_turns(timed, n_batches, rounds):
+        steppers.update((stepper.name, stepper) for stepper in timed)
+        for stepper in timed:
+            stepper.times = [0.5 if stepper.name == "ours" else 2.0]
+        return {stepper.name: {"median": 4.0, "low": 2.0, "high": 5.0} for stepper in timed[1:]}
+
+    monkeypatch.setattr(throughput, "in_turns", in_turns)
+    return steppers
+
+
+def what_a_step_does(stepper, as_in=torch.float32):
+    """One step, watched: which layers, passes, images, tokens, masks and logits it has."""
+    model = stepper.model.get_base_model()
+    decoder, images, tokens, logits, masks, cast = model.get_decoder(), [], [], [], set(), set()
+    calls, without_gradient = [], []
+
+    def in_layer(module, arguments, options):
+        cast.add(torch.is_autocast_enabled("cpu"))
+        masks.add(type(options["attention_mask"]))
+
+    def in_decoder(module, arguments, options):
+        tokens.append(options["inputs_embeds"].shape[:2].numel())
+        without_gradient.append(not torch.is_grad_enabled())
+
+    def in_tower(module, arguments, options):
+        images.append(len(arguments[0] if arguments else options["pixel_values"]))
+
+    handles = [
+        decoder.layers[0].register_forward_pre_hook(in_layer, with_kwargs=True),
+        decoder.layers[0].mlp.register_forward_pre_hook(lambda module, arguments: calls.append(module)),
+        decoder.register_forward_pre_hook(in_decoder, with_kwargs=True),
+        model.model.vision_tower.register_forward_pre_hook(in_tower, with_kwargs=True),
+        model.lm_head.register_forward_pre_hook(lambda module, arguments: logits.append(arguments[0][..., 0].numel())),
+    ]
+    stepper.args = Namespace(**vars(stepper.args) | {"dtype": as_in})
+    stepper.step()
+    for handle in handles:
+        handle.remove()
+    layers = {type(module).__name__ for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)}
+    activation = type(decoder.layers[0].mlp.activation_fn).__name__
+    return {
+        "LoRA": (layers, {type(m) is train.LoraLinear for m in model.modules() if hasattr(m, "lora_A")}),
+        "activation": activation, "checkpointing": len(calls) > len(tokens), "autocast": cast, "images": sum(images),
+        "tokens": tokens, "logits": logits, "masks": masks, "without gradient": sorted(without_gradient),
+    }  # fmt: skip
+
+
+def batch_sizes(stepper):
+    """Of its first batch of two: tokens in its rows, padding included; response tokens; tokens of two padded rows each."""
+    batch = stepper.batches[0]
+    return batch["input_ids"].numel(), batch["targets"].numel()
+
+
+OURS_LAYERS, PEFTS_LAYERS = ({"LoraLinear"}, {True}), ({"Linear"}, {False})
+
+
+def ours_at_identical_settings(n_tokens, n_targets):
+    """Two passes, of which the reference's has no gradient, over one packed row; four images, each encoded once."""
+    return {
+        "LoRA": OURS_LAYERS, "activation": "GELUTanh", "checkpointing": True, "autocast": {False}, "images": 4,
+        "tokens": [n_tokens] * 2, "logits": [n_targets] * 2, "masks": {PackedMask}, "without gradient": [False, True],
+    }  # fmt: skip
+
+
+def authors_at_identical_settings(n_tokens):
+    """Two passes over six rows without a mask, three images an example each, logits of every position."""
+    same = ours_at_identical_settings(n_tokens, n_tokens)
+    return same | {"images": 12, "masks": {type(None)}}
+
+
+def test_throughput_compares_like_with_like_at_identical_settings(tiny, timed, monkeypatch):
+    """"Identical settings" is the README's first claim: the same checkpointing, LoRA layers and activation on all sides, no
+    mask for the authors' rows, and not a pass or an image more than theirs. TRL's rival stands on the authors' model."""
+    stood_on = []
+
+    def trl_rival(model, processor, groups, args):
+        stood_on.append(model)
+        return [throughput.plain_batch(group, processor) for group in groups], throughput.authors_losses
+
+    monkeypatch.setattr(throughput, "trl_rival", trl_rival)
+    tiny.trl = True
+    result = throughput.compare(tiny, identical=True)
+    assert list(timed) == ["ours", "authors", "trl"] and result["settings"] == "identical"
+    assert stood_on == [timed["authors"].model] and timed["trl"].model is timed["authors"].model
+    assert timed["ours"].model is not timed["authors"].model
+    assert what_a_step_does(timed["ours"]) == ours_at_identical_settings(*batch_sizes(timed["ours"]))
+    rows = timed["authors"].batches[0]["input_ids"]
+    assert len(rows) == 6
+    for name in ("authors", "trl"):
+        assert what_a_step_does(timed[name]) == authors_at_identical_settings(rows.numel())
+
+
+def test_throughput_compares_ours_at_its_best_with_the_others_as_released(tiny, timed, monkeypatch):
+    """Ours gains --no-checkpointing and nothing else; theirs peft's layers, Phi's activation and, in bf16, autocast, and
+    nothing else. Without --trl TRL is not run."""
+    result = throughput.compare(tiny, identical=False)
+    assert list(timed) == ["ours", "authors"] and "at its best" in result["settings"]
+    ours = ours_at_identical_settings(*batch_sizes(timed["ours"])) | {"checkpointing": False}
+    assert what_a_step_does(timed["ours"]) == ours
+    released = {"LoRA": PEFTS_LAYERS, "activation": "NewGELUActivation", "autocast": {True}}
+    authors = authors_at_identical_settings(timed["authors"].batches[0]["input_ids"].numel())
+    assert what_a_step_does(timed["authors"], as_in=torch.bfloat16) == authors | released
+
+
+def test_throughput_takes_away_one_measure_at_a_time(tiny, timed):
+    """A gain is one measure's only if the step without it is ours in all else. What ours has not (no checkpointing, a known
+    reference) is the other way round: 4 (2 to 5) times as long becomes 1/4 (1/5 to 1/2). Without the shared prefix y_l has
+    an image of its own: six in two examples."""
+    gains = throughput.one_by_one(tiny)["gain_alone"]
+    ours = ours_at_identical_settings(*batch_sizes(timed["ours"]))
+    n_tokens, n_targets = batch_sizes(timed["ours"])
+    assert what_a_step_does(timed["ours"]) == ours
+    unshared, padded = (timed[name].batches[0] for name in list(timed)[1:3])
+    in_rows = padded["input_ids"]
+    assert unshared["input_ids"].numel() > n_tokens and len(unshared["lengths"]) == 6
+    assert in_rows.shape[0] == 4 and in_rows.numel() > n_tokens and padded["targets"].shape[0] == 4
+    changes = {
+        "y_w and y_l behind one prefix": {"images": 6, "tokens": [unshared["input_ids"].numel()] * 2},
+        "sequences end to end": {
+            "tokens": [in_rows.numel()] * 2, "logits": [padded["targets"].numel()] * 2, "masks": {torch.Tensor}
+        },
+        "each image encoded once": {"images": 8},
+        "logits of response tokens only": {"logits": [n_tokens + 2] * 2},  # two predict a token of y_w and of y_l
+        "LoRA added in its matrix product": {"LoRA": PEFTS_LAYERS},
+        "Bunny's activation": {"activation": "NewGELUActivation"},
+        "activations kept": {"checkpointing": False},
+        "the reference's answers": {"tokens": [n_tokens], "logits": [n_targets], "without gradient": [False]},
+    }  # fmt: skip
+    for (beginning, change), name in zip(changes.items(), list(timed)[1:], strict=True):
+        assert name.startswith(beginning) and what_a_step_does(timed[name]) == ours | change, name
+    as_long = {"median": 4, "low": 2, "high": 5}
+    assert list(gains.values()) == [as_long] * 6 + [{"median": 0.25, "low": 0.2, "high": 0.5}] * 2
+
+
+def test_throughput_ratio_is_of_the_same_round_and_above_1_where_ours_is_faster():
+    """Upside down, the README's "2.27 times as long" would be its opposite. Two steps a round, after two that do not
+    count. Ours takes 1, 2, 3 and 4 seconds, so 1.5 and 3.5 a step; the other 6, 6, 7 and 7: 6 / 1.5 = 4, 7 / 3.5 = 2; the
+    third 1.5, 1.5, 10.5, 10.5: 1 and 3. In three rounds, medians are not means."""
+
+    def stepper(name, *seconds):
+        left = iter((100, 100, *seconds))
+        return SimpleNamespace(name=name, times=[], step=lambda: next(left))
+
+    steppers = [stepper("ours", 1, 2, 3, 4), stepper("a", 6, 6, 7, 7), stepper("b", 1.5, 1.5, 10.5, 10.5)]
+    ratios = throughput.in_turns(steppers, 2, 2)
+    assert ratios == {"a": {"median": 3, "low": 2, "high": 4}, "b": {"median": 2, "low": 1, "high": 3}}
+    assert steppers[0].times == [1.5, 3.5]
+    steppers = [stepper("ours", 2, 1, 4), stepper("a", 4, 4, 16)]
+    assert throughput.in_turns(steppers, 1, 3)["a"] == {"median": 4, "low": 2, "high": 4}
+    steppers = [stepper("ours", 1, 1, 1), stepper("a", 1, 2, 9)]
+    assert throughput.in_turns(steppers, 1, 3)["a"] == {"median": 2, "low": 1, "high": 9}
+
+
+def test_throughput_rates_are_of_examples(tiny, timed):
+    """Two examples in half a second are 4 a second; 30 000 of these take 7500 s; the other's 2 s are one a second."""
+    result = throughput.compare(tiny, identical=True)
+    assert result["examples_per_second"] == {"ours": 4, "authors": 1}
+    assert result["hours_for_10k_x_3"] == pytest.approx(7500 / 3600)
+    batch = timed["ours"].batches[0]
+    assert result["real_tokens_per_second"] == 2 * batch["input_ids"].numel()
+    flops = throughput.useful_flops(timed["ours"].model, batch)  # of an example; both batches are alike
+    assert result["useful_share_of_matmul_rate"] == pytest.approx(4 * flops / 1e12)
+    assert result["speedup"] == {"authors": {"median": 4.0, "low": 2.0, "high": 5.0}}
+
+
+def with_random_adapter(model):
+    torch.manual_seed(4)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    expected = throughput.our_losses(model, make_batch(items, processor), args)
-    for losses, make in (
+    return model
+
+
+def test_throughput_rivals_have_the_same_loss(tiny):
+    """A benchmark against a rival that computes something else is worthless. The reference is the model without adapter."""
+    model, processor = throughput.make_model("tiny", "cpu", torch.float32, 8)
+    with_random_adapter(model)
+    items = throughput.make_items(2)
+    expected = throughput.our_losses(model, make_batch(items, processor), tiny)
+    assert (expected - 3 * math.log(2)).abs().min() > 1e-3
+    schemes = [
         (throughput.encoding_twice, make_batch),
         (throughput.all_logits, make_batch),
         (throughput.our_losses, throughput.unshared_batch),
         (throughput.our_losses, throughput.padded_batch),
         (throughput.authors_losses, throughput.plain_batch),
-    ):
-        torch.testing.assert_close(losses(model, make(items, processor), args), expected, rtol=1e-5, atol=1e-5)
+    ]
+    for losses, make in schemes:
+        torch.testing.assert_close(losses(model, make(items, processor), tiny), expected, rtol=1e-5, atol=1e-5)
+    released = throughput.with_pefts_layers(throughput.with_phis_activation(model))
+    losses = throughput.autocast(throughput.our_losses)(released, make_batch(items, processor), tiny)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
-    batch = make_batch(items[:1], processor)
+
+@pytest.mark.parametrize("field", range(3))
+@pytest.mark.parametrize("off", [0.5, -0.5])
+def test_throughput_stops_where_the_schemes_must_agree_and_do_not(field, off, tiny, timed, monkeypatch):
+    """The README says that they are checked to give the same log-probabilities before anything is timed."""
+    authors_logps = throughput.authors_logps
+
+    def wrong(*arguments):
+        logps = list(authors_logps(*arguments))
+        logps[field] = logps[field] + off
+        return LogPs(*logps)
+
+    monkeypatch.setattr(throughput, "authors_logps", wrong)
+    with pytest.raises(AssertionError, match=LogPs._fields[field]):
+        throughput.compare(tiny, identical=True)
+    assert not timed
+
+
+def test_autocast_is_for_bf16_alone(tiny):
+    """In float32 it would round one side of the comparison; without it peft's float32 layers cannot be given bf16."""
+    on = throughput.autocast(lambda *arguments: torch.is_autocast_enabled("cpu"))
+    assert on(None, None, tiny) is False
+    tiny.dtype = torch.bfloat16
+    assert on(None, None, tiny) is True and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def test_useful_flops_by_hand(tiny):
+    """The share of the matmul rate rests on it. One example of 16 patches an image, hidden 32, one layer."""
+    model, processor = throughput.make_model("tiny", "cpu", torch.float32, 8)
+    items = throughput.make_items(2)
     layer = 4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 2 * 32  # q, k, v, dense, fc1, fc2, layer norm
     head = 600 * 32  # without bias, as Bunny's
     tower = sum(p.numel() for p in model.get_base_model().model.vision_tower.parameters())
-    (prefix, y_w, y_l), (same_prefix, same_y_w) = batch["lengths"]
-    tokens, answers = prefix + y_w + y_l + same_prefix + same_y_w, y_w + y_l + same_y_w
-    by_hand = 6 * (layer * tokens + head * answers) + 2 * tower * 2 * 16
-    assert throughput.useful_flops(model, batch) == by_hand
+    by_hand = []
+    for item in items:
+        batch = make_batch([item], processor)
+        (prefix, y_w, y_l), (same_prefix, same_y_w) = batch["lengths"]
+        tokens, answers = prefix + y_w + y_l + same_prefix + same_y_w, y_w + y_l + same_y_w
+        by_hand.append(6 * (layer * tokens + head * answers) + 2 * tower * 2 * 16)
+        assert throughput.useful_flops(model, batch) == by_hand[-1]
+    assert throughput.useful_flops(model, make_batch(items, processor)) == sum(by_hand) / 2
 
-    throughput.check_equal(model, processor, items, args)
-    released = throughput.with_pefts_layers(throughput.with_phis_activation(model))
-    kinds = {type(module) for module in released.modules()}
-    assert transformers.activations.NewGELUActivation in kinds and train.LoraLinear not in kinds
-    losses = throughput.autocast(throughput.our_losses)(released, make_batch(items, processor), args)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    authors_logps = throughput.authors_logps
-    monkeypatch.setattr(throughput, "authors_logps", lambda *a: LogPs(*(p + 0.5 for p in authors_logps(*a))))
-    with pytest.raises(AssertionError, match="chosen"):
-        throughput.check_equal(model, processor, items, args)
+
+class Clock:
+    """In place of the module `time`: it moves when it is told to, and by `tick` whenever it is read."""
+
+    def __init__(self, tick=0.0):
+        self.now, self.tick = 0.0, tick
+
+    def move(self, seconds):
+        self.now += seconds
+
+    def perf_counter(self):
+        self.now += self.tick
+        return self.now
+
+
+def test_matmul_rate_is_of_the_products_that_are_timed(monkeypatch):
+    """Two products of 1024 x 1024 in a second, 2 x 1024^3 FLOPs each; the five before do not count."""
+    monkeypatch.setattr(throughput, "time", Clock(tick=1.0))
+    assert throughput.matmul_rate("cpu", torch.float32, times=2) == 4 * 1024**3
+
+
+def test_stepper_times_the_whole_of_a_training_step(tiny, monkeypatch):
+    """Losses take 2 seconds and the backward pass 5. The batches come in turn. AdamW moves the weight by the learning rate
+    against the sign of a gradient that does not change: to -0.001 and -0.002; it is cut to a norm of 1."""
+    clock = Clock()
+    monkeypatch.setattr(throughput, "time", clock)
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.zero_()
+    norms, used = [], []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: norms.append((clip(p, most).item(), most)))
+
+    def losses(model, batch, args):
+        clock.move(2)
+        used.append(batch)
+        loss = model.weight[0] * batch
+        loss.register_hook(lambda gradient: clock.move(5))
+        return loss
+
+    stepper = throughput.Stepper("", model, [1.0, 3.0], losses, tiny)
+    assert [stepper.step() for _ in range(3)] == [7, 7, 7] and used == [1, 3, 1]
+    assert norms == [(1, 1.0), (3, 1.0), (1, 1.0)] and model.weight.grad is None
+    assert model.weight.item() == pytest.approx(-0.003, abs=1e-6)
+
+
+def test_follow_starts_each_run_from_the_same_weights(tiny):
+    """The README's "at most 6e-6 off": packed rows against plain ones over the same steps, and plain ones in another order.
+    The first loss is 3 ln 2."""
+    followed = throughput.follow(tiny, steps=4)
+    first, last = followed["loss_of_first_and_last_step"]
+    assert first == pytest.approx(3 * math.log(2), abs=1e-5) and last < first - 1e-3
+    assert 0 < followed["packed_off_plain_by"] < 1e-5 and 0 < followed["plain_reordered_off_plain_by"] < 1e-5
+
+
+def test_data_side_counts_examples_after_the_first_batch(tiny, monkeypatch):
+    """4 x 2 records in 4 epochs are 32 examples in batches of 4; the first batch waits for the workers to start; the clock
+    says one second."""
+    tiny.items = 2
+    monkeypatch.setattr(throughput, "time", Clock(tick=1.0))
+    monkeypatch.setattr(throughput.os, "cpu_count", lambda: None)  # so no workers but 0 and 1
+    result = throughput.data_side(tiny, throughput.make_model("tiny", "cpu", torch.float32, 8)[1])
+    assert result["data_examples_per_second_by_workers"] == {0: 28, 1: 28}
+
+
+def test_texts_are_as_long_as_the_script_says(monkeypatch):
+    """Questions of 40 words, answers of 110 and 90: lengths decide what padding and a shared prefix cost."""
+    monkeypatch.setattr(Image, "effect_mandelbrot", lambda *arguments: Image.new("L", (1, 1)))
+    items = throughput.make_items(1500)
+    means = [sum(len(item[i].split()) for item in items) / 1500 for i in range(3)]
+    assert means == [pytest.approx(mean, rel=0.06) for mean in (40, 110, 90)]
+
+
+def test_model_of_throughput_has_no_dropout_and_the_papers_lora(tiny, monkeypatch):
+    """Dropout would keep the schemes from being compared. alpha is twice the rank (paper 4.1); the tower has no adapter. A
+    LLaVA's tower has one token more than patches, of the whole image."""
+    text, vision = throughput.SHAPES["tiny"]
+    dropping = transformers.PhiConfig(**text.to_dict() | {"resid_pdrop": 0.1, "attention_dropout": 0.1})
+    monkeypatch.setitem(throughput.SHAPES, "tiny", (dropping, vision))
+    model, _ = throughput.make_model("tiny", "cpu", torch.float32, 4)
+    assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, train.LoraLinear)}
+    assert len(adapted) == 6 and all("language_model" in name for name in adapted)
+    assert {(m.scaling["default"], m.lora_A["default"].out_features) for m in adapted.values()} == {(2, 4)}
+
+    llama = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                     vocab_size=600)  # fmt: skip
+    clip = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                         image_size=32, patch_size=8)  # fmt: skip
+    monkeypatch.setitem(throughput.SHAPES, "tiny", (llama, clip))
+    model, processor = throughput.make_model("tiny", "cpu", torch.float32, 4)
+    items = throughput.make_items(2)
+    ids = make_batch(items, processor, "plain")["input_ids"]
+    assert (ids == processor.image_token_id).sum(1).tolist() == [16] * 6
+    throughput.check_equal(with_random_adapter(model), processor, items, tiny)
+
+
+@pytest.mark.parametrize("name", throughput.MEMORY)
+def test_memory_is_measured_of_the_scheme_that_is_named(name, tiny, monkeypatch, capsys):
+    """What a user rents a GPU by. On the micro-batch of the longest texts; the peak is what is above the start."""
+    items = [("there", "is", "a", noise(1), noise(2)), ("there is " * 9, "a red " * 9, "blue", noise(3), noise(4))]
+    monkeypatch.setattr(throughput, "make_items", lambda n: items * 2)
+    tiny.micro_batch_size, tiny.only = 1, name
+    kept, step = [], throughput.Stepper.step
+    monkeypatch.setattr(throughput.Stepper, "step", lambda stepper: kept.append(stepper))
+    monkeypatch.setattr(throughput, "memory_now", lambda device, peak=False: 4.0 if peak else 1.5)
+    throughput.measure_memory(tiny)
+    assert capsys.readouterr().out.split() == ["1.5", "2.5"] and len(kept) == 2 and kept[0] is kept[1]
+    monkeypatch.setattr(throughput.Stepper, "step", step)
+    (batch,) = kept[0].batches
+    one = batch["batch_size"]
+    assert one == 1 and batch["input_ids"].numel() > 90
+    did = what_a_step_does(kept[0], as_in=torch.bfloat16)
+    released = name == "authors, as released"
+    assert did["LoRA"] == (PEFTS_LAYERS if released else OURS_LAYERS)
+    assert did["activation"] == ("NewGELUActivation" if released else "GELUTanh")
+    assert did["checkpointing"] == (name != "ours, no checkpointing") and did["autocast"] == {released}
+    assert did["images"] == (6 if "authors" in name else 2)
+    assert did["masks"] == ({type(None)} if "authors" in name else {PackedMask})
+
+
+def test_memory_is_measured_in_a_process_of_the_same_settings(tiny, monkeypatch):
+    """A process of another shape, type or batch would print another scheme's GiB under this one's name."""
+    tiny.shape, tiny.dtype_name, tiny.micro_batch_size, tiny.threads = "llava-7b", "bfloat16", 3, 5
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return SimpleNamespace(returncode=len(commands) - 1, stdout="noise\n1.0 2.0\n", stderr="it died")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert throughput.peak_memory(tiny, "authors") == {"before": 1.0, "above": 2.0}
+    assert dict(zip(commands[0][2::2], commands[0][3::2], strict=True)) == {
+        "--shape": "llava-7b", "--device": "cpu", "--dtype": "bfloat16", "--micro-batch-size": "3", "--threads": "5",
+        "--only": "authors",
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="it died"):
+        throughput.peak_memory(tiny, "authors")
+
+
+def test_throughput_command_measures_and_prints_everything(tiny, monkeypatch, tmp_path, capsys):
+    """The README's first command of its section: every measurement is a line of the file, and in the table."""
+    rate = throughput.matmul_rate
+    monkeypatch.setattr(throughput, "matmul_rate", lambda device, dtype: rate(device, dtype, times=1))
+    monkeypatch.setattr(throughput.os, "cpu_count", lambda: None)
+    memory = {name: {"before": 1.0, "above": 2.0 + i} for i, name in enumerate(throughput.MEMORY)}
+    monkeypatch.setattr(throughput, "peak_memory", lambda args, name: memory[name])  # starts a process for each
+    follow = throughput.follow
+    monkeypatch.setattr(throughput, "follow", lambda args: follow(args, 2))
+    small = ["--device", "cpu", "--rounds", "1", "--items", "2", "--micro-batch-size", "2"]
+    throughput.main([*small, "--json", str(tmp_path / "out.jsonl")])
+    printed = capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["settings"] for record in records if "settings" in record] == [
+        "identical", "ours at its best, theirs as released"
+    ]  # fmt: skip
+    results = {name: value for record in records for name, value in record.items()}
+    assert all(rate > 0 for rate in results["data_examples_per_second_by_workers"].values())
+    assert results["memory_gib"] == memory and len(results["gain_alone"]) == 8 and "packed_off_plain_by" in results
+    for record in records[1:3]:
+        ratio = record["speedup"]["authors"]
+        assert f"{ratio['median']:.2f}x authors ({ratio['low']:.2f} to {ratio['high']:.2f})" in printed
+    assert "1.00 GiB, and 3.00 more at the peak of a step: authors\n" in printed
 
 
 def test_trl_trains_the_same(bunny, tmp_path):
@@ -1114,3 +1480,38 @@ def test_trl_trains_the_same(bunny, tmp_path):
     trainer.model.zero_grad()
     trainer.train()
     assert trainer.state.global_step == 1 and "rewards/image_margins" in trainer.state.log_history[-1]
+
+
+# ------------------------------------------------------------------------------- families, and the making of the base
+
+
+def test_layout_errors_are_each_layouts_own(tmp_path, monkeypatch):
+    """`examples/families.py` prints them; a layout that a model refuses is no layout that is exact."""
+
+    def layout_error(model, processor, items, layout, args):
+        if layout == "packed":
+            raise ValueError("no such mask")
+        return 0.25 if len(items) == 2 else 0.5
+
+    monkeypatch.setattr(train, "load_model", lambda folder: (None, None))
+    monkeypatch.setattr(train, "layout_error", layout_error)
+    errors = families.layout_errors("x", as_examples(tmp_path))
+    assert errors == {"packed": pytest.approx(math.nan, nan_ok=True), "plain": 0.25}
+
+
+def test_pixels_of_the_base_models_training_are_its_processors():
+    """A base trained on otherwise normalised pixels would not see what it is shown later."""
+    processor = train.load_processor(str(demo.BASE))
+    seen = tiny_bunny.pixels([SCENE], random.Random(0), shapes.SMALL)
+    image = shapes.draw_scene(SCENE, random.Random(0), shapes.SMALL)
+    shown = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(seen, shown, rtol=1e-5, atol=1e-5)
+
+
+def test_base_learns_the_careless_annotators_answers(monkeypatch):
+    """A base that learned the truth would leave nothing to align: of absent rings it names the habitual colour in .72."""
+    rng = random.Random(0)
+    monkeypatch.setattr(shapes, "random_question", lambda scene, rng: ("colour", "ring"))
+    said = [tiny_bunny.question_and_answer({"square": ("red", 0)}, rng)[1] for _ in range(1000)]
+    assert sum(answer.startswith("orange") for answer in said) / 1000 == pytest.approx(0.72, abs=0.05)
+    assert sum(answer.endswith("picture.") for answer in said) / 1000 == pytest.approx(0.5, abs=0.05)
