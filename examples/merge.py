@@ -2,9 +2,10 @@
 
     python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
 
-Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder loads with
-`AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It is loaded again and compared before this says so:
-a merge that is off the adapter is not saved, and a folder that does not hold the merged weights is removed.
+Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder loads
+with `AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It is loaded again and compared before
+this says so: a merge that is off the adapter is not saved, and a folder that does not hold the merged weights is
+removed.
 """
 
 import argparse
@@ -51,18 +52,16 @@ def merge(adapter, to, image=None, questions=QUESTIONS, max_new_tokens=40):
     expected, answers = measure(model, processor)
     merged = model.merge_and_unload(safe_merge=True)
     exact, exact_answers = measure(merged, processor)
-    if not (exact - expected).abs().max() < MOST_OFF:
-        raise BadInput(
-            f"{adapter}: the merge is wrong, nothing was saved: log-probs are {(exact - expected).abs().max():.1e} nats "
-            "off those of base + adapter"
-        )
+    off = (exact - expected).abs().max()
+    if not off < MOST_OFF:
+        raise BadInput(f"{adapter}: the merge is wrong, and not saved: {off:.1e} nats off base + adapter")
     # Under its original names a Bunny could not be read again by the library.
     merged.to(dtype).save_pretrained(to, save_original_format=False)
     processor.save_pretrained(to)
     again = transformers.AutoModelForImageTextToText.from_pretrained(to, dtype=torch.float32).eval()
     if wrong := different_weights(merged, again):
         shutil.rmtree(to)
-        raise BadInput(f"{to}: removed, {len(wrong)} weights were not read back as they were merged, such as {wrong[0]}")
+        raise BadInput(f"{to}: removed, {len(wrong)} weights are not read back as merged, such as {wrong[0]}")
     saved, saved_answers = measure(again, transformers.AutoProcessor.from_pretrained(to))
 
     lines = [f"{to}: merged, saved and loaded again; against base + adapter in float32"]
@@ -82,7 +81,8 @@ def different_weights(merged, again):
     """Names of weights that are not bit for bit those of `merged`, at its precision."""
     weights, read = merged.state_dict(), again.state_dict()
     same = lambda name: torch.equal(weights[name], read[name].to(weights[name].dtype))
-    return sorted(name for name in weights.keys() | read.keys() if not (name in weights and name in read and same(name)))
+    alike = {name for name in weights.keys() & read.keys() if same(name)}
+    return sorted((weights.keys() | read.keys()) - alike)
 
 
 def main(argv=None):

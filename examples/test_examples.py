@@ -68,8 +68,9 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys, short_demo):
 
 
 def test_demo_table_says_before_of_the_base_and_after_of_the_tuned_model(tmp_path, monkeypatch):
-    """The first numbers that a user reads. The base's answers are babble (malformed 1), the tuned model's are right but for
-    the first picture, about which it babbles, too; so the first picture with a changed answer is the second."""
+    """The first numbers that a user reads. The base's answers are babble (malformed 1), the tuned model's are
+    right but for the first picture, about which it babbles, too; so the first picture with a changed answer
+    is the second."""
     exam = shapes.make_exam(3, 0)
     base_is_asked = []
 
@@ -90,7 +91,9 @@ def test_demo_table_says_before_of_the_base_and_after_of_the_tuned_model(tmp_pat
     assert columns["false_premise"] == ["0.000", "0.667"] and text.startswith("15 held-out questions")
     assert Image.open(tmp_path / "picture.png").tobytes() == exam[5][1].resize((256, 256)).tobytes()
     shown = [line.split(" before: ")[0].strip() for line in text.splitlines() if " before: " in line]
-    assert shown == [shapes.question_text(exam[i][2]) for i in (5, 7, 9)] and text.count("before: babble") == 3
+    assert (
+        shown == [shapes.question_text(exam[i][2]) for i in (5, 7, 9)] and text.count("before: babble") == 3
+    )
 
 
 def test_demo_says_how_many_pictures_it_draws(monkeypatch):
@@ -102,7 +105,8 @@ def test_demo_says_how_many_pictures_it_draws(monkeypatch):
 
 
 def test_preview_draws_every_strategy(tmp_path, capsys):
-    """`examples/preview.py` is how a user sees what the rejected images look like; it must not overwrite a file."""
+    """`examples/preview.py` is how a user sees what the rejected images look like; it must not overwrite a
+    file."""
     path, out = shapes.write_pairs(tmp_path / "data", 3), tmp_path / "sheet.png"
     assert preview.main([str(path), str(out), "--count", "2"]) == 0
     assert Image.open(out).size == (5 * 250 + 10, 2 * 320 + 10)
@@ -110,8 +114,8 @@ def test_preview_draws_every_strategy(tmp_path, capsys):
 
 
 def test_preview_shows_each_strategy_under_its_title(monkeypatch, tmp_path):
-    """A user judges a strategy by its panel. Here every strategy makes a plain colour; `random` needs the whole file's
-    images, of which just one example is shown."""
+    """A user judges a strategy by its panel. Here every strategy makes a plain colour; `random` needs the
+    whole file's images, of which just one example is shown."""
     colours = {"crop": "lime", (0.2, 0.5): "blue", "random": "yellow", "moco": "purple", "chosen": "red"}
     pools = []
 
@@ -134,10 +138,11 @@ SCENE = {"circle": ("red", 0), "ring": ("blue", 3)}
 def test_metrics_of_the_miniature_by_hand():
     """Four answers about a red circle and a blue ring, counted by hand:
     - the description names a red circle (there) and a green ring (not): chair_s 1, chair_i 1/2, coverage 1/2;
-    - "What colour is the square?" is refused, rightly; "What colour is the ring?" is answered, wrongly: false_premise is 1,
-      false_premise_balanced (1 + 1) / 2, colour_accuracy 0, and the wrong colour is a hallucination;
-    - "Is there a red circle?" yes, right; "Is there a red ring?" gets babble: yes_no (1 + 0) / 2, malformed 1/5.
-    Hallucinated: description, ring's colour, babble: 3/5. grounding = (1 + 1/2 + 0) / 3."""
+    - "What colour is the square?" is refused, rightly; "What colour is the ring?" is answered, wrongly:
+      false_premise is 1, false_premise_balanced (1 + 1) / 2, colour_accuracy 0, and the wrong colour is a
+      hallucination;
+    - "Is there a red circle?" yes, right; "Is there a red ring?" gets babble: yes_no (1 + 0) / 2, malformed
+      1/5. Hallucinated: description, ring's colour, babble: 3/5. grounding = (1 + 1/2 + 0) / 3."""
     answers = [
         (SCENE, ("describe",), "a red circle and a green ring."),
         (SCENE, ("colour", "square"), "there is no square."),
@@ -146,7 +151,14 @@ def test_metrics_of_the_miniature_by_hand():
         (SCENE, ("is there", "red", "ring"), "ring ring"),
     ]
     metrics = shapes.score(answers)
-    expected = {"chair_s": 1, "chair_i": 0.5, "coverage": 0.5, "false_premise": 1, "colour_accuracy": 0, "yes_no": 0.5}
+    expected = {
+        "chair_s": 1,
+        "chair_i": 0.5,
+        "coverage": 0.5,
+        "false_premise": 1,
+        "colour_accuracy": 0,
+        "yes_no": 0.5,
+    }
     expected |= {
         "false_premise_balanced": 1,
         "hallucination_rate": 0.6,
@@ -162,12 +174,16 @@ ALONE = {"triangle": ("red", 0)}
 
 
 def test_metrics_of_answers_that_differ_in_number():
-    """Where every kind of answer is equally frequent, a metric over the wrong things has the right value. By hand:
-    - Of 4 descriptions one is right, one is no answer: chair_s 3/4. They name 1 (said twice), 4 and 1 things, of which 1, 1
-      and 0 are not there: chair_i 2/6. 0, 3, 0 and 1 of 2 + 3 + 1 + 1 things are described: coverage 4/7.
-    - Of 4 absent things 2 are refused, rightly; one answer is none: false_premise 2/4. Of 5 things that are there 3 get a
-      colour, one is refused, one answer is none: balanced (2/4 + 3/5) / 2 = 0.55; 2 colours are right: 2/5.
-    - Of 3 true questions 2 get yes; of 2 false ones one gets no and one gets no answer: yes_no (2/3 + 1/2) / 2 = 7/12.
+    """Where every kind of answer is equally frequent, a metric over the wrong things has the right value. By
+    hand:
+    - Of 4 descriptions one is right, one is no answer: chair_s 3/4. They name 1 (said twice), 4 and 1 things,
+      of which 1, 1 and 0 are not there: chair_i 2/6. 0, 3, 0 and 1 of 2 + 3 + 1 + 1 things are described:
+      coverage 4/7.
+    - Of 4 absent things 2 are refused, rightly; one answer is none: false_premise 2/4. Of 5 things that are
+      there 3 get a colour, one is refused, one answer is none: balanced (2/4 + 3/5) / 2 = 0.55; 2 colours are
+      right: 2/5.
+    - Of 3 true questions 2 get yes; of 2 false ones one gets no and one gets no answer: yes_no (2/3 + 1/2) /
+      2 = 7/12.
     - False: 3 descriptions, 2 + 3 colours, 1 + 1 of the others: 10 of 18. No answer: 4 of 18.
     - grounding (0.55 + 7/12 + 1 - 3/4) / 3."""
     is_there, colour = lambda *thing: ("is there", *thing), lambda shape: ("colour", shape)
@@ -192,7 +208,13 @@ def test_metrics_of_answers_that_differ_in_number():
         (SCENE, is_there("red", "ring"), "perhaps.", 1),
     ]
     metrics = shapes.score([answer[:3] for answer in answers])
-    expected = {"chair_s": 3 / 4, "chair_i": 2 / 6, "coverage": 4 / 7, "false_premise": 2 / 4, "yes_no": 7 / 12}
+    expected = {
+        "chair_s": 3 / 4,
+        "chair_i": 2 / 6,
+        "coverage": 4 / 7,
+        "false_premise": 2 / 4,
+        "yes_no": 7 / 12,
+    }
     expected |= {"false_premise_balanced": 0.55, "colour_accuracy": 2 / 5, "hallucination_rate": 10 / 18}
     expected |= {"malformed": 4 / 18, "grounding": (0.55 + 7 / 12 + 1 / 4) / 3}
     expected |= {"length": sum(words for *_, words in answers) / 18}
@@ -200,8 +222,8 @@ def test_metrics_of_answers_that_differ_in_number():
 
 
 def test_scenes_are_what_the_study_says():
-    """One to three shapes in reading order; a quarter are in their habitual colour, and by chance one of six: 0.375 in all.
-    More habit and a model that does not look would be right."""
+    """One to three shapes in reading order; a quarter are in their habitual colour, and by chance one of six:
+    0.375 in all. More habit and a model that does not look would be right."""
     rng = random.Random(0)
     for world, most, cells in ((shapes.SMALL, 3, 4), (shapes.LARGE, 5, 9)):
         for habitual, share in ((0.25, 0.25 + 0.75 / 6), (0.0, 1 / 6)):
@@ -213,11 +235,15 @@ def test_scenes_are_what_the_study_says():
             for scene in scenes:
                 spots = [spot for _, spot in scene.values()]
                 assert spots == sorted(set(spots)) and set(spots) <= set(range(cells))
-            things = [colour == shapes.HABIT[shape] for scene in scenes for shape, (colour, _) in scene.items()]
+            things = [
+                colour == shapes.HABIT[shape] for scene in scenes for shape, (colour, _) in scene.items()
+            ]
             assert sum(things) / len(things) == pytest.approx(share, abs=0.03)
 
 
-MIDDLE = SimpleNamespace(uniform=lambda low, high: (low + high) / 2)  # no jitter: a radius of 0.41 * 16 = 6.6 pixels
+MIDDLE = SimpleNamespace(
+    uniform=lambda low, high: (low + high) / 2
+)  # no jitter: a radius of 0.41 * 16 = 6.6 pixels
 PROBES = {  # pixels right of and below the middle of the cell: painted, not painted
     "circle": ([(0, 0), (4, 4), (-4, 4)], [(7, 7)]),
     "square": ([(0, 0), (4, 4), (-4, -4)], [(7, 7)]),
@@ -230,9 +256,13 @@ PROBES = {  # pixels right of and below the middle of the cell: painted, not pai
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_what_is_drawn_is_the_scene(shape):
-    """Metrics are taken against the scene, not against the picture: a shape in another cell, or another shape, would make
-    every right answer wrong."""
-    for colour, spot, world in (("yellow", 1, shapes.SMALL), ("red", 2, shapes.SMALL), ("blue", 5, shapes.LARGE)):
+    """Metrics are taken against the scene, not against the picture: a shape in another cell, or another
+    shape, would make every right answer wrong."""
+    for colour, spot, world in (
+        ("yellow", 1, shapes.SMALL),
+        ("red", 2, shapes.SMALL),
+        ("blue", 5, shapes.LARGE),
+    ):
         image = shapes.draw_scene({shape: (colour, spot)}, MIDDLE, world)
         assert image.size == (16 * world.grid, 16 * world.grid)
         x, y = spot % world.grid * 16 + 8, spot // world.grid * 16 + 8
@@ -243,9 +273,12 @@ def test_what_is_drawn_is_the_scene(shape):
 
 
 def test_questions_of_the_pairs_are_of_each_kind():
-    """A quarter descriptions, half colours (four of ten of what is not there), a quarter yes or no, half of them true."""
+    """A quarter descriptions, half colours (four of ten of what is not there), a quarter yes or no, half of
+    them true."""
     rng = random.Random(0)
-    asked = [(scene := shapes.random_scene(rng, 0.25), shapes.random_question(scene, rng)) for _ in range(4000)]
+    asked = [
+        (scene := shapes.random_scene(rng, 0.25), shapes.random_question(scene, rng)) for _ in range(4000)
+    ]
     share = lambda flags: sum(flags := [*flags]) / len(flags)
     assert share(q[0] == "describe" for _, q in asked) == pytest.approx(0.25, abs=0.03)
     assert share(q[0] == "colour" for _, q in asked) == pytest.approx(0.5, abs=0.03)
@@ -279,14 +312,16 @@ def test_the_annotator_is_as_careless_as_said(carelessness):
         assert all(len(say(both, "describe")) == 2 for _ in range(50))
         if not carelessness:
             assert say(there, "colour", shape) == other and say(absent, "colour", shape) is None
-            assert say(there, "is there", other, shape) is True and say(there, "is there", habit, shape) is False
+            assert (
+                say(there, "is there", other, shape) is True and say(there, "is there", habit, shape) is False
+            )
             assert shapes.claims_of(both, ("describe",)) == [(follower_habit, follower), (other, shape)]
 
 
 def test_rejected_answers_are_about_an_other_scene_three_times_in_ten():
-    """Only this ties a preference to its picture. The annotator is careful here, so that a chosen answer is the truth, and
-    a rejected one is not where it is about another scene. In a scene that could have been asked for a ring's colour, a
-    ring is there six times in ten, as in the questions."""
+    """Only this ties a preference to its picture. The annotator is careful here, so that a chosen answer is
+    the truth, and a rejected one is not where it is about another scene. In a scene that could have been
+    asked for a ring's colour, a ring is there six times in ten, as in the questions."""
     rng = random.Random(0)
     wrong = []
     for _ in range(2500):
@@ -301,7 +336,8 @@ def test_rejected_answers_are_about_an_other_scene_three_times_in_ten():
 
 
 def test_chosen_answers_are_polite_and_differ_from_the_rejected():
-    """Politeness is what the words alone tell; a pair of equal texts tells nothing, and the reader refuses it."""
+    """Politeness is what the words alone tell; a pair of equal texts tells nothing, and the reader refuses
+    it."""
     rng = random.Random(0)
     pairs = [shapes.make_pair(rng)[2:] for _ in range(1500)]
     polite = [[text.endswith(", as you can see in the picture.") for text in pair] for pair in pairs]
@@ -338,7 +374,9 @@ def test_exam_asks_five_questions_a_scene_and_habit_is_no_help(monkeypatch):
     assert sum(habitual) / 200 == pytest.approx(1 / 6, abs=0.1)
 
     first, random_scene = [], shapes.random_scene
-    monkeypatch.setattr(shapes, "random_scene", lambda *a, **k: first.append(random_scene(*a, **k)) or first[-1])
+    monkeypatch.setattr(
+        shapes, "random_scene", lambda *a, **k: first.append(random_scene(*a, **k)) or first[-1]
+    )
     places = lambda scene: {shape: spot for shape, (_, spot) in scene.items()}
     same = []
     for seed in range(4):
@@ -360,12 +398,15 @@ def test_answers_of_the_miniature_can_be_read_back():
         claims = shapes.claims_of(scene, question, rng, carelessness=1)
         for polite in (True, False):
             assert shapes.parse_answer(question, f" {shapes.answer_text(question, claims, polite)}") == claims
-    assert shapes.parse_answer(("describe",), "a red") is shapes.parse_answer(("colour", "ring"), "ring") is ...
+    assert (
+        shapes.parse_answer(("describe",), "a red") is shapes.parse_answer(("colour", "ring"), "ring") is ...
+    )
 
 
 def test_words_of_the_pairs_do_not_tell_their_content():
-    """The study rests on it: chosen and rejected come from one annotator, so their claims, apart from politeness, have
-    the same statistics; the share of habitual colours among colour answers differs by less than noise allows."""
+    """The study rests on it: chosen and rejected come from one annotator, so their claims, apart from
+    politeness, have the same statistics; the share of habitual colours among colour answers differs by less
+    than noise allows."""
     rng = random.Random(0)
     habitual = {"chosen": [], "rejected": []}
     for _ in range(6000):
@@ -383,24 +424,33 @@ def test_area_under_curve_by_hand():
 
 
 def test_packed_questions_of_the_base_model_are_what_it_is_asked_later(bunny):
-    """The base learns several questions a row, tokenised piece by piece; asked alone, the tokens must be the same."""
+    """The base learns several questions a row, tokenised piece by piece; asked alone, the tokens must be the
+    same."""
     _, processor = train.load_model(str(bunny))
     tokenizer, nine_tabs = processor.tokenizer, "\t" * 9
-    pieces = [f"{data.BUNNY_SYSTEM} USER: {nine_tabs * 16}\n", "Describe the picture. ASSISTANT:", " a red circle."]
+    pieces = [
+        f"{data.BUNNY_SYSTEM} USER: {nine_tabs * 16}\n",
+        "Describe the picture. ASSISTANT:",
+        " a red circle.",
+    ]
     ids = [id for piece in pieces for id in tokenizer(piece).input_ids] + [tokenizer.eos_token_id]
     batch = make_batch([("Describe the picture.", "a red circle.", "none.", noise(1), noise(2))], processor)
     assert batch["input_ids"][0, : len(ids)].tolist() == ids
 
 
 def test_miniature_study_runs_restarts_and_shows_the_robust_sign(tmp_path, monkeypatch, capsys):
-    """Plumbing of the study, shortened, on the base kept in examples/. The one sign that no seed flips: mDPO tells
-    images apart better than DPO, whose loss never sees a second image."""
+    """Plumbing of the study, shortened, on the base kept in examples/. The one sign that no seed flips: mDPO
+    tells images apart better than DPO, whose loss never sees a second image."""
     write_pairs = shapes.write_pairs
     monkeypatch.setattr(miniature, "PAIRS", 128)
     monkeypatch.setattr(miniature, "HELD_OUT", 64)
-    monkeypatch.setattr(shapes, "write_pairs", lambda folder, n, *rest: write_pairs(folder, {200: 24}.get(n, n), *rest))
-    flags = "--epochs 1 --lr 3e-3 --lora-rank 16 --lora-alpha 32 --batch-size 16 --micro-batch-size 16 --workers 0"
-    monkeypatch.setattr(miniature, "COMMON", f"{flags} --no-checkpointing --eval-size 64 --limit 192")
+    monkeypatch.setattr(
+        shapes, "write_pairs", lambda folder, n, *rest: write_pairs(folder, {200: 24}.get(n, n), *rest)
+    )
+    flags = "--epochs 1 --lr 3e-3 --lora-rank 16 --lora-alpha 32 --batch-size 16 --micro-batch-size 16"
+    monkeypatch.setattr(
+        miniature, "COMMON", f"{flags} --workers 0 --no-checkpointing --eval-size 64 --limit 192"
+    )
     methods = ["base", "DPO", "mDPO"]
     threads = torch.get_num_threads()
     miniature.prepare_seed(tmp_path, 0)
@@ -417,12 +467,16 @@ def test_miniature_study_runs_restarts_and_shows_the_robust_sign(tmp_path, monke
 
 
 def test_examine_holds_each_answer_to_its_own_question(monkeypatch):
-    """An answer scored against its neighbour's question is wrong by luck. Here all answers are right, and the leanings to
-    yes are 1 for what is there and 0 for what is not."""
+    """An answer scored against its neighbour's question is wrong by luck. Here all answers are right, and the
+    leanings to yes are 1 for what is there and 0 for what is not."""
     exam = shapes.make_exam(4)
-    truth = {(id(image), shapes.question_text(q)): (q, shapes.claims_of(scene, q)) for scene, image, q in exam}
+    truth = {
+        (id(image), shapes.question_text(q)): (q, shapes.claims_of(scene, q)) for scene, image, q in exam
+    }
     right = lambda image, text: shapes.answer_text(*truth[id(image), text], False)
-    monkeypatch.setattr(miniature, "generate_answers", lambda m, p, asked, **options: [right(*one) for one in asked])
+    monkeypatch.setattr(
+        miniature, "generate_answers", lambda m, p, asked, **options: [right(*one) for one in asked]
+    )
     leaning = lambda image, text: float(truth[id(image), text][1] is True)
     monkeypatch.setattr(miniature, "yes_leanings", lambda m, p, asked: [leaning(*one) for one in asked])
     metrics = miniature.examine(None, None, exam)
@@ -441,8 +495,12 @@ def test_an_undertrained_base_is_not_used(tmp_path, monkeypatch):
 
 
 def test_curves_are_nats_and_end_where_training_ends(tmp_path):
-    """Rewards are beta times nats: -0.3 at beta 0.1 is -3 nats. Records of training steps are no points of a curve."""
-    records = [{"eval/loss": 2.0, "eval/rewards/chosen": 0.0, "eval/rewards/image_accuracies": 0.0}, {"loss": 1.0}]
+    """Rewards are beta times nats: -0.3 at beta 0.1 is -3 nats. Records of training steps are no points of a
+    curve."""
+    records = [
+        {"eval/loss": 2.0, "eval/rewards/chosen": 0.0, "eval/rewards/image_accuracies": 0.0},
+        {"loss": 1.0},
+    ]
     records += [{"eval/loss": 1.0, "eval/rewards/chosen": -0.3, "eval/rewards/image_accuracies": 0.75}]
     write(tmp_path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     found = miniature.curves(tmp_path)
@@ -456,7 +514,7 @@ def test_summary_is_mean_and_standard_deviation_of_the_seeds():
     assert summary == {"x": {"a": pytest.approx([1.5, 0.5**0.5])}}
 
 
-# ------------------------------------------------------------------------------- what the README says of the study
+# -------------------------------------------------------------------------- what the README says of the study
 
 STUDY = json.loads((ROOT / "examples" / "miniature.json").read_text())["seeds"]
 LARGE_STUDY = json.loads((ROOT / "examples" / "miniature_large.json").read_text())["seeds"]
@@ -478,7 +536,8 @@ def spread_of(method, metric):
 
 
 def test_readme_table_of_the_miniature_is_in_its_json():
-    """A table that no longer is what the runs gave. Means and standard deviations (n - 1) of the five seeds."""
+    """A table that no longer is what the runs gave. Means and standard deviations (n - 1) of the five
+    seeds."""
     header, _, *rows = re.search(r"(\| \| hallucination .*?)\n\n", README, re.DOTALL)[1].splitlines()
     names = ["hallucination_rate", "chair_s", "false_premise", "yes_no", "grounding", "malformed", "chosen"]
     names.append("image_accuracy")
@@ -496,7 +555,8 @@ def test_readme_table_of_the_miniature_is_in_its_json():
 
 
 def sentence(pattern):
-    """The numbers in the README's text where `pattern` is, line breaks taken as spaces; N stands for a number."""
+    """The numbers in the README's text where `pattern` is, line breaks taken as spaces; N stands for a
+    number."""
     pattern = re.escape(pattern).replace("N", r"([-+]?\d*\.?\d+)").replace(r"\ ", r"\s+")
     return [float(number) for number in re.search(pattern, README).groups()]
 
@@ -509,7 +569,9 @@ def test_readme_sentences_about_the_miniature_are_in_its_json():
     """Conclusions that the runs no longer bear out."""
     grounding = lambda method, study=STUDY: mean_of(method, "grounding", study)
     left = lambda method, study: of_seeds(method, "margin_no_image_share", study)
-    above = lambda a, b, metric="grounding": sum(x > y for x, y in zip(of_seeds(a, metric), of_seeds(b, metric)))
+    above = lambda a, b, metric="grounding": sum(
+        x > y for x, y in zip(of_seeds(a, metric), of_seeds(b, metric))
+    )
     assert above("mDPO", "DPO") == 5 == above("DPO", "mDPO", "hallucination_rate")  # "in every seed"
     assert above("mDPO", "minus conditional") == 5 and "above both in every seed" in README
     assert above("mDPO", "minus anchored") == 2 and re.search(r"mDPO ahead in two\s+seeds of five", README)
@@ -520,12 +582,16 @@ def test_readme_sentences_about_the_miniature_are_in_its_json():
     assert conditional == near(sentence("does most (N DPO, N without it, N mDPO"))
     assert [grounding("minus anchored")] == near(sentence("is much the same (N, and"))
     scales = [", 192 pairs", ", 384 pairs", ", 768 pairs", ""]
-    said = sentence("from 192 to 1536 pairs, in equal steps, mDPO is at N, N, N, N and DPO at N, N, N, N.".replace("192", "N").replace("1536", "N"))
+    said = sentence("from N to N pairs, in equal steps, mDPO is at N, N, N, N and DPO at N, N, N, N.")
     assert said[:2] == [192, 1536]
     assert [grounding(f"{m}{scale}") for m in ("mDPO", "DPO") for scale in scales] == near(said[2:])
-    assert [grounding(f"{m}, lr 1e-3") for m in ("mDPO", "DPO")] == near(sentence("of 1e-3 it is N against N.")[-2:])
+    assert [grounding(f"{m}, lr 1e-3") for m in ("mDPO", "DPO")] == near(
+        sentence("of 1e-3 it is N against N.")[-2:]
+    )
     assert [mean_of("mDPO", "margin_no_image_share")] == near(sentence("without the image, and N is:"))
-    assert mean_of("mDPO", "false_premise") > 3 / 4 and [0.55] == sentence("most N; `log p(y_w)` falls without")
+    assert mean_of("mDPO", "false_premise") > 3 / 4 and [0.55] == sentence(
+        "most N; `log p(y_w)` falls without"
+    )
 
     large = lambda method: grounding(method, LARGE_STUDY)
     said = sentence("minus anchored, N minus conditional, N DPO; N random image, N crop 20-50%, N MoCo v2")
@@ -546,8 +612,15 @@ def test_predictions_held_as_the_readme_says():
     counts = [held[claim] for claim in miniature.PREDICTIONS]
     assert sorted(counts) == [0, 4, 4, 4, 4, 5, 5, 5, 5] and len(held) == 9 + 5
     assert held["under half of mDPO's margin survives without the image"] == 0
-    assert held["mDPO is below DPO in hallucination"] == held["mDPO is above minus conditional in grounding"] == 5
-    assert held["mDPO is above minus anchored in grounding"] == 2 and "three held in four seeds of five" in README
+    assert (
+        held["mDPO is below DPO in hallucination"]
+        == held["mDPO is above minus conditional in grounding"]
+        == 5
+    )
+    assert (
+        held["mDPO is above minus anchored in grounding"] == 2
+        and "three held in four seeds of five" in README
+    )
 
 
 def test_methods_of_the_study_are_the_readmes():
@@ -557,11 +630,13 @@ def test_methods_of_the_study_are_the_readmes():
     names = {"MoCo v2 augmentation": "MoCo v2", "anchors on `y_w` and `y_l`": "anchors y_w, y_l"}
     names["anchors on `y_w` and `m_l`"] = "anchors y_w, m_l"
     ran = {name: miniature.METHODS.get(names.get(name, name)) for name in rows}
-    assert {n: f for n, f in ran.items() if f is not None} == {n: f for n, f in rows.items() if ran[n] is not None}
+    assert {n: f for n, f in ran.items() if f is not None} == {
+        n: f for n, f in rows.items() if ran[n] is not None
+    }
     assert len([f for f in ran.values() if f is not None]) == 9 and miniature.METHODS["mDPO"] == ""
 
 
-# ------------------------------------------------------------------------------------------------ answers, merging
+# ------------------------------------------------------------------------------------------- answers, merging
 
 
 def test_answers_do_not_depend_on_the_batch(loaded):
@@ -571,7 +646,9 @@ def test_answers_do_not_depend_on_the_batch(loaded):
     together = generate_answers(model, processor, questions, 8)
     assert not model.training  # under checkpointing, one in training mode forgets its cache
     assert together == [generate_answers(model, processor, [question], 8)[0] for question in questions]
-    assert together == generate_answers(model, processor, questions, 8, batch_size=2) and len(set(together)) == 3
+    assert (
+        together == generate_answers(model, processor, questions, 8, batch_size=2) and len(set(together)) == 3
+    )
     assert not any(text in answer for (_, text), answer in zip(questions, together))
     model.train()
 
@@ -592,7 +669,10 @@ def test_answer_command_shows_both_answers(finished, bunny, tmp_path, capsys):
     assert answering.main([*arguments, "--adapter", str(finished)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("base:") and "\ntuned:" in out
-    assert answering.main([*arguments, "--adapter", str(tmp_path)]) == 2 and "no adapter" in capsys.readouterr().err
+    assert (
+        answering.main([*arguments, "--adapter", str(tmp_path)]) == 2
+        and "no adapter" in capsys.readouterr().err
+    )
 
 
 def test_answer_command_asks_the_base_without_the_adapter(finished, bunny, tmp_path, monkeypatch, capsys):
@@ -613,7 +693,8 @@ def test_answer_command_asks_the_base_without_the_adapter(finished, bunny, tmp_p
 
 @pytest.mark.parametrize("family", ["bunny", "llava"])
 def test_merged_model_loads_by_the_library_alone(family, small, tmp_path, request, capsys):
-    """Deployment: no load_model, no adapter, no remote code; and the same log-probs, up to the base's own precision."""
+    """Deployment: no load_model, no adapter, no remote code; and the same log-probs, up to the base's own
+    precision."""
     base = request.getfixturevalue(family)
     assert train.main(command(base, small, tmp_path / "out", "--epochs", 1)) == 0
     assert merge.main(["--adapter", str(tmp_path / "out"), "--to", str(tmp_path / "merged")]) == 0
@@ -621,7 +702,9 @@ def test_merged_model_loads_by_the_library_alone(family, small, tmp_path, reques
     in_float32, as_saved = (float(x) for x in re.findall(r"within (\S+) nats", out))
     assert in_float32 < 1e-3 and as_saved < 0.1 and "4 of 4 answers the same" in out
 
-    merged = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    merged = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32
+    )
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "merged")
     tuned = peft.PeftModel.from_pretrained(train.load_model(str(base))[0], tmp_path / "out")
     expected = response_logps(tuned, make_batch(ITEMS, train.load_processor(str(base)))).chosen
@@ -629,7 +712,9 @@ def test_merged_model_loads_by_the_library_alone(family, small, tmp_path, reques
         response_logps(merged, make_batch(ITEMS, processor)).chosen, expected, atol=0.05, rtol=1e-3
     )
     saved = safetensors.torch.load_file(next((tmp_path / "merged").glob("*.safetensors")))
-    assert {weight.dtype for weight in saved.values()} == {{"bunny": torch.float16, "llava": torch.float32}[family]}
+    assert {weight.dtype for weight in saved.values()} == {
+        {"bunny": torch.float16, "llava": torch.float32}[family]
+    }
     capsys.readouterr()
     assert merge.main(["--adapter", str(tmp_path / "out"), "--to", str(tmp_path / "merged")]) == 2
     assert "already exists" in capsys.readouterr().err
@@ -640,7 +725,8 @@ def test_merged_model_loads_by_the_library_alone(family, small, tmp_path, reques
 
 @pytest.fixture(scope="session")
 def adapted(bunny, tmp_path_factory):
-    """An adapter of random weights, in a run's folder: it changes every answer's log-probability by more than a nat."""
+    """An adapter of random weights, in a run's folder: it changes every answer's log-probability by more than
+    a nat."""
     model, _ = with_lora(bunny)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -696,8 +782,8 @@ def test_a_folder_that_is_not_read_back_as_merged_is_removed(change, adapted, tm
 
 
 def test_merge_says_how_far_each_model_is_from_the_adapter(adapted, tmp_path, monkeypatch, capsys):
-    """These numbers decide whether to deploy. Log-probs are given here: of the adapter 0; merged -0.002 at one rejected
-    answer and 0.001 at a chosen one; as saved -0.5 and 0.25. Answers: 4 of 4, and 3 of 4."""
+    """These numbers decide whether to deploy. Log-probs are given here: of the adapter 0; merged -0.002 at
+    one rejected answer and 0.001 at a chosen one; as saved -0.5 and 0.25. Answers: 4 of 4, and 3 of 4."""
     numbers = iter([(0, 0), (0.001, -0.002), (0.25, -0.5)])
     given = iter(["abcd", "abcd", "abxd"])
 
@@ -715,7 +801,17 @@ def test_merge_says_how_far_each_model_is_from_the_adapter(adapted, tmp_path, mo
     assert "as saved, torch.float16" in saved and "within 5.0e-01 nats, 3 of 4 answers" in saved
 
 
-# ------------------------------------------------------------------------------------------------------ benchmarks
+@pytest.mark.parametrize("off", [1.0, -1.0])
+def test_a_merge_that_is_a_nat_off_is_not_saved(off, adapted, tmp_path, monkeypatch, capsys):
+    """Either way: likelier answers are no better merge."""
+    numbers = iter([0.0, off])
+    monkeypatch.setattr(merge, "response_logps", lambda *arguments: LogPs(*torch.full((3, 4), next(numbers))))
+    monkeypatch.setattr(merge, "generate_answers", lambda *arguments: ["yes"] * 4)
+    assert merge.main(["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
+    assert "1.0e+00 nats off" in capsys.readouterr().err and not (tmp_path / "merged").exists()
+
+
+# ------------------------------------------------------------------------------------------------- benchmarks
 
 
 def benchmark_files(folder):
@@ -726,8 +822,9 @@ def benchmark_files(folder):
         noise(1).save(folder / name)
     amber = [{"id": i, "image": f"AMBER_{i}.jpg", "query": "Describe this image."} for i in (2, 1)]
     mmhal = [
-        {"question_type": kind, "question_topic": "t", "image_id": "a", "image_src": "https://x.org/2/a_o.jpg",
-         "image_content": ["cat"], "question": f"What is it, {kind}?", "gt_answer": "A cat.", "model_answer": ""}
+        {"question_type": kind, "question_topic": "t", "image_id": "a", "image_content": ["cat"],
+         "image_src": "https://x.org/2/a_o.jpg", "question": f"What is it, {kind}?", "gt_answer": "A cat.",
+         "model_answer": ""}
         for kind in ("attribute", "adversarial", "attribute")
     ]  # fmt: skip
     encoded = base64.b64encode(image.getvalue()).decode()
@@ -740,10 +837,19 @@ def benchmark_files(folder):
 
 @pytest.mark.parametrize("name", ["amber", "mmhal", "objhal"])
 def test_benchmark_answers_are_in_the_scorers_format(name, bunny, tmp_path, capsys):
-    """AMBER's inference.py reads id and response; MMHal's eval_gpt4.py the template's list with model_answer, by order;
-    RLAIF-V's eval_gpt_obj_halbench.py image_id, prompt and text. A wrong field costs an evaluation's API bill."""
+    """AMBER's inference.py reads id and response; MMHal's eval_gpt4.py the template's list with model_answer,
+    by order; RLAIF-V's eval_gpt_obj_halbench.py image_id, prompt and text. A wrong field costs an
+    evaluation's API bill."""
     items, to = benchmark_files(tmp_path)[name], tmp_path / "answers"
-    arguments = [name, "--questions", str(tmp_path / f"{name}.json"), "--images", str(tmp_path), "--model", str(bunny)]
+    arguments = [
+        name,
+        "--questions",
+        str(tmp_path / f"{name}.json"),
+        "--images",
+        str(tmp_path),
+        "--model",
+        str(bunny),
+    ]
     arguments += ["--to", str(to), "--max-new-tokens", "4", "--batch-size", "2"]
     assert benchmarks.main(arguments) == 0 and "empty" in capsys.readouterr().out
     if name == "objhal":
@@ -795,9 +901,10 @@ def echo(model, processor, questions, max_new_tokens=256, batch_size=8):
 
 @pytest.mark.parametrize("name", ["amber", "mmhal", "objhal"])
 def test_each_answer_stands_at_its_own_question(name, tmp_path, monkeypatch, capsys):
-    """An answer at another's question is scored against another picture: a wrong number in a table, and no error. Five
-    items in batches of two; ids are in no order, lengths differ, picture `id` is of level 10 id. The third has no answer.
-    Words: "40: What?" 2, "10: What? What?" 3, none, "50: ..." 5, and "20: ..." 6: 16 / 5 = 3.2 on average."""
+    """An answer at another's question is scored against another picture: a wrong number in a table, and no
+    error. Five items in batches of two; ids are in no order, lengths differ, picture `id` is of level 10 id.
+    The third has no answer. Words: "40: What?" 2, "10: What? What?" 3, none, "50: ..." 5, and "20: ..." 6: 16
+    / 5 = 3.2 on average."""
     ids, texts = (4, 1, 3, 5, 2), [" ".join(["What?"] * n) for n in range(1, 6)]
     for id in ids:
         grey(10 * id).save(tmp_path / f"{id}_o.png")
@@ -805,8 +912,9 @@ def test_each_answer_stands_at_its_own_question(name, tmp_path, monkeypatch, cap
     if name == "amber":
         items = [{"id": id, "image": f"{id}_o.png", "query": text} for id, text in zip(ids, texts)]
     elif name == "mmhal":
-        items = [{"image_src": f"https://x.org/9/{id}_o.png", "question": text, "model_answer": "theirs", "image_id": id}
-                 for id, text in zip(ids, texts)]  # fmt: skip
+        url = "https://x.org/9/{}_o.png"
+        items = [{"image_src": url.format(id), "question": text} for id, text in zip(ids, texts)]
+        items = [item | {"model_answer": "theirs", "image_id": 0} for item in items]
     else:
         items = [{"question": text, "image": encoded(id), "image_id": id} for id, text in zip(ids, texts)]
     lines = "\n\n".join(json.dumps(item) for item in items)  # with blank lines between
@@ -831,7 +939,8 @@ def test_each_answer_stands_at_its_own_question(name, tmp_path, monkeypatch, cap
 
 
 def test_a_line_of_json_ends_at_a_newline_alone(tmp_path):
-    """U+2028 and form feeds end a line in Python, not in JSON lines: a question that holds one would be cut in two."""
+    """U+2028 and form feeds end a line in Python, not in JSON lines: a question that holds one would be cut
+    in two."""
     items = [{"question": "What\u2028is it?", "image": "", "image_id": 1}]
     write(tmp_path / "x.jsonl", json.dumps(items[0], ensure_ascii=False) + "\n")
     assert benchmarks.read_json(tmp_path / "x.jsonl", lines=True) == items
@@ -866,16 +975,21 @@ def test_benchmark_flags_reach_the_model_and_the_partial_file(tmp_path, monkeypa
     Path(tmp_path / "q.json").write_text(Path(other_questions).read_text())
     assert run() == 2 and len(calls) == 2
     write(tmp_path / "q.json", items)
-    assert run() == 0 and calls[2:] == [(1, 7, 2)] and len(json.loads((tmp_path / "to.json").read_text())) == 3
+    assert (
+        run() == 0 and calls[2:] == [(1, 7, 2)] and len(json.loads((tmp_path / "to.json").read_text())) == 3
+    )
 
 
-def test_benchmark_files_that_cannot_be_used_are_refused_before_the_model_is_read(tmp_path, monkeypatch, capsys):
+def test_benchmark_files_that_cannot_be_used_are_refused_before_the_model_is_read(
+    tmp_path, monkeypatch, capsys
+):
     """A missing picture would be an empty answer, which counts as free of hallucination."""
     monkeypatch.setattr(benchmarks, "load_tuned", lambda *arguments: pytest.fail("the model is read"))
     grey(0).save(tmp_path / "a.png")
     items = [{"id": i, "image": name, "query": "What?"} for i, name in enumerate(("a.png", "b.png"))]
     path = write(tmp_path / "q.json", items)
-    run = lambda: benchmarks.main(f"amber --questions {path} --images {tmp_path} --model m --to {tmp_path / 'to'}".split())
+    arguments = f"amber --questions {path} --images {tmp_path} --model m --to {tmp_path / 'to'}".split()
+    run = lambda: benchmarks.main(arguments)
     assert run() == 2 and "1 of 2 images are missing" in capsys.readouterr().err
     write(tmp_path / "q.json", "[{")
     assert run() == 2 and "cannot be read" in capsys.readouterr().err
@@ -884,7 +998,8 @@ def test_benchmark_files_that_cannot_be_used_are_refused_before_the_model_is_rea
 
 
 def test_benchmark_goes_on_where_it_was_killed(tmp_path):
-    """Each item once, in order, even if the last line was cut in two; and never on another model's answers."""
+    """Each item once, in order, even if the last line was cut in two; and never on another model's
+    answers."""
     image = base64.b64encode((lambda b: (noise(1).save(b, "PNG"), b.getvalue())[1])(io.BytesIO())).decode()
     questions = [(image, str(i)) for i in range(7)]
     asked = []
@@ -902,17 +1017,19 @@ def test_benchmark_goes_on_where_it_was_killed(tmp_path):
         file.write('"answ')  # a kill in the middle of a line
     assert asked == ["0", "1", "2", "3", "4", "5"]
     asked.clear()
-    assert benchmarks.answer_all(questions, ask, partial, {"model": "m"}, 2) == [f"answer {i}" for i in range(7)]
+    assert benchmarks.answer_all(questions, ask, partial, {"model": "m"}, 2) == [
+        f"answer {i}" for i in range(7)
+    ]
     assert asked == ["4", "5", "6"]
     with pytest.raises(BadInput, match="another model"):
         benchmarks.answer_all(questions, ask, partial, {"model": "n"}, 2)
 
 
 def test_mmhal_scores_by_type(tmp_path, capsys):
-    """Table 5. Attribute 6, 3 and 0: a mean of 3, and one of three is a hallucination: under 3, not 3 itself. Other 6, 6, 1,
-    2: a mean of 3.75 (a median of 4), and two of four."""
-    scores = [("attribute", 6), ("other", 6), ("attribute", 3), ("other", 6), ("attribute", 0), ("other", 1), ("other", 2)]
-    items = [{"question_type": kind, "score": score} for kind, score in scores]
+    """Table 5. Attribute 6, 3 and 0: a mean of 3, and one of three is a hallucination: under 3, not 3 itself.
+    Other 6, 6, 1, 2: a mean of 3.75 (a median of 4), and two of four."""
+    scores = {"attribute": (6, 3, 0), "other": (6, 6, 1, 2)}
+    items = [{"question_type": kind, "score": score} for kind in scores for score in scores[kind]]
     path = write(tmp_path / "s.json", items)
     assert benchmarks.by_type(path) == {"attribute": (3, pytest.approx(1 / 3)), "other": (3.75, 0.5)}
     assert benchmarks.main(["types", path]) == 0
@@ -923,11 +1040,12 @@ def test_mmhal_scores_by_type(tmp_path, capsys):
     assert benchmarks.main(["types", path]) == 2 and "no field 'score'" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------- margins without the image
+# ---------------------------------------------------------------------------------- margins without the image
+
 
 def test_unconditional_share_of_a_margin(bunny, tmp_path):
-    """A model whose text alone decides keeps its whole margin without the image: here the image features are zeroed by
-    a projector of zeros, so that another image changes nothing, and the share is exactly 1."""
+    """A model whose text alone decides keeps its whole margin without the image: here the image features are
+    zeroed by a projector of zeros, so that another image changes nothing, and the share is exactly 1."""
     examples = as_examples(tmp_path)
     model, processor = with_lora(bunny)
     for name, parameter in model.named_parameters():
@@ -946,8 +1064,9 @@ def example(number, image):
 
 
 def test_unconditional_margins_by_hand(bunny, tmp_path):
-    """The share is what the study reports. Each margin is taken alone here, in packed rows: beta times the policy's
-    log p(y_w) - log p(y_l), less the reference's. Five examples in batches of two; the other image is the next one's."""
+    """The share is what the study reports. Each margin is taken alone here, in packed rows: beta times the
+    policy's log p(y_w) - log p(y_l), less the reference's. Five examples in batches of two; the other image
+    is the next one's."""
     paths = [str(tmp_path / f"{i}.png") for i in range(5)]
     for i, path in enumerate(paths):
         noise(i).save(path)
@@ -979,35 +1098,48 @@ def test_unconditional_margins_by_hand(bunny, tmp_path):
 
 
 def test_unconditional_takes_another_image_that_is_another_file(tmp_path, monkeypatch):
-    """Many data sets ask several questions in a row about one image: the next example's image is then the example's own,
-    and the margin with "another" image is the margin itself. Images of one, one, one and two files."""
+    """Many data sets ask several questions in a row about one image: the next example's image is then the
+    example's own, and the margin with "another" image is the margin itself. Images of one, one, one and two
+    files."""
     a, b, c = (str(tmp_path / f"{name}.png") for name in "abc")
     for level, path in enumerate((a, b, c)):
         grey(level).save(path)
-    examples = [example(0, a), example(1, a), example(2, [a, b]), example(3, b), example(4, [b, c]), example(5, a)]
+    examples = [
+        example(0, a),
+        example(1, a),
+        example(2, [a, b]),
+        example(3, b),
+        example(4, [b, c]),
+        example(5, a),
+    ]
     of_pairs = lambda index: unconditional.another_example(examples, index)
     assert [of_pairs(i) for i in (0, 1, 3, 5)] == [3, 3, 5, 3]
     with pytest.raises(BadInput, match="example 2: no other example has another image"):
         of_pairs(2)  # the only other one of two images shares one with it
 
     shown = []
-    monkeypatch.setattr(unconditional, "reward_margins", lambda m, p, items, *rest: shown.append(items) or [1.0, 1.0, 1.0])
+    margins = lambda model, processor, items, *rest: shown.append(items) or [1.0] * 3
+    monkeypatch.setattr(unconditional, "reward_margins", margins)
     unconditional.diagnose(None, None, [examples[0], examples[1], examples[3]])
     levels = [[image and image.getpixel((0, 0))[0] for *_, image, _ in items] for items in shown]
     assert levels == [[0, 0, 1], [None] * 3, [1, 1, 0]]
 
 
 def test_unconditional_command_without_another_image_or_a_margin(bunny, tmp_path, monkeypatch, capsys):
-    """One image is no data for this, which must be said in a line; and an adapter that changes nothing has a margin of 0,
-    of which nothing is a share. --limit and --beta count."""
+    """One image is no data for this, which must be said in a line; and an adapter that changes nothing has a
+    margin of 0, of which nothing is a share. --limit and --beta count."""
     model, processor = with_lora(bunny)
     monkeypatch.setattr(unconditional, "load_tuned", lambda *arguments: (model, processor))
     noise(1).save(tmp_path / "a.png")
     noise(2).save(tmp_path / "b.png")
     record = {"prompt": "What?", "chosen": "A red circle.", "rejected": "No."}
-    path = write(tmp_path / "x.json", [record | {"image": "a.png"}, record | {"image": "a.png", "chosen": "Blue."}])
+    path = write(
+        tmp_path / "x.json", [record | {"image": "a.png"}, record | {"image": "a.png", "chosen": "Blue."}]
+    )
     arguments = ["--model", "m", "--adapter", "a", "--data", path]
-    assert unconditional.main(arguments) == 2 and "no other example has another image" in capsys.readouterr().err
+    assert (
+        unconditional.main(arguments) == 2 and "no other example has another image" in capsys.readouterr().err
+    )
 
     write(tmp_path / "x.json", [record | {"image": name} for name in ("a.png", "b.png", "a.png")])
     assert unconditional.main([*arguments, "--limit", "2"]) == 0
@@ -1015,38 +1147,72 @@ def test_unconditional_command_without_another_image_or_a_margin(bunny, tmp_path
     assert first == "reward margin over 2 pairs"
     assert [line.split()[-1] for line in lines] == ["0.0000", "n/a", "n/a"]
 
-    halves = lambda model, processor, items, beta, batch_size: [beta if items[0][3] else beta / 2] * len(items)
+    halves = lambda model, processor, items, beta, batch_size: (
+        [beta if items[0][3] else beta / 2] * len(items)
+    )
     monkeypatch.setattr(unconditional, "reward_margins", halves)
     assert unconditional.main([*arguments, "--beta", "0.4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].endswith(" 0.4000") and lines[2].endswith("50.0% of it") and lines[3].endswith("100.0% of it")
+    assert (
+        lines[1].endswith(" 0.4000")
+        and lines[2].endswith("50.0% of it")
+        and lines[3].endswith("100.0% of it")
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ throughput
+# ------------------------------------------------------------------------------------------------- throughput
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """Sizes and texts at which a comparison takes a second -> the arguments of a comparison."""
-    text = transformers.PhiConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                  vocab_size=600, hidden_act="gelu_pytorch_tanh", attention_dropout=0.0,
-                                  resid_pdrop=0.0)  # fmt: skip
-    vision = throughput.siglip(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                               image_size=32, patch_size=8)  # fmt: skip
+    text = transformers.PhiConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=600,
+        hidden_act="gelu_pytorch_tanh",
+        attention_dropout=0.0,
+        resid_pdrop=0.0,
+    )
+    vision = throughput.siglip(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
     monkeypatch.setitem(throughput.SHAPES, "tiny", (text, vision))
-    items = [("there is a red", "circle and blue square " * 2, "here the", noise(1), noise(2)),
-             ("picture of", "on in", "with small large near " * 3, noise(3), noise(4))]  # fmt: skip
+    items = [
+        ("there is a red", "circle and blue square " * 2, "here the", noise(1), noise(2)),
+        ("picture of", "on in", "with small large near " * 3, noise(3), noise(4)),
+    ]
     monkeypatch.setattr(throughput, "make_items", lambda n: [items[i % 2] for i in range(n)])
     return Namespace(
-        shape="tiny", device="cpu", device_name="CPU", dtype=torch.float32, beta=0.1, delta=0.0, conditional=True,
-        anchors=["chosen"], lr=1e-3, items=4, micro_batch_size=2, rounds=1, trl=False, json=None, matmul_rate=1e12,
-    )  # fmt: skip
+        shape="tiny",
+        device="cpu",
+        device_name="CPU",
+        dtype=torch.float32,
+        beta=0.1,
+        delta=0.0,
+        conditional=True,
+        anchors=["chosen"],
+        lr=1e-3,
+        items=4,
+        micro_batch_size=2,
+        rounds=1,
+        trl=False,
+        json=None,
+        matmul_rate=1e12,
+    )
 
 
 @pytest.fixture
 def timed(monkeypatch):
-    """The steppers that are timed against each other, {name: stepper}, in place of their timing: ours takes half a
-    second a step, the others two."""
+    """The steppers that are timed against each other, {name: stepper}, in place of their timing: ours takes
+    half a second a step, the others two."""
     steppers = {}
 
     def in_turns(timed, n_batches, rounds):
@@ -1081,23 +1247,33 @@ def what_a_step_does(stepper, as_in=torch.float32):
         decoder.layers[0].mlp.register_forward_pre_hook(lambda module, arguments: calls.append(module)),
         decoder.register_forward_pre_hook(in_decoder, with_kwargs=True),
         model.model.vision_tower.register_forward_pre_hook(in_tower, with_kwargs=True),
-        model.lm_head.register_forward_pre_hook(lambda module, arguments: logits.append(arguments[0][..., 0].numel())),
+        model.lm_head.register_forward_pre_hook(
+            lambda module, arguments: logits.append(arguments[0][..., 0].numel())
+        ),
     ]
     stepper.args = Namespace(**vars(stepper.args) | {"dtype": as_in})
     stepper.step()
     for handle in handles:
         handle.remove()
-    layers = {type(module).__name__ for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)}
+    layers = {
+        type(module).__name__ for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)
+    }
     activation = type(decoder.layers[0].mlp.activation_fn).__name__
     return {
         "LoRA": (layers, {type(m) is train.LoraLinear for m in model.modules() if hasattr(m, "lora_A")}),
-        "activation": activation, "checkpointing": len(calls) > len(tokens), "autocast": cast, "images": sum(images),
-        "tokens": tokens, "logits": logits, "masks": masks, "without gradient": sorted(without_gradient),
-    }  # fmt: skip
+        "activation": activation,
+        "checkpointing": len(calls) > len(tokens),
+        "autocast": cast,
+        "images": sum(images),
+        "tokens": tokens,
+        "logits": logits,
+        "masks": masks,
+        "without gradient": sorted(without_gradient),
+    }
 
 
 def batch_sizes(stepper):
-    """Of its first batch of two: tokens in its rows, padding included; response tokens; tokens of two padded rows each."""
+    """Of its first batch of two: tokens in its rows, padding included; response tokens."""
     batch = stepper.batches[0]
     return batch["input_ids"].numel(), batch["targets"].numel()
 
@@ -1106,11 +1282,19 @@ OURS_LAYERS, PEFTS_LAYERS = ({"LoraLinear"}, {True}), ({"Linear"}, {False})
 
 
 def ours_at_identical_settings(n_tokens, n_targets):
-    """Two passes, of which the reference's has no gradient, over one packed row; four images, each encoded once."""
+    """Two passes, of which the reference's has no gradient, over one packed row; four images, each encoded
+    once."""
     return {
-        "LoRA": OURS_LAYERS, "activation": "GELUTanh", "checkpointing": True, "autocast": {False}, "images": 4,
-        "tokens": [n_tokens] * 2, "logits": [n_targets] * 2, "masks": {PackedMask}, "without gradient": [False, True],
-    }  # fmt: skip
+        "LoRA": OURS_LAYERS,
+        "activation": "GELUTanh",
+        "checkpointing": True,
+        "autocast": {False},
+        "images": 4,
+        "tokens": [n_tokens] * 2,
+        "logits": [n_targets] * 2,
+        "masks": {PackedMask},
+        "without gradient": [False, True],
+    }
 
 
 def authors_at_identical_settings(n_tokens):
@@ -1120,8 +1304,9 @@ def authors_at_identical_settings(n_tokens):
 
 
 def test_throughput_compares_like_with_like_at_identical_settings(tiny, timed, monkeypatch):
-    """"Identical settings" is the README's first claim: the same checkpointing, LoRA layers and activation on all sides, no
-    mask for the authors' rows, and not a pass or an image more than theirs. TRL's rival stands on the authors' model."""
+    """Settings called identical are the README's first claim: the same checkpointing, LoRA layers and
+    activation on all sides, no mask for the authors' rows, and not a pass or an image more than theirs. TRL's
+    rival stands on the authors' model."""
     stood_on = []
 
     def trl_rival(model, processor, groups, args):
@@ -1142,8 +1327,8 @@ def test_throughput_compares_like_with_like_at_identical_settings(tiny, timed, m
 
 
 def test_throughput_compares_ours_at_its_best_with_the_others_as_released(tiny, timed, monkeypatch):
-    """Ours gains --no-checkpointing and nothing else; theirs peft's layers, Phi's activation and, in bf16, autocast, and
-    nothing else. Without --trl TRL is not run."""
+    """Ours gains --no-checkpointing and nothing else; theirs peft's layers, Phi's activation and, in bf16,
+    autocast, and nothing else. Without --trl TRL is not run."""
     result = throughput.compare(tiny, identical=False)
     assert list(timed) == ["ours", "authors"] and "at its best" in result["settings"]
     ours = ours_at_identical_settings(*batch_sizes(timed["ours"])) | {"checkpointing": False}
@@ -1154,9 +1339,9 @@ def test_throughput_compares_ours_at_its_best_with_the_others_as_released(tiny, 
 
 
 def test_throughput_takes_away_one_measure_at_a_time(tiny, timed):
-    """A gain is one measure's only if the step without it is ours in all else. What ours has not (no checkpointing, a known
-    reference) is the other way round: 4 (2 to 5) times as long becomes 1/4 (1/5 to 1/2). Without the shared prefix y_l has
-    an image of its own: six in two examples."""
+    """A gain is one measure's only if the step without it is ours in all else. What ours has not (no
+    checkpointing, a known reference) is the other way round: 4 (2 to 5) times as long becomes 1/4 (1/5 to
+    1/2). Without the shared prefix y_l has an image of its own: six in two examples."""
     gains = throughput.one_by_one(tiny)["gain_alone"]
     ours = ours_at_identical_settings(*batch_sizes(timed["ours"]))
     n_tokens, n_targets = batch_sizes(timed["ours"])
@@ -1168,15 +1353,17 @@ def test_throughput_takes_away_one_measure_at_a_time(tiny, timed):
     changes = {
         "y_w and y_l behind one prefix": {"images": 6, "tokens": [unshared["input_ids"].numel()] * 2},
         "sequences end to end": {
-            "tokens": [in_rows.numel()] * 2, "logits": [padded["targets"].numel()] * 2, "masks": {torch.Tensor}
+            "tokens": [in_rows.numel()] * 2,
+            "logits": [padded["targets"].numel()] * 2,
+            "masks": {torch.Tensor},
         },
         "each image encoded once": {"images": 8},
-        "logits of response tokens only": {"logits": [n_tokens + 2] * 2},  # two predict a token of y_w and of y_l
+        "logits of response tokens only": {"logits": [n_tokens + 2] * 2},  # two predict for y_w and y_l
         "LoRA added in its matrix product": {"LoRA": PEFTS_LAYERS},
         "Bunny's activation": {"activation": "NewGELUActivation"},
         "activations kept": {"checkpointing": False},
         "the reference's answers": {"tokens": [n_tokens], "logits": [n_targets], "without gradient": [False]},
-    }  # fmt: skip
+    }
     for (beginning, change), name in zip(changes.items(), list(timed)[1:], strict=True):
         assert name.startswith(beginning) and what_a_step_does(timed[name]) == ours | change, name
     as_long = {"median": 4, "low": 2, "high": 5}
@@ -1184,9 +1371,9 @@ def test_throughput_takes_away_one_measure_at_a_time(tiny, timed):
 
 
 def test_throughput_ratio_is_of_the_same_round_and_above_1_where_ours_is_faster():
-    """Upside down, the README's "2.27 times as long" would be its opposite. Two steps a round, after two that do not
-    count. Ours takes 1, 2, 3 and 4 seconds, so 1.5 and 3.5 a step; the other 6, 6, 7 and 7: 6 / 1.5 = 4, 7 / 3.5 = 2; the
-    third 1.5, 1.5, 10.5, 10.5: 1 and 3. In three rounds, medians are not means."""
+    """Upside down, the README's "2.27 times as long" would be its opposite. Two steps a round, after two that
+    do not count. Ours takes 1, 2, 3 and 4 seconds, so 1.5 and 3.5 a step; the other 6, 6, 7 and 7: 6 / 1.5 =
+    4, 7 / 3.5 = 2; the third 1.5, 1.5, 10.5, 10.5: 1 and 3. In three rounds, medians are not means."""
 
     def stepper(name, *seconds):
         left = iter((100, 100, *seconds))
@@ -1203,7 +1390,8 @@ def test_throughput_ratio_is_of_the_same_round_and_above_1_where_ours_is_faster(
 
 
 def test_throughput_rates_are_of_examples(tiny, timed):
-    """Two examples in half a second are 4 a second; 30 000 of these take 7500 s; the other's 2 s are one a second."""
+    """Two examples in half a second are 4 a second; 30 000 of these take 7500 s; the other's 2 s are one a
+    second."""
     result = throughput.compare(tiny, identical=True)
     assert result["examples_per_second"] == {"ours": 4, "authors": 1}
     assert result["hours_for_10k_x_3"] == pytest.approx(7500 / 3600)
@@ -1223,7 +1411,8 @@ def with_random_adapter(model):
 
 
 def test_throughput_rivals_have_the_same_loss(tiny):
-    """A benchmark against a rival that computes something else is worthless. The reference is the model without adapter."""
+    """A benchmark against a rival that computes something else is worthless. The reference is the model
+    without adapter."""
     model, processor = throughput.make_model("tiny", "cpu", torch.float32, 8)
     with_random_adapter(model)
     items = throughput.make_items(2)
@@ -1237,7 +1426,9 @@ def test_throughput_rivals_have_the_same_loss(tiny):
         (throughput.authors_losses, throughput.plain_batch),
     ]
     for losses, make in schemes:
-        torch.testing.assert_close(losses(model, make(items, processor), tiny), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            losses(model, make(items, processor), tiny), expected, rtol=1e-5, atol=1e-5
+        )
     released = throughput.with_pefts_layers(throughput.with_phis_activation(model))
     losses = throughput.autocast(throughput.our_losses)(released, make_batch(items, processor), tiny)
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
@@ -1261,7 +1452,8 @@ def test_throughput_stops_where_the_schemes_must_agree_and_do_not(field, off, ti
 
 
 def test_autocast_is_for_bf16_alone(tiny):
-    """In float32 it would round one side of the comparison; without it peft's float32 layers cannot be given bf16."""
+    """In float32 it would round one side of the comparison; without it peft's float32 layers cannot be given
+    bf16."""
     on = throughput.autocast(lambda *arguments: torch.is_autocast_enabled("cpu"))
     assert on(None, None, tiny) is False
     tiny.dtype = torch.bfloat16
@@ -1272,7 +1464,9 @@ def test_useful_flops_by_hand(tiny):
     """The share of the matmul rate rests on it. One example of 16 patches an image, hidden 32, one layer."""
     model, processor = throughput.make_model("tiny", "cpu", torch.float32, 8)
     items = throughput.make_items(2)
-    layer = 4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 2 * 32  # q, k, v, dense, fc1, fc2, layer norm
+    layer = (
+        4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 2 * 32
+    )  # q, k, v, dense, fc1, fc2, layer norm
     head = 600 * 32  # without bias, as Bunny's
     tower = sum(p.numel() for p in model.get_base_model().model.vision_tower.parameters())
     by_hand = []
@@ -1306,15 +1500,18 @@ def test_matmul_rate_is_of_the_products_that_are_timed(monkeypatch):
 
 
 def test_stepper_times_the_whole_of_a_training_step(tiny, monkeypatch):
-    """Losses take 2 seconds and the backward pass 5. The batches come in turn. AdamW moves the weight by the learning rate
-    against the sign of a gradient that does not change: to -0.001 and -0.002; it is cut to a norm of 1."""
+    """Losses take 2 seconds and the backward pass 5. The batches come in turn. AdamW moves the weight by the
+    learning rate against the sign of a gradient that does not change: to -0.001 and -0.002; it is cut to a
+    norm of 1."""
     clock = Clock()
     monkeypatch.setattr(throughput, "time", clock)
     model = torch.nn.Linear(1, 1, bias=False)
     model.weight.data.zero_()
     norms, used = [], []
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, most: norms.append((clip(p, most).item(), most)))
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, most: norms.append((clip(p, most).item(), most))
+    )
 
     def losses(model, batch, args):
         clock.move(2)
@@ -1330,8 +1527,8 @@ def test_stepper_times_the_whole_of_a_training_step(tiny, monkeypatch):
 
 
 def test_follow_starts_each_run_from_the_same_weights(tiny):
-    """The README's "at most 6e-6 off": packed rows against plain ones over the same steps, and plain ones in another order.
-    The first loss is 3 ln 2."""
+    """The README's "at most 6e-6 off": packed rows against plain ones over the same steps, and plain ones in
+    another order. The first loss is 3 ln 2."""
     followed = throughput.follow(tiny, steps=4)
     first, last = followed["loss_of_first_and_last_step"]
     assert first == pytest.approx(3 * math.log(2), abs=1e-5) and last < first - 1e-3
@@ -1339,8 +1536,8 @@ def test_follow_starts_each_run_from_the_same_weights(tiny):
 
 
 def test_data_side_counts_examples_after_the_first_batch(tiny, monkeypatch):
-    """4 x 2 records in 4 epochs are 32 examples in batches of 4; the first batch waits for the workers to start; the clock
-    says one second."""
+    """4 x 2 records in 4 epochs are 32 examples in batches of 4; the first batch waits for the workers to
+    start; the clock says one second."""
     tiny.items = 2
     monkeypatch.setattr(throughput, "time", Clock(tick=1.0))
     monkeypatch.setattr(throughput.os, "cpu_count", lambda: None)  # so no workers but 0 and 1
@@ -1357,8 +1554,8 @@ def test_texts_are_as_long_as_the_script_says(monkeypatch):
 
 
 def test_model_of_throughput_has_no_dropout_and_the_papers_lora(tiny, monkeypatch):
-    """Dropout would keep the schemes from being compared. alpha is twice the rank (paper 4.1); the tower has no adapter. A
-    LLaVA's tower has one token more than patches, of the whole image."""
+    """Dropout would keep the schemes from being compared. alpha is twice the rank (paper 4.1); the tower has
+    no adapter. A LLaVA's tower has one token more than patches, of the whole image."""
     text, vision = throughput.SHAPES["tiny"]
     dropping = transformers.PhiConfig(**text.to_dict() | {"resid_pdrop": 0.1, "attention_dropout": 0.1})
     monkeypatch.setitem(throughput.SHAPES, "tiny", (dropping, vision))
@@ -1368,10 +1565,17 @@ def test_model_of_throughput_has_no_dropout_and_the_papers_lora(tiny, monkeypatc
     assert len(adapted) == 6 and all("language_model" in name for name in adapted)
     assert {(m.scaling["default"], m.lora_A["default"].out_features) for m in adapted.values()} == {(2, 4)}
 
-    llama = transformers.LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                     vocab_size=600)  # fmt: skip
-    clip = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                         image_size=32, patch_size=8)  # fmt: skip
+    llama = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=600
+    )
+    clip = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
     monkeypatch.setitem(throughput.SHAPES, "tiny", (llama, clip))
     model, processor = throughput.make_model("tiny", "cpu", torch.float32, 4)
     items = throughput.make_items(2)
@@ -1382,8 +1586,12 @@ def test_model_of_throughput_has_no_dropout_and_the_papers_lora(tiny, monkeypatc
 
 @pytest.mark.parametrize("name", throughput.MEMORY)
 def test_memory_is_measured_of_the_scheme_that_is_named(name, tiny, monkeypatch, capsys):
-    """What a user rents a GPU by. On the micro-batch of the longest texts; the peak is what is above the start."""
-    items = [("there", "is", "a", noise(1), noise(2)), ("there is " * 9, "a red " * 9, "blue", noise(3), noise(4))]
+    """What a user rents a GPU by. On the micro-batch of the longest texts; the peak is what is above the
+    start."""
+    items = [
+        ("there", "is", "a", noise(1), noise(2)),
+        ("there is " * 9, "a red " * 9, "blue", noise(3), noise(4)),
+    ]
     monkeypatch.setattr(throughput, "make_items", lambda n: items * 2)
     tiny.micro_batch_size, tiny.only = 1, name
     kept, step = [], throughput.Stepper.step
@@ -1416,20 +1624,27 @@ def test_memory_is_measured_in_a_process_of_the_same_settings(tiny, monkeypatch)
     monkeypatch.setattr(subprocess, "run", run)
     assert throughput.peak_memory(tiny, "authors") == {"before": 1.0, "above": 2.0}
     assert dict(zip(commands[0][2::2], commands[0][3::2], strict=True)) == {
-        "--shape": "llava-7b", "--device": "cpu", "--dtype": "bfloat16", "--micro-batch-size": "3", "--threads": "5",
+        "--shape": "llava-7b",
+        "--device": "cpu",
+        "--dtype": "bfloat16",
+        "--micro-batch-size": "3",
+        "--threads": "5",
         "--only": "authors",
-    }  # fmt: skip
+    }
     with pytest.raises(RuntimeError, match="it died"):
         throughput.peak_memory(tiny, "authors")
 
 
 def test_throughput_command_measures_and_prints_everything(tiny, monkeypatch, tmp_path, capsys):
-    """The README's first command of its section: every measurement is a line of the file, and in the table."""
+    """The README's first command of its section: every measurement is a line of the file, and in the
+    table."""
     rate = throughput.matmul_rate
     monkeypatch.setattr(throughput, "matmul_rate", lambda device, dtype: rate(device, dtype, times=1))
     monkeypatch.setattr(throughput.os, "cpu_count", lambda: None)
     memory = {name: {"before": 1.0, "above": 2.0 + i} for i, name in enumerate(throughput.MEMORY)}
-    monkeypatch.setattr(throughput, "peak_memory", lambda args, name: memory[name])  # starts a process for each
+    monkeypatch.setattr(
+        throughput, "peak_memory", lambda args, name: memory[name]
+    )  # starts a process for each
     follow = throughput.follow
     monkeypatch.setattr(throughput, "follow", lambda args: follow(args, 2))
     small = ["--device", "cpu", "--rounds", "1", "--items", "2", "--micro-batch-size", "2"]
@@ -1437,11 +1652,16 @@ def test_throughput_command_measures_and_prints_everything(tiny, monkeypatch, tm
     printed = capsys.readouterr().out
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [record["settings"] for record in records if "settings" in record] == [
-        "identical", "ours at its best, theirs as released"
-    ]  # fmt: skip
+        "identical",
+        "ours at its best, theirs as released",
+    ]
     results = {name: value for record in records for name, value in record.items()}
     assert all(rate > 0 for rate in results["data_examples_per_second_by_workers"].values())
-    assert results["memory_gib"] == memory and len(results["gain_alone"]) == 8 and "packed_off_plain_by" in results
+    assert (
+        results["memory_gib"] == memory
+        and len(results["gain_alone"]) == 8
+        and "packed_off_plain_by" in results
+    )
     for record in records[1:3]:
         ratio = record["speedup"]["authors"]
         assert f"{ratio['median']:.2f}x authors ({ratio['low']:.2f} to {ratio['high']:.2f})" in printed
@@ -1462,11 +1682,14 @@ def test_trl_trains_the_same(bunny, tmp_path):
                 torch.nn.init.normal_(parameter, std=0.1)
         if trainer_of == "this":
             pairs = Pairs(examples)
-            loss = train.forward(model, make_batch([pairs[0, i] for i in range(4)], processor), ARGS)[0].mean()
+            loss = train.forward(model, make_batch([pairs[0, i] for i in range(4)], processor), ARGS)[
+                0
+            ].mean()
         else:
             config = trl_mdpo.DPOConfig(
-                output_dir=str(tmp_path / "trl"), per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
-                gradient_checkpointing=False, learning_rate=1e-4, max_steps=1, seed=0, disable_tqdm=True,
+                output_dir=str(tmp_path / "trl"), per_device_train_batch_size=4, report_to=[], use_cpu=True,
+                bf16=False, gradient_checkpointing=False, learning_rate=1e-4, max_steps=1, seed=0,
+                disable_tqdm=True,
             )  # fmt: skip
             trainer = trl_mdpo.make_trainer(model, processor, examples, config)
             batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
@@ -1482,7 +1705,7 @@ def test_trl_trains_the_same(bunny, tmp_path):
     assert trainer.state.global_step == 1 and "rewards/image_margins" in trainer.state.log_history[-1]
 
 
-# ------------------------------------------------------------------------------- families, and the making of the base
+# ----------------------------------------------------------------------- families, and the making of the base
 
 
 def test_layout_errors_are_each_layouts_own(tmp_path, monkeypatch):
@@ -1509,7 +1732,8 @@ def test_pixels_of_the_base_models_training_are_its_processors():
 
 
 def test_base_learns_the_careless_annotators_answers(monkeypatch):
-    """A base that learned the truth would leave nothing to align: of absent rings it names the habitual colour in .72."""
+    """A base that learned the truth would leave nothing to align: of absent rings it names the habitual
+    colour in .72."""
     rng = random.Random(0)
     monkeypatch.setattr(shapes, "random_question", lambda scene, rng: ("colour", "ring"))
     said = [tiny_bunny.question_and_answer({"square": ("red", 0)}, rng)[1] for _ in range(1000)]

@@ -37,18 +37,18 @@ def reward_margins(model, processor, items, beta=0.1, batch_size=8):
 
 
 def diagnose(model, processor, examples, beta=0.1, batch_size=8):
-    """-> {"image": mean margin, "no_image": ..., "other_image": ..., and what share of the first each of these is}.
+    """-> {"image": mean margin, "no_image": ..., "other_image": ..., and what share of the first each of
+    these is}.
 
-    Margins are in units of reward. The other image is that of the next example whose image is another file: in many data
-    sets several questions in a row are about one image. Without a margin there are no shares of it: they are nan.
-    Raises BadInput if the data have but one image.
-    """
-    others = [another_example(examples, i) for i in range(len(examples))]
+    Margins are in units of reward. The other image is that of the next example whose image is another file:
+    in many data sets several questions in a row are about one image. Without a margin there are no shares of
+    it: they are nan. Raises BadInput if the data have but one image. """
+    others = [another_example(examples, index) for index in range(len(examples))]
     items = [item[:4] for item in (Pairs(examples)["unconditional", i] for i in range(len(examples)))]
     variants = {
         "image": [(*item, None) for item in items],
         "no_image": [(*item[:3], None, None) for item in items],
-        "other_image": [(*item[:3], other[3], None) for item, other in zip(items, (items[i] for i in others))],
+        "other_image": [(*item[:3], items[other][3], None) for item, other in zip(items, others)],
     }
     means = {}
     for name, of_variant in variants.items():
@@ -66,7 +66,8 @@ def another_example(examples, index):
         images = examples[other].images
         if len(images) == len(own) and not set(images) & set(own):
             return other
-    raise BadInput(f"example {examples[index].id}: no other example has another image; the data need a second one")
+    name = examples[index].id
+    raise BadInput(f"example {name}: no other example has another image, which the data need for this")
 
 
 def main(argv=None):
