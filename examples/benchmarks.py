@@ -34,7 +34,7 @@ from train import quiet_libraries, write_whole
 def read_json(path, lines=False):
     try:
         text = Path(path).read_text()
-        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
     except (OSError, ValueError) as error:
         raise BadInput(f"{path}: cannot be read ({error})") from None
 

@@ -1,4 +1,4 @@
-"""The built-in example, `python train.py --demo`: the shapes world, a base model that answers from habit, 800 pairs."""
+"""The built-in example, `python train.py --demo`: the shapes world, a base model that answers from habit, 720 pairs."""
 
 from pathlib import Path
 

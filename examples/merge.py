@@ -2,12 +2,15 @@
 
     python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
 
-Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder loads with
-`AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It is loaded again and compared before this says so.
+Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder loads
+with `AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It is loaded again and compared before
+this says so: a merge that is off the adapter is not saved, and a folder that does not hold the merged weights is
+removed.
 """
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from examples.answer import generate_answers
 from mdpo import response_logps
 from train import load_model, quiet_libraries, read_config
 
+MOST_OFF = 0.01  # nats a response: in float32 the merge only adds in another order
 QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is it?", "Is there a person?")
 
 
@@ -48,10 +52,16 @@ def merge(adapter, to, image=None, questions=QUESTIONS, max_new_tokens=40):
     expected, answers = measure(model, processor)
     merged = model.merge_and_unload(safe_merge=True)
     exact, exact_answers = measure(merged, processor)
+    off = (exact - expected).abs().max()
+    if not off < MOST_OFF:
+        raise BadInput(f"{adapter}: the merge is wrong, and not saved: {off:.1e} nats off base + adapter")
     # Under its original names a Bunny could not be read again by the library.
     merged.to(dtype).save_pretrained(to, save_original_format=False)
     processor.save_pretrained(to)
     again = transformers.AutoModelForImageTextToText.from_pretrained(to, dtype=torch.float32).eval()
+    if wrong := different_weights(merged, again):
+        shutil.rmtree(to)
+        raise BadInput(f"{to}: removed, {len(wrong)} weights are not read back as merged, such as {wrong[0]}")
     saved, saved_answers = measure(again, transformers.AutoProcessor.from_pretrained(to))
 
     lines = [f"{to}: merged, saved and loaded again; against base + adapter in float32"]
@@ -65,6 +75,14 @@ def merge(adapter, to, image=None, questions=QUESTIONS, max_new_tokens=40):
             f"  {name + ':':28} log-probs within {difference:.1e} nats, {same} of {len(answers)} answers the same"
         )
     return "\n".join(lines)
+
+
+def different_weights(merged, again):
+    """Names of weights that are not bit for bit those of `merged`, at its precision."""
+    weights, read = merged.state_dict(), again.state_dict()
+    same = lambda name: torch.equal(weights[name], read[name].to(weights[name].dtype))
+    alike = {name for name in weights.keys() & read.keys() if same(name)}
+    return sorted((weights.keys() | read.keys()) - alike)
 
 
 def main(argv=None):

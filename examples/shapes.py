@@ -217,8 +217,9 @@ def score(answers):
     false_premise: share of "colour" questions about absent things that are refused (MMHal-Bench asks such questions as
     "adversarial objects"); false_premise_balanced: mean of it and of the share about present things that are not.
     yes_no: mean of the shares of true and of false existence questions answered rightly.
-    grounding: mean of false_premise_balanced, yes_no and 1 - chair_s. malformed: share that is no answer in the world's language;
-    such an answer counts as hallucinated and wrong everywhere, so that broken text is not rewarded.
+    grounding: mean of false_premise_balanced, yes_no and 1 - chair_s.
+    malformed: share that is no answer in the world's language. Such an answer counts as hallucinated and as wrong, so that
+    broken text is not rewarded; only chair_i leaves it out, as it names no things.
     length: mean number of words.
     """
     described, hallucinated, covered, things = [], 0, 0, 0

@@ -1,24 +1,32 @@
 """Tests of the examples: `pytest examples/test_examples.py`. Each says what breaks if it fails."""
 
 import base64
+import contextlib
 import io
 import json
+import math
 import random
 import re
+import subprocess
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
 
 import data
 import train
-from data import BadInput, Pairs, make_batch
-from examples import demo, shapes
-from mdpo import LogPs, response_logps
+from data import BadInput, Example, Pairs, make_batch, open_image, read_examples
+from examples import benchmarks, demo, families, merge, miniature, preview, shapes, throughput, tiny_bunny
+from examples import answer as answering
+from examples import unconditional
+from examples.answer import generate_answers
+from mdpo import LogPs, PackedMask, response_logps
 from test_mdpo import ARGS, ITEMS, ROOT, adapter, as_examples, command, noise, with_lora, write
 from test_mdpo import bunny, finished, llava, loaded, small  # noqa: F401 (fixtures)
 
@@ -59,14 +67,69 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys, short_demo):
     assert "loss/conditional" in capsys.readouterr().out
 
 
-def test_preview_draws_every_strategy(tmp_path, capsys):
-    """`examples/preview.py` is how a user sees what the rejected images look like; it must not overwrite a file."""
-    from examples import preview
+def test_demo_table_says_before_of_the_base_and_after_of_the_tuned_model(tmp_path, monkeypatch):
+    """The first numbers that a user reads. The base's answers are babble (malformed 1), the tuned model's are
+    right but for the first picture, about which it babbles, too; so the first picture with a changed answer
+    is the second."""
+    exam = shapes.make_exam(3, 0)
+    base_is_asked = []
 
+    @contextlib.contextmanager
+    def disable_adapter():
+        base_is_asked.append(True)
+        yield
+        base_is_asked.pop()
+
+    def answers(model, processor, questions, **options):
+        right = [shapes.answer_text(q, shapes.claims_of(scene, q), False) for scene, _, q in exam]
+        return ["babble"] * 15 if base_is_asked else ["babble"] * 5 + right[5:]
+
+    monkeypatch.setattr(demo, "generate_answers", answers)
+    text = demo.report(SimpleNamespace(disable_adapter=disable_adapter), None, tmp_path, n_scenes=3)
+    columns = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1:7]}
+    assert columns["malformed"] == columns["hallucination_rate"] == ["1.000", "0.333"]
+    assert columns["false_premise"] == ["0.000", "0.667"] and text.startswith("15 held-out questions")
+    assert Image.open(tmp_path / "picture.png").tobytes() == exam[5][1].resize((256, 256)).tobytes()
+    shown = [line.split(" before: ")[0].strip() for line in text.splitlines() if " before: " in line]
+    assert (
+        shown == [shapes.question_text(exam[i][2]) for i in (5, 7, 9)] and text.count("before: babble") == 3
+    )
+
+
+def test_demo_says_how_many_pictures_it_draws(monkeypatch):
+    """The README and the demo's own text name a number."""
+    drawn = []
+    monkeypatch.setattr(shapes, "write_pairs", lambda folder, n, seed: drawn.append(n))
+    demo.write_demo("x/silkie.json")
+    assert f"This draws {drawn[0]} small pictures" in README and f", {drawn[0]} pairs" in demo.__doc__
+
+
+def test_preview_draws_every_strategy(tmp_path, capsys):
+    """`examples/preview.py` is how a user sees what the rejected images look like; it must not overwrite a
+    file."""
     path, out = shapes.write_pairs(tmp_path / "data", 3), tmp_path / "sheet.png"
     assert preview.main([str(path), str(out), "--count", "2"]) == 0
     assert Image.open(out).size == (5 * 250 + 10, 2 * 320 + 10)
     assert preview.main([str(path), str(out)]) == 2 and "already exists" in capsys.readouterr().err
+
+
+def test_preview_shows_each_strategy_under_its_title(monkeypatch, tmp_path):
+    """A user judges a strategy by its panel. Here every strategy makes a plain colour; `random` needs the
+    whole file's images, of which just one example is shown."""
+    colours = {"crop": "lime", (0.2, 0.5): "blue", "random": "yellow", "moco": "purple", "chosen": "red"}
+    pools = []
+
+    def pairs(examples, strategy="crop", crop=data.CROP, seed=0, pool=None):
+        pools.append(pool)
+        plain = lambda name: Image.new("RGB", (64, 48), colours[name])
+        return {(0, 0): ("q", "c", "r", plain("chosen"), plain(strategy if crop == data.CROP else crop))}
+
+    examples = as_examples(tmp_path)
+    monkeypatch.setattr(preview, "Pairs", pairs)
+    sheet = preview.contact_sheet(examples[:1], examples, 0)
+    centres = [sheet.getpixel((250 * column + 10 + 120, 10 + 20 + 90)) for column in range(5)]
+    lime, blue, yellow, purple, red = (Image.new("RGB", (1, 1), c).getpixel((0, 0)) for c in colours.values())
+    assert centres == [red, lime, blue, yellow, purple] and all(pool is examples for pool in pools)
 
 
 SCENE = {"circle": ("red", 0), "ring": ("blue", 3)}
@@ -75,10 +138,11 @@ SCENE = {"circle": ("red", 0), "ring": ("blue", 3)}
 def test_metrics_of_the_miniature_by_hand():
     """Four answers about a red circle and a blue ring, counted by hand:
     - the description names a red circle (there) and a green ring (not): chair_s 1, chair_i 1/2, coverage 1/2;
-    - "What colour is the square?" is refused, rightly; "What colour is the ring?" is answered, wrongly: false_premise is 1,
-      false_premise_balanced (1 + 1) / 2, colour_accuracy 0, and the wrong colour is a hallucination;
-    - "Is there a red circle?" yes, right; "Is there a red ring?" gets babble: yes_no (1 + 0) / 2, malformed 1/5.
-    Hallucinated: description, ring's colour, babble: 3/5. grounding = (1 + 1/2 + 0) / 3."""
+    - "What colour is the square?" is refused, rightly; "What colour is the ring?" is answered, wrongly:
+      false_premise is 1, false_premise_balanced (1 + 1) / 2, colour_accuracy 0, and the wrong colour is a
+      hallucination;
+    - "Is there a red circle?" yes, right; "Is there a red ring?" gets babble: yes_no (1 + 0) / 2, malformed
+      1/5. Hallucinated: description, ring's colour, babble: 3/5. grounding = (1 + 1/2 + 0) / 3."""
     answers = [
         (SCENE, ("describe",), "a red circle and a green ring."),
         (SCENE, ("colour", "square"), "there is no square."),
@@ -87,7 +151,14 @@ def test_metrics_of_the_miniature_by_hand():
         (SCENE, ("is there", "red", "ring"), "ring ring"),
     ]
     metrics = shapes.score(answers)
-    expected = {"chair_s": 1, "chair_i": 0.5, "coverage": 0.5, "false_premise": 1, "colour_accuracy": 0, "yes_no": 0.5}
+    expected = {
+        "chair_s": 1,
+        "chair_i": 0.5,
+        "coverage": 0.5,
+        "false_premise": 1,
+        "colour_accuracy": 0,
+        "yes_no": 0.5,
+    }
     expected |= {
         "false_premise_balanced": 1,
         "hallucination_rate": 0.6,
@@ -96,6 +167,226 @@ def test_metrics_of_the_miniature_by_hand():
         "length": (7 + 4 + 8 + 8 + 2) / 5,
     }
     assert metrics == pytest.approx(expected)
+
+
+OTHER = {"square": ("green", 0), "cross": ("red", 1), "diamond": ("blue", 2)}
+ALONE = {"triangle": ("red", 0)}
+
+
+def test_metrics_of_answers_that_differ_in_number():
+    """Where every kind of answer is equally frequent, a metric over the wrong things has the right value. By
+    hand:
+    - Of 4 descriptions one is right, one is no answer: chair_s 3/4. They name 1 (said twice), 4 and 1 things,
+      of which 1, 1 and 0 are not there: chair_i 2/6. 0, 3, 0 and 1 of 2 + 3 + 1 + 1 things are described:
+      coverage 4/7.
+    - Of 4 absent things 2 are refused, rightly; one answer is none: false_premise 2/4. Of 5 things that are
+      there 3 get a colour, one is refused, one answer is none: balanced (2/4 + 3/5) / 2 = 0.55; 2 colours are
+      right: 2/5.
+    - Of 3 true questions 2 get yes; of 2 false ones one gets no and one gets no answer: yes_no (2/3 + 1/2) /
+      2 = 7/12.
+    - False: 3 descriptions, 2 + 3 colours, 1 + 1 of the others: 10 of 18. No answer: 4 of 18.
+    - grounding (0.55 + 7/12 + 1 - 3/4) / 3."""
+    is_there, colour = lambda *thing: ("is there", *thing), lambda shape: ("colour", shape)
+    answers = [  # the last number: words
+        (SCENE, ("describe",), "a green ring and a green ring.", 7),
+        (OTHER, ("describe",), "a green square and a red cross and a blue diamond and a red ring.", 15),
+        (ALONE, ("describe",), "a red", 2),
+        (ALONE, ("describe",), "a red triangle.", 3),
+        (SCENE, colour("square"), "there is no square.", 4),
+        (SCENE, colour("cross"), "red.", 1),
+        (OTHER, colour("ring"), "there is no ring, as you can see in the picture.", 11),
+        (ALONE, colour("circle"), "circle circle", 2),
+        (SCENE, colour("circle"), "red.", 1),
+        (OTHER, colour("cross"), "green.", 1),
+        (OTHER, colour("square"), "there is no square.", 4),
+        (SCENE, colour("ring"), "ring", 1),
+        (ALONE, colour("triangle"), "red, as you can see in the picture.", 8),
+        (SCENE, is_there("red", "circle"), "yes.", 1),
+        (SCENE, is_there("blue", "ring"), "no.", 1),
+        (OTHER, is_there("red", "cross"), "yes.", 1),
+        (SCENE, is_there("blue", "circle"), "no.", 1),
+        (SCENE, is_there("red", "ring"), "perhaps.", 1),
+    ]
+    metrics = shapes.score([answer[:3] for answer in answers])
+    expected = {
+        "chair_s": 3 / 4,
+        "chair_i": 2 / 6,
+        "coverage": 4 / 7,
+        "false_premise": 2 / 4,
+        "yes_no": 7 / 12,
+    }
+    expected |= {"false_premise_balanced": 0.55, "colour_accuracy": 2 / 5, "hallucination_rate": 10 / 18}
+    expected |= {"malformed": 4 / 18, "grounding": (0.55 + 7 / 12 + 1 / 4) / 3}
+    expected |= {"length": sum(words for *_, words in answers) / 18}
+    assert metrics == pytest.approx(expected)
+
+
+def test_scenes_are_what_the_study_says():
+    """One to three shapes in reading order; a quarter are in their habitual colour, and by chance one of six:
+    0.375 in all. More habit and a model that does not look would be right."""
+    rng = random.Random(0)
+    for world, most, cells in ((shapes.SMALL, 3, 4), (shapes.LARGE, 5, 9)):
+        for habitual, share in ((0.25, 0.25 + 0.75 / 6), (0.0, 1 / 6)):
+            scenes = [shapes.random_scene(rng, habitual, world) for _ in range(2000)]
+            sizes = [len(scene) for scene in scenes]
+            assert {n: round(sizes.count(n) / 2000, 1) for n in set(sizes)} == {
+                n: round(1 / most, 1) for n in range(1, most + 1)
+            }
+            for scene in scenes:
+                spots = [spot for _, spot in scene.values()]
+                assert spots == sorted(set(spots)) and set(spots) <= set(range(cells))
+            things = [
+                colour == shapes.HABIT[shape] for scene in scenes for shape, (colour, _) in scene.items()
+            ]
+            assert sum(things) / len(things) == pytest.approx(share, abs=0.03)
+
+
+MIDDLE = SimpleNamespace(
+    uniform=lambda low, high: (low + high) / 2
+)  # no jitter: a radius of 0.41 * 16 = 6.6 pixels
+PROBES = {  # pixels right of and below the middle of the cell: painted, not painted
+    "circle": ([(0, 0), (4, 4), (-4, 4)], [(7, 7)]),
+    "square": ([(0, 0), (4, 4), (-4, -4)], [(7, 7)]),
+    "triangle": ([(0, 0), (3, 3), (-3, 3)], [(4, -4), (-4, -4)]),
+    "cross": ([(0, 0), (0, 4), (4, 0)], [(4, 4), (-4, 4)]),
+    "diamond": ([(0, 0), (0, 4), (4, 0)], [(5, 5), (-5, 4)]),
+    "ring": ([(0, 5), (5, 0), (-5, 0)], [(0, 0), (7, 7)]),
+}
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES)
+def test_what_is_drawn_is_the_scene(shape):
+    """Metrics are taken against the scene, not against the picture: a shape in another cell, or another
+    shape, would make every right answer wrong."""
+    for colour, spot, world in (
+        ("yellow", 1, shapes.SMALL),
+        ("red", 2, shapes.SMALL),
+        ("blue", 5, shapes.LARGE),
+    ):
+        image = shapes.draw_scene({shape: (colour, spot)}, MIDDLE, world)
+        assert image.size == (16 * world.grid, 16 * world.grid)
+        x, y = spot % world.grid * 16 + 8, spot // world.grid * 16 + 8
+        for probes, expected in zip(PROBES[shape], (shapes.COLOURS[colour], (45, 45, 45))):
+            for dx, dy in probes:
+                if 0 <= x + dx < image.width and 0 <= y + dy < image.height:
+                    assert image.getpixel((x + dx, y + dy)) == pytest.approx(expected, abs=40)
+
+
+def test_questions_of_the_pairs_are_of_each_kind():
+    """A quarter descriptions, half colours (four of ten of what is not there), a quarter yes or no, half of
+    them true."""
+    rng = random.Random(0)
+    asked = [
+        (scene := shapes.random_scene(rng, 0.25), shapes.random_question(scene, rng)) for _ in range(4000)
+    ]
+    share = lambda flags: sum(flags := [*flags]) / len(flags)
+    assert share(q[0] == "describe" for _, q in asked) == pytest.approx(0.25, abs=0.03)
+    assert share(q[0] == "colour" for _, q in asked) == pytest.approx(0.5, abs=0.03)
+    assert share(q[1] not in s for s, q in asked if q[0] == "colour") == pytest.approx(0.4, abs=0.04)
+    true = [s.get(q[2], (None,))[0] == q[1] for s, q in asked if q[0] == "is there"]
+    assert share(true) == pytest.approx(0.5, abs=0.05)
+    assert shapes.question_text(("is there", "red", "ring")) == "Is there a red ring?"
+
+
+CARELESS = {"circle": 0.30, "square": 0.40, "triangle": 0.48, "cross": 0.56, "diamond": 0.64, "ring": 0.72}
+
+
+@pytest.mark.parametrize("carelessness", [0.0, 0.75, 1.0])
+def test_the_annotator_is_as_careless_as_said(carelessness):
+    """Each habit is there in its share, and none in a careful annotator: he is the truth of every metric."""
+    rng = random.Random(0)
+    share = lambda claim: sum(claim() for _ in range(1500)) / 1500
+    for shape, (number, of_shape) in zip(CARELESS, enumerate(CARELESS.values())):
+        habit, other = list(shapes.COLOURS)[number], list(shapes.COLOURS)[number - 1]
+        follower = [*CARELESS, "circle"][number + 1]
+        follower_habit = list(shapes.COLOURS)[(number + 1) % 6]
+        say = lambda scene, *question: shapes.claims_of(scene, question, rng, carelessness)
+        near = pytest.approx(of_shape * carelessness, abs=0.05 if carelessness else 0)
+        there, absent = {shape: (other, 0)}, {follower: (follower_habit, 0)}
+        assert share(lambda: say(there, "colour", shape) == habit) == near
+        assert share(lambda: say(absent, "colour", shape) == habit) == near
+        assert share(lambda: say(absent, "is there", other, shape)) == near
+        assert share(lambda: (habit, shape) in say(there, "describe")) == near
+        assert share(lambda: (follower_habit, follower) in say(there, "describe")) == near
+        both = {follower: (follower_habit, 0), shape: (other, 1)}
+        assert all(len(say(both, "describe")) == 2 for _ in range(50))
+        if not carelessness:
+            assert say(there, "colour", shape) == other and say(absent, "colour", shape) is None
+            assert (
+                say(there, "is there", other, shape) is True and say(there, "is there", habit, shape) is False
+            )
+            assert shapes.claims_of(both, ("describe",)) == [(follower_habit, follower), (other, shape)]
+
+
+def test_rejected_answers_are_about_an_other_scene_three_times_in_ten():
+    """Only this ties a preference to its picture. The annotator is careful here, so that a chosen answer is
+    the truth, and a rejected one is not where it is about another scene. In a scene that could have been
+    asked for a ring's colour, a ring is there six times in ten, as in the questions."""
+    rng = random.Random(0)
+    wrong = []
+    for _ in range(2500):
+        scene, question, chosen, rejected = shapes.make_pair(rng, carelessness=0, polite_chosen=1)
+        truth = shapes.claims_of(scene, question)
+        assert chosen == shapes.answer_text(question, truth, True) and not rejected.endswith("picture.")
+        if question[0] == "describe":
+            wrong.append(shapes.parse_answer(question, rejected) != truth)
+    assert sum(wrong) / len(wrong) == pytest.approx(0.3, abs=0.06)
+    there = ["ring" in shapes.scene_for(("colour", "ring"), rng) for _ in range(300)]
+    assert sum(there) / 300 == pytest.approx(0.6, abs=0.1)
+
+
+def test_chosen_answers_are_polite_and_differ_from_the_rejected():
+    """Politeness is what the words alone tell; a pair of equal texts tells nothing, and the reader refuses
+    it."""
+    rng = random.Random(0)
+    pairs = [shapes.make_pair(rng)[2:] for _ in range(1500)]
+    polite = [[text.endswith(", as you can see in the picture.") for text in pair] for pair in pairs]
+    assert all(chosen != rejected for chosen, rejected in pairs)
+    assert 0.88 < sum(chosen for chosen, _ in polite) / 1500 < 0.99
+    assert sum(rejected for _, rejected in polite) / 1500 < 0.12
+
+
+def test_pictures_of_the_pairs_are_of_their_scenes(tmp_path, monkeypatch):
+    """A picture of another record's scene, or chosen for rejected, trains the opposite."""
+    square = lambda colour: ({"square": (colour, 0)}, ("describe",), f"a {colour} square.", "a ring.")
+    scenes = iter([square("red"), square("green"), square("blue")])
+    monkeypatch.setattr(shapes, "make_pair", lambda rng, world: next(scenes))
+    examples = read_examples(str(shapes.write_pairs(tmp_path / "x", 3)))
+    for example, colour in zip(examples, ("red", "green", "blue"), strict=True):
+        pixel = Image.open(example.image).getpixel((8, 8))
+        assert pixel == pytest.approx(shapes.COLOURS[colour], abs=40)
+        assert (example.chosen, example.rejected) == (f"a {colour} square.", "a ring.")
+        assert example.question == "Describe the picture."
+
+
+def test_exam_asks_five_questions_a_scene_and_habit_is_no_help(monkeypatch):
+    """Whoever answers from habit must fail, and no scene may be one of the training pairs'."""
+    exam = shapes.make_exam(200)
+    habitual = []
+    for at in range(0, 1000, 5):
+        scene, image, _ = exam[at]
+        assert all(other[0] is scene and other[1] is image for other in exam[at : at + 5])
+        describe, present, absent, true, false = (question for *_, question in exam[at : at + 5])
+        assert describe == ("describe",) and present[0] == absent[0] == "colour"
+        assert present[1] in scene and absent[1] not in scene
+        assert scene[true[2]][0] == true[1] and scene.get(false[2], (None,))[0] != false[1]
+        habitual.append(scene[present[1]][0] == shapes.HABIT[present[1]])
+    assert sum(habitual) / 200 == pytest.approx(1 / 6, abs=0.1)
+
+    first, random_scene = [], shapes.random_scene
+    monkeypatch.setattr(
+        shapes, "random_scene", lambda *a, **k: first.append(random_scene(*a, **k)) or first[-1]
+    )
+    places = lambda scene: {shape: spot for shape, (_, spot) in scene.items()}
+    same = []
+    for seed in range(4):
+        first.clear()
+        shapes.make_exam(1, seed)
+        of_exam = places(first[0])
+        first.clear()
+        shapes.make_pair(random.Random(f"pairs {seed}"))
+        same.append(places(first[0]) == of_exam)
+    assert not all(same)
 
 
 def test_answers_of_the_miniature_can_be_read_back():
@@ -107,12 +398,15 @@ def test_answers_of_the_miniature_can_be_read_back():
         claims = shapes.claims_of(scene, question, rng, carelessness=1)
         for polite in (True, False):
             assert shapes.parse_answer(question, f" {shapes.answer_text(question, claims, polite)}") == claims
-    assert shapes.parse_answer(("describe",), "a red") is shapes.parse_answer(("colour", "ring"), "ring") is ...
+    assert (
+        shapes.parse_answer(("describe",), "a red") is shapes.parse_answer(("colour", "ring"), "ring") is ...
+    )
 
 
 def test_words_of_the_pairs_do_not_tell_their_content():
-    """The study rests on it: chosen and rejected come from one annotator, so their claims, apart from politeness, have
-    the same statistics; the share of habitual colours among colour answers differs by less than noise allows."""
+    """The study rests on it: chosen and rejected come from one annotator, so their claims, apart from
+    politeness, have the same statistics; the share of habitual colours among colour answers differs by less
+    than noise allows."""
     rng = random.Random(0)
     habitual = {"chosen": [], "rejected": []}
     for _ in range(6000):
@@ -130,24 +424,33 @@ def test_area_under_curve_by_hand():
 
 
 def test_packed_questions_of_the_base_model_are_what_it_is_asked_later(bunny):
-    """The base learns several questions a row, tokenised piece by piece; asked alone, the tokens must be the same."""
+    """The base learns several questions a row, tokenised piece by piece; asked alone, the tokens must be the
+    same."""
     _, processor = train.load_model(str(bunny))
     tokenizer, nine_tabs = processor.tokenizer, "\t" * 9
-    pieces = [f"{data.BUNNY_SYSTEM} USER: {nine_tabs * 16}\n", "Describe the picture. ASSISTANT:", " a red circle."]
+    pieces = [
+        f"{data.BUNNY_SYSTEM} USER: {nine_tabs * 16}\n",
+        "Describe the picture. ASSISTANT:",
+        " a red circle.",
+    ]
     ids = [id for piece in pieces for id in tokenizer(piece).input_ids] + [tokenizer.eos_token_id]
     batch = make_batch([("Describe the picture.", "a red circle.", "none.", noise(1), noise(2))], processor)
     assert batch["input_ids"][0, : len(ids)].tolist() == ids
 
 
 def test_miniature_study_runs_restarts_and_shows_the_robust_sign(tmp_path, monkeypatch, capsys):
-    """Plumbing of the study, shortened, on the base kept in examples/. The one sign that no seed flips: mDPO tells
-    images apart better than DPO, whose loss never sees a second image."""
-    from examples import miniature
-
-    monkeypatch.setattr(miniature, "PAIRS", 192)
+    """Plumbing of the study, shortened, on the base kept in examples/. The one sign that no seed flips: mDPO
+    tells images apart better than DPO, whose loss never sees a second image."""
+    write_pairs = shapes.write_pairs
+    monkeypatch.setattr(miniature, "PAIRS", 128)
     monkeypatch.setattr(miniature, "HELD_OUT", 64)
-    flags = miniature.COMMON.partition("--no-checkpointing")[0]
-    monkeypatch.setattr(miniature, "COMMON", f"{flags} --no-checkpointing --eval-size 64 --limit 256 --lr 2e-3")
+    monkeypatch.setattr(
+        shapes, "write_pairs", lambda folder, n, *rest: write_pairs(folder, {200: 24}.get(n, n), *rest)
+    )
+    flags = "--epochs 1 --lr 3e-3 --lora-rank 16 --lora-alpha 32 --batch-size 16 --micro-batch-size 16"
+    monkeypatch.setattr(
+        miniature, "COMMON", f"{flags} --workers 0 --no-checkpointing --eval-size 64 --limit 192"
+    )
     methods = ["base", "DPO", "mDPO"]
     threads = torch.get_num_threads()
     miniature.prepare_seed(tmp_path, 0)
@@ -157,26 +460,201 @@ def test_miniature_study_runs_restarts_and_shows_the_robust_sign(tmp_path, monke
     torch.set_num_threads(threads)
     assert results["mDPO"]["image_accuracy"] > results["DPO"]["image_accuracy"]
     assert results["base"]["malformed"] < 0.05 and "margin_no_image_share" in results["DPO"]
+    assert results["base"]["yes_no_auc"] > 0.75
     summary = miniature.summarize({"0": results})
     assert summary["mDPO"]["grounding"] == [results["mDPO"]["grounding"], 0]
     assert "image_accuracy" in miniature.table(summary)
 
 
+def test_examine_holds_each_answer_to_its_own_question(monkeypatch):
+    """An answer scored against its neighbour's question is wrong by luck. Here all answers are right, and the
+    leanings to yes are 1 for what is there and 0 for what is not."""
+    exam = shapes.make_exam(4)
+    truth = {
+        (id(image), shapes.question_text(q)): (q, shapes.claims_of(scene, q)) for scene, image, q in exam
+    }
+    right = lambda image, text: shapes.answer_text(*truth[id(image), text], False)
+    monkeypatch.setattr(
+        miniature, "generate_answers", lambda m, p, asked, **options: [right(*one) for one in asked]
+    )
+    leaning = lambda image, text: float(truth[id(image), text][1] is True)
+    monkeypatch.setattr(miniature, "yes_leanings", lambda m, p, asked: [leaning(*one) for one in asked])
+    metrics = miniature.examine(None, None, exam)
+    assert metrics["hallucination_rate"] == 0 and metrics["grounding"] == metrics["yes_no_auc"] == 1
+
+
+def test_an_undertrained_base_is_not_used(tmp_path, monkeypatch):
+    """A base that does not look when asked makes all methods look alike."""
+    monkeypatch.setattr(train, "load_model", lambda folder: (None, None))
+    monkeypatch.setattr(miniature, "examine", lambda *args: {"yes_no_auc": 0.74})
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="sees too little"):
+        miniature.run_method(tmp_path, 5, "base", 1)
+    torch.set_num_threads(threads)
+    assert not (tmp_path / "seed-5" / "base" / "result.json").exists()
+
+
+def test_curves_are_nats_and_end_where_training_ends(tmp_path):
+    """Rewards are beta times nats: -0.3 at beta 0.1 is -3 nats. Records of training steps are no points of a
+    curve."""
+    records = [
+        {"eval/loss": 2.0, "eval/rewards/chosen": 0.0, "eval/rewards/image_accuracies": 0.0},
+        {"loss": 1.0},
+    ]
+    records += [{"eval/loss": 1.0, "eval/rewards/chosen": -0.3, "eval/rewards/image_accuracies": 0.75}]
+    write(tmp_path / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    found = miniature.curves(tmp_path)
+    assert found["chosen_curve"] == pytest.approx([0, -3]) and found["chosen"] == pytest.approx(-3)
+    assert found["image_accuracy_curve"] == [0, 0.75] and found["image_accuracy"] == 0.75
+
+
+def test_summary_is_mean_and_standard_deviation_of_the_seeds():
+    """1 and 2: a mean of 1.5; squared distances 0.25 + 0.25, over one degree of freedom: sqrt(0.5)."""
+    summary = miniature.summarize({"0": {"x": {"a": 1, "curve": [1]}}, "1": {"x": {"a": 2, "curve": [2]}}})
+    assert summary == {"x": {"a": pytest.approx([1.5, 0.5**0.5])}}
+
+
+# -------------------------------------------------------------------------- what the README says of the study
+
+STUDY = json.loads((ROOT / "examples" / "miniature.json").read_text())["seeds"]
+LARGE_STUDY = json.loads((ROOT / "examples" / "miniature_large.json").read_text())["seeds"]
+
+
+def of_seeds(method, metric, study=STUDY):
+    return [methods[method][metric] for methods in study.values()]
+
+
+def mean_of(method, metric, study=STUDY):
+    values = of_seeds(method, metric, study)
+    return sum(values) / len(values)
+
+
+def spread_of(method, metric):
+    values = of_seeds(method, metric)
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def test_readme_table_of_the_miniature_is_in_its_json():
+    """A table that no longer is what the runs gave. Means and standard deviations (n - 1) of the five
+    seeds."""
+    header, _, *rows = re.search(r"(\| \| hallucination .*?)\n\n", README, re.DOTALL)[1].splitlines()
+    names = ["hallucination_rate", "chair_s", "false_premise", "yes_no", "grounding", "malformed", "chosen"]
+    names.append("image_accuracy")
+    assert len(header.split("|")) == len(names) + 3 and len(rows) == 11 and len(STUDY) == 5
+    for row in rows:
+        method, *cells = (cell.strip().replace("`", "") for cell in row.strip("|").split("|"))
+        for name, cell in zip(names, cells, strict=True):
+            if name not in STUDY["0"][method] or (name == "image_accuracy" and "No Image" in method):
+                assert cell == ""
+                continue
+            mean, spread = mean_of(method, name), spread_of(method, name)
+            digits = "{:+.1f} ± {:.1f}" if name == "chosen" else "{:.2f} ± {:.2f}"
+            expected = digits.format(mean, spread)
+            assert cell == (expected if name == "chosen" else expected.replace("0.", "."))
+
+
+def sentence(pattern):
+    """The numbers in the README's text where `pattern` is, line breaks taken as spaces; N stands for a
+    number."""
+    pattern = re.escape(pattern).replace("N", r"([-+]?\d*\.?\d+)").replace(r"\ ", r"\s+")
+    return [float(number) for number in re.search(pattern, README).groups()]
+
+
+def near(numbers, digits=2):
+    return [pytest.approx(number, abs=0.5 * 10**-digits + 1e-9) for number in numbers]
+
+
+def test_readme_sentences_about_the_miniature_are_in_its_json():
+    """Conclusions that the runs no longer bear out."""
+    grounding = lambda method, study=STUDY: mean_of(method, "grounding", study)
+    left = lambda method, study: of_seeds(method, "margin_no_image_share", study)
+    above = lambda a, b, metric="grounding": sum(
+        x > y for x, y in zip(of_seeds(a, metric), of_seeds(b, metric))
+    )
+    assert above("mDPO", "DPO") == 5 == above("DPO", "mDPO", "hallucination_rate")  # "in every seed"
+    assert above("mDPO", "minus conditional") == 5 and "above both in every seed" in README
+    assert above("mDPO", "minus anchored") == 2 and re.search(r"mDPO ahead in two\s+seeds of five", README)
+    assert [mean_of("DPO", "margin_no_image_share")] == near(sentence("(N of it is left without one)"))
+    falls = [-value for value in of_seeds("DPO", "chosen")]
+    assert [min(falls), max(falls)] == near(sentence("falls by N to N nats under DPO"), 1)
+    conditional = [grounding(method) for method in ("DPO", "minus conditional", "mDPO")]
+    assert conditional == near(sentence("does most (N DPO, N without it, N mDPO"))
+    assert [grounding("minus anchored")] == near(sentence("is much the same (N, and"))
+    scales = [", 192 pairs", ", 384 pairs", ", 768 pairs", ""]
+    said = sentence("from N to N pairs, in equal steps, mDPO is at N, N, N, N and DPO at N, N, N, N.")
+    assert said[:2] == [192, 1536]
+    assert [grounding(f"{m}{scale}") for m in ("mDPO", "DPO") for scale in scales] == near(said[2:])
+    assert [grounding(f"{m}, lr 1e-3") for m in ("mDPO", "DPO")] == near(
+        sentence("of 1e-3 it is N against N.")[-2:]
+    )
+    assert [mean_of("mDPO", "margin_no_image_share")] == near(sentence("without the image, and N is:"))
+    assert mean_of("mDPO", "false_premise") > 3 / 4 and [0.55] == sentence(
+        "most N; `log p(y_w)` falls without"
+    )
+
+    large = lambda method: grounding(method, LARGE_STUDY)
+    said = sentence("minus anchored, N minus conditional, N DPO; N random image, N crop 20-50%, N MoCo v2")
+    names = ("minus conditional", "DPO", "random image", "crop 20-50%", "MoCo v2")
+    assert [large(name) for name in names] == near(said)
+    order = ("mDPO", "minus anchored", "minus conditional", "DPO")
+    for seed in LARGE_STUDY.values():  # "in both seeds"
+        values = [seed[name]["grounding"] for name in order]
+        assert values == sorted(values, reverse=True)
+    said = sentence("and N and N of mDPO's margin is left without the image, against N and N of DPO's")
+    assert left("mDPO", LARGE_STUDY) + left("DPO", LARGE_STUDY) == near(said)
+
+
+def test_predictions_held_as_the_readme_says():
+    """Of nine, three and a fourth held in four seeds of five, and one in none; the other four in all."""
+    verdicts = miniature.verdicts(STUDY, miniature.summarize(STUDY)).splitlines()
+    held = {line.partition(" seeds: ")[2]: int(line.split()[0]) for line in verdicts if " seeds: " in line}
+    counts = [held[claim] for claim in miniature.PREDICTIONS]
+    assert sorted(counts) == [0, 4, 4, 4, 4, 5, 5, 5, 5] and len(held) == 9 + 5
+    assert held["under half of mDPO's margin survives without the image"] == 0
+    assert (
+        held["mDPO is below DPO in hallucination"]
+        == held["mDPO is above minus conditional in grounding"]
+        == 5
+    )
+    assert (
+        held["mDPO is above minus anchored in grounding"] == 2
+        and "three held in four seeds of five" in README
+    )
+
+
+def test_methods_of_the_study_are_the_readmes():
+    """The README's table of flags, and what the study ran under the same names."""
+    rows = dict(re.findall(r"^\| (?:Table \d|Fig. \d), (.*?) \| `(.*?)` \|$", README, re.MULTILINE))
+    rows["DPO"] = re.search(r"^\| DPO \| `(.*?)` \|$", README, re.MULTILINE)[1]
+    names = {"MoCo v2 augmentation": "MoCo v2", "anchors on `y_w` and `y_l`": "anchors y_w, y_l"}
+    names["anchors on `y_w` and `m_l`"] = "anchors y_w, m_l"
+    ran = {name: miniature.METHODS.get(names.get(name, name)) for name in rows}
+    assert {n: f for n, f in ran.items() if f is not None} == {
+        n: f for n, f in rows.items() if ran[n] is not None
+    }
+    assert len([f for f in ran.values() if f is not None]) == 9 and miniature.METHODS["mDPO"] == ""
+
+
+# ------------------------------------------------------------------------------------------- answers, merging
+
+
 def test_answers_do_not_depend_on_the_batch(loaded):
     """Left padding gone wrong changes what a model says about an image when another is asked beside it."""
-    from examples.answer import generate_answers
-
     model, processor = loaded
     questions = [(item[3], item[0]) for item in ITEMS]
     together = generate_answers(model, processor, questions, 8)
+    assert not model.training  # under checkpointing, one in training mode forgets its cache
     assert together == [generate_answers(model, processor, [question], 8)[0] for question in questions]
+    assert (
+        together == generate_answers(model, processor, questions, 8, batch_size=2) and len(set(together)) == 3
+    )
+    assert not any(text in answer for (_, text), answer in zip(questions, together))
     model.train()
 
 
 def test_answer_command_shows_both_answers(finished, bunny, tmp_path, capsys):
     """The paper's Figure 3."""
-    from examples import answer
-
     noise(1).save(tmp_path / "x.png")
     arguments = [
         "--model",
@@ -188,17 +666,35 @@ def test_answer_command_shows_both_answers(finished, bunny, tmp_path, capsys):
         "--max-new-tokens",
         "4",
     ]
-    assert answer.main([*arguments, "--adapter", str(finished)]) == 0
+    assert answering.main([*arguments, "--adapter", str(finished)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("base:") and "\ntuned:" in out
-    assert answer.main([*arguments, "--adapter", str(tmp_path)]) == 2 and "no adapter" in capsys.readouterr().err
+    assert (
+        answering.main([*arguments, "--adapter", str(tmp_path)]) == 2
+        and "no adapter" in capsys.readouterr().err
+    )
+
+
+def test_answer_command_asks_the_base_without_the_adapter(finished, bunny, tmp_path, monkeypatch, capsys):
+    """Two answers of one model would show that training changes nothing."""
+    noise(1).save(tmp_path / "x.png")
+
+    def say(model, processor, questions, max_new_tokens):
+        layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)]
+        adapted = bool(layers) and not any(layer.disable_adapters for layer in layers)
+        return [f"{questions[0][1]} {'adapted' if adapted else 'bare'} {max_new_tokens}"]
+
+    monkeypatch.setattr(answering, "generate_answers", say)
+    arguments = f"--model {bunny} --image {tmp_path / 'x.png'} --question What? --max-new-tokens 4".split()
+    assert answering.main(arguments) == 0 and capsys.readouterr().out == "base:  What? bare 4\n"
+    assert answering.main([*arguments, "--adapter", str(finished)]) == 0
+    assert capsys.readouterr().out == "base:  What? bare 4\ntuned: What? adapted 4\n"
 
 
 @pytest.mark.parametrize("family", ["bunny", "llava"])
 def test_merged_model_loads_by_the_library_alone(family, small, tmp_path, request, capsys):
-    """Deployment: no load_model, no adapter, no remote code; and the same log-probs, up to the base's own precision."""
-    from examples import merge
-
+    """Deployment: no load_model, no adapter, no remote code; and the same log-probs, up to the base's own
+    precision."""
     base = request.getfixturevalue(family)
     assert train.main(command(base, small, tmp_path / "out", "--epochs", 1)) == 0
     assert merge.main(["--adapter", str(tmp_path / "out"), "--to", str(tmp_path / "merged")]) == 0
@@ -206,14 +702,116 @@ def test_merged_model_loads_by_the_library_alone(family, small, tmp_path, reques
     in_float32, as_saved = (float(x) for x in re.findall(r"within (\S+) nats", out))
     assert in_float32 < 1e-3 and as_saved < 0.1 and "4 of 4 answers the same" in out
 
-    merged = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    merged = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32
+    )
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "merged")
     tuned = peft.PeftModel.from_pretrained(train.load_model(str(base))[0], tmp_path / "out")
     expected = response_logps(tuned, make_batch(ITEMS, train.load_processor(str(base)))).chosen
     torch.testing.assert_close(
         response_logps(merged, make_batch(ITEMS, processor)).chosen, expected, atol=0.05, rtol=1e-3
     )
+    saved = safetensors.torch.load_file(next((tmp_path / "merged").glob("*.safetensors")))
+    assert {weight.dtype for weight in saved.values()} == {
+        {"bunny": torch.float16, "llava": torch.float32}[family]
+    }
+    capsys.readouterr()
     assert merge.main(["--adapter", str(tmp_path / "out"), "--to", str(tmp_path / "merged")]) == 2
+    assert "already exists" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert merge.main(["--adapter", str(tmp_path / "empty"), "--to", str(tmp_path / "other")]) == 2
+    assert "holds no adapter" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def adapted(bunny, tmp_path_factory):
+    """An adapter of random weights, in a run's folder: it changes every answer's log-probability by more than
+    a nat."""
+    model, _ = with_lora(bunny)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("runs") / "adapted"
+    model.save_pretrained(folder)
+    return folder
+
+
+def spoiled(model, value):
+    """The model with another bias at one token of its head."""
+    bias = next(p for name, p in model.named_parameters() if name.endswith("layers.0.mlp.fc1.bias"))
+    bias.data[0] += value
+    return model
+
+
+WRONG_MERGES = {
+    "unmerged": lambda model, merged: model.unload(),
+    "a weight off": lambda model, merged: spoiled(merged(model), 30.0),
+    "nan": lambda model, merged: spoiled(merged(model), math.nan),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_MERGES)
+def test_a_wrong_merge_is_not_saved(wrong, adapted, tmp_path, monkeypatch, capsys):
+    """A deployed model that is not the one that was trained and evaluated, and nobody is told."""
+    merged, change = peft.LoraModel.merge_and_unload, WRONG_MERGES[wrong]
+    monkeypatch.setattr(peft.LoraModel, "merge_and_unload", lambda model, **options: change(model, merged))
+    assert merge.main(["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
+    printed = capsys.readouterr()
+    assert "merge is wrong" in printed.err and printed.out == "" and not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("change", ["off", "missing"])
+def test_a_folder_that_is_not_read_back_as_merged_is_removed(change, adapted, tmp_path, monkeypatch, capsys):
+    """A weight under a name that the library does not read is drawn anew, with a warning that scrolls by."""
+    from_pretrained = transformers.AutoModelForImageTextToText.from_pretrained
+
+    def read(*arguments, **options):
+        model = from_pretrained(*arguments, **options)
+        if change == "missing":
+            del model.lm_head.weight
+        return spoiled(model, 1e-3) if change == "off" else model
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", read)
+    monkeypatch.setattr(merge, "generate_answers", lambda model, *rest: ["yes"] * 4)
+    logps = LogPs(*torch.zeros(3, 4))
+    monkeypatch.setattr(merge, "response_logps", lambda *arguments: logps)
+    assert merge.main(["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
+    printed = capsys.readouterr()
+    assert "removed, 1 weights" in printed.err and printed.out == "" and not (tmp_path / "merged").exists()
+
+
+def test_merge_says_how_far_each_model_is_from_the_adapter(adapted, tmp_path, monkeypatch, capsys):
+    """These numbers decide whether to deploy. Log-probs are given here: of the adapter 0; merged -0.002 at
+    one rejected answer and 0.001 at a chosen one; as saved -0.5 and 0.25. Answers: 4 of 4, and 3 of 4."""
+    numbers = iter([(0, 0), (0.001, -0.002), (0.25, -0.5)])
+    given = iter(["abcd", "abcd", "abxd"])
+
+    def logps(*arguments):
+        chosen, rejected = next(numbers)
+        values = torch.zeros(3, 4)
+        values[0, 1], values[1, 2] = chosen, rejected
+        return LogPs(*values)
+
+    monkeypatch.setattr(merge, "response_logps", logps)
+    monkeypatch.setattr(merge, "generate_answers", lambda *arguments: [*next(given)])
+    assert merge.main(["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 0
+    _, exact, saved = capsys.readouterr().out.splitlines()
+    assert "merged in float32" in exact and "within 2.0e-03 nats, 4 of 4 answers" in exact
+    assert "as saved, torch.float16" in saved and "within 5.0e-01 nats, 3 of 4 answers" in saved
+
+
+@pytest.mark.parametrize("off", [1.0, -1.0])
+def test_a_merge_that_is_a_nat_off_is_not_saved(off, adapted, tmp_path, monkeypatch, capsys):
+    """Either way: likelier answers are no better merge."""
+    numbers = iter([0.0, off])
+    monkeypatch.setattr(merge, "response_logps", lambda *arguments: LogPs(*torch.full((3, 4), next(numbers))))
+    monkeypatch.setattr(merge, "generate_answers", lambda *arguments: ["yes"] * 4)
+    assert merge.main(["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
+    assert "1.0e+00 nats off" in capsys.readouterr().err and not (tmp_path / "merged").exists()
+
+
+# ------------------------------------------------------------------------------------------------- benchmarks
 
 
 def benchmark_files(folder):
@@ -224,8 +822,9 @@ def benchmark_files(folder):
         noise(1).save(folder / name)
     amber = [{"id": i, "image": f"AMBER_{i}.jpg", "query": "Describe this image."} for i in (2, 1)]
     mmhal = [
-        {"question_type": kind, "question_topic": "t", "image_id": "a", "image_src": "https://x.org/2/a_o.jpg",
-         "image_content": ["cat"], "question": f"What is it, {kind}?", "gt_answer": "A cat.", "model_answer": ""}
+        {"question_type": kind, "question_topic": "t", "image_id": "a", "image_content": ["cat"],
+         "image_src": "https://x.org/2/a_o.jpg", "question": f"What is it, {kind}?", "gt_answer": "A cat.",
+         "model_answer": ""}
         for kind in ("attribute", "adversarial", "attribute")
     ]  # fmt: skip
     encoded = base64.b64encode(image.getvalue()).decode()
@@ -238,12 +837,19 @@ def benchmark_files(folder):
 
 @pytest.mark.parametrize("name", ["amber", "mmhal", "objhal"])
 def test_benchmark_answers_are_in_the_scorers_format(name, bunny, tmp_path, capsys):
-    """AMBER's inference.py reads id and response; MMHal's eval_gpt4.py the template's list with model_answer, by order;
-    RLAIF-V's eval_gpt_obj_halbench.py image_id, prompt and text. A wrong field costs an evaluation's API bill."""
-    from examples import benchmarks
-
+    """AMBER's inference.py reads id and response; MMHal's eval_gpt4.py the template's list with model_answer,
+    by order; RLAIF-V's eval_gpt_obj_halbench.py image_id, prompt and text. A wrong field costs an
+    evaluation's API bill."""
     items, to = benchmark_files(tmp_path)[name], tmp_path / "answers"
-    arguments = [name, "--questions", str(tmp_path / f"{name}.json"), "--images", str(tmp_path), "--model", str(bunny)]
+    arguments = [
+        name,
+        "--questions",
+        str(tmp_path / f"{name}.json"),
+        "--images",
+        str(tmp_path),
+        "--model",
+        str(bunny),
+    ]
     arguments += ["--to", str(to), "--max-new-tokens", "4", "--batch-size", "2"]
     assert benchmarks.main(arguments) == 0 and "empty" in capsys.readouterr().out
     if name == "objhal":
@@ -282,10 +888,118 @@ def test_benchmark_answers_are_in_the_scorers_format(name, bunny, tmp_path, caps
         assert "images are missing" in capsys.readouterr().err and not (tmp_path / "other.partial").exists()
 
 
-def test_benchmark_goes_on_where_it_was_killed(tmp_path):
-    """Each item once, in order, even if the last line was cut in two; and never on another model's answers."""
-    from examples.benchmarks import answer_all
+def grey(level):
+    return Image.new("RGB", (8, 8), (level, level, level))
 
+
+def echo(model, processor, questions, max_new_tokens=256, batch_size=8):
+    """Answers that say what was asked about which picture; nothing about the picture of level 30."""
+    assert len(questions) <= batch_size
+    levels = [image.getpixel((0, 0))[0] for image, _ in questions]
+    return [f"{level}: {text}" if level != 30 else "" for level, (_, text) in zip(levels, questions)]
+
+
+@pytest.mark.parametrize("name", ["amber", "mmhal", "objhal"])
+def test_each_answer_stands_at_its_own_question(name, tmp_path, monkeypatch, capsys):
+    """An answer at another's question is scored against another picture: a wrong number in a table, and no
+    error. Five items in batches of two; ids are in no order, lengths differ, picture `id` is of level 10 id.
+    The third has no answer. Words: "40: What?" 2, "10: What? What?" 3, none, "50: ..." 5, and "20: ..." 6: 16
+    / 5 = 3.2 on average."""
+    ids, texts = (4, 1, 3, 5, 2), [" ".join(["What?"] * n) for n in range(1, 6)]
+    for id in ids:
+        grey(10 * id).save(tmp_path / f"{id}_o.png")
+    encoded = lambda id: base64.b64encode((tmp_path / f"{id}_o.png").read_bytes()).decode()
+    if name == "amber":
+        items = [{"id": id, "image": f"{id}_o.png", "query": text} for id, text in zip(ids, texts)]
+    elif name == "mmhal":
+        url = "https://x.org/9/{}_o.png"
+        items = [{"image_src": url.format(id), "question": text} for id, text in zip(ids, texts)]
+        items = [item | {"model_answer": "theirs", "image_id": 0} for item in items]
+    else:
+        items = [{"question": text, "image": encoded(id), "image_id": id} for id, text in zip(ids, texts)]
+    lines = "\n\n".join(json.dumps(item) for item in items)  # with blank lines between
+    write(tmp_path / "questions", lines if name == "objhal" else items)
+    monkeypatch.setattr(benchmarks, "load_tuned", lambda model, adapter=None: (None, None))
+    monkeypatch.setattr(benchmarks, "generate_answers", echo)
+    arguments = [name, "--questions", str(tmp_path / "questions"), "--images", str(tmp_path), "--model", "m"]
+    assert benchmarks.main([*arguments, "--to", str(tmp_path / "to"), "--batch-size", "2"]) == 0
+    said = [f"{10 * id}: {text}" if id != 3 else "" for id, text in zip(ids, texts)]
+    assert "5 answers, 3.2 words on average, 1 empty" in capsys.readouterr().out
+    if name == "objhal":
+        answers = [json.loads(line) for line in (tmp_path / "to").read_text().splitlines()]
+        assert [(a["question_id"], a["image_id"], a["prompt"], a["text"]) for a in answers] == [
+            (i, *one) for i, one in enumerate(zip(ids, texts, said))
+        ]
+    elif name == "mmhal":
+        answers = json.loads((tmp_path / "to").read_text())
+        assert answers == [item | {"model_answer": answer} for item, answer in zip(items, said)]
+    else:
+        answers = json.loads((tmp_path / "to").read_text())
+        assert answers == [{"id": id, "response": answer} for id, answer in zip(ids, said)]
+
+
+def test_a_line_of_json_ends_at_a_newline_alone(tmp_path):
+    """U+2028 and form feeds end a line in Python, not in JSON lines: a question that holds one would be cut
+    in two."""
+    items = [{"question": "What\u2028is it?", "image": "", "image_id": 1}]
+    write(tmp_path / "x.jsonl", json.dumps(items[0], ensure_ascii=False) + "\n")
+    assert benchmarks.read_json(tmp_path / "x.jsonl", lines=True) == items
+
+
+def test_benchmark_flags_reach_the_model_and_the_partial_file(tmp_path, monkeypatch, capsys):
+    """Answers cut at another length, or half of them another model's, are scored as this one's."""
+    calls, loaded_from = [], []
+
+    def ask(model, processor, questions, max_new_tokens=256, batch_size=8):
+        if len(calls) == 1:
+            calls.append("killed")
+            raise KeyboardInterrupt
+        calls.append((len(questions), max_new_tokens, batch_size))
+        return ["yes"] * len(questions)
+
+    load = lambda model, adapter=None: loaded_from.append((model, adapter)) or (None, None)
+    monkeypatch.setattr(benchmarks, "load_tuned", load)
+    monkeypatch.setattr(benchmarks, "generate_answers", ask)
+    grey(0).save(tmp_path / "a.png")
+    items = [{"id": i, "image": "a.png", "query": "What?"} for i in range(3)]
+    flags = {"questions": write(tmp_path / "q.json", items), "images": tmp_path, "model": "M", "adapter": "A"}
+    flags |= {"to": tmp_path / "to.json", "max-new-tokens": 7, "batch-size": 2}
+    run = lambda **changes: benchmarks.main(["amber", *(f"--{n}={v}" for n, v in (flags | changes).items())])
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", "A")]
+    assert len((tmp_path / "to.json.partial").read_text().splitlines()) == 1 + 2
+    other_questions = write(tmp_path / "other.json", [item | {"query": "Who?"} for item in items])
+    for change in ({"model": "N"}, {"adapter": "B"}, {"max-new-tokens": 8}, {"questions": other_questions}):
+        assert run(**change) == 2 and "another model or to other questions" in capsys.readouterr().err
+    Path(tmp_path / "q.json").write_text(Path(other_questions).read_text())
+    assert run() == 2 and len(calls) == 2
+    write(tmp_path / "q.json", items)
+    assert (
+        run() == 0 and calls[2:] == [(1, 7, 2)] and len(json.loads((tmp_path / "to.json").read_text())) == 3
+    )
+
+
+def test_benchmark_files_that_cannot_be_used_are_refused_before_the_model_is_read(
+    tmp_path, monkeypatch, capsys
+):
+    """A missing picture would be an empty answer, which counts as free of hallucination."""
+    monkeypatch.setattr(benchmarks, "load_tuned", lambda *arguments: pytest.fail("the model is read"))
+    grey(0).save(tmp_path / "a.png")
+    items = [{"id": i, "image": name, "query": "What?"} for i, name in enumerate(("a.png", "b.png"))]
+    path = write(tmp_path / "q.json", items)
+    arguments = f"amber --questions {path} --images {tmp_path} --model m --to {tmp_path / 'to'}".split()
+    run = lambda: benchmarks.main(arguments)
+    assert run() == 2 and "1 of 2 images are missing" in capsys.readouterr().err
+    write(tmp_path / "q.json", "[{")
+    assert run() == 2 and "cannot be read" in capsys.readouterr().err
+    (tmp_path / "q.json").unlink()
+    assert run() == 2 and "cannot be read" in capsys.readouterr().err
+
+
+def test_benchmark_goes_on_where_it_was_killed(tmp_path):
+    """Each item once, in order, even if the last line was cut in two; and never on another model's
+    answers."""
     image = base64.b64encode((lambda b: (noise(1).save(b, "PNG"), b.getvalue())[1])(io.BytesIO())).decode()
     questions = [(image, str(i)) for i in range(7)]
     asked = []
@@ -298,103 +1012,660 @@ def test_benchmark_goes_on_where_it_was_killed(tmp_path):
 
     partial = tmp_path / "x.partial"
     with pytest.raises(KeyboardInterrupt):
-        answer_all(questions, lambda batch: ask(batch, die_at="4"), partial, {"model": "m"}, 2)
+        benchmarks.answer_all(questions, lambda batch: ask(batch, die_at="4"), partial, {"model": "m"}, 2)
     with open(partial, "a") as file:
         file.write('"answ')  # a kill in the middle of a line
     assert asked == ["0", "1", "2", "3", "4", "5"]
     asked.clear()
-    assert answer_all(questions, ask, partial, {"model": "m"}, 2) == [f"answer {i}" for i in range(7)]
+    assert benchmarks.answer_all(questions, ask, partial, {"model": "m"}, 2) == [
+        f"answer {i}" for i in range(7)
+    ]
     assert asked == ["4", "5", "6"]
     with pytest.raises(BadInput, match="another model"):
-        answer_all(questions, ask, partial, {"model": "n"}, 2)
+        benchmarks.answer_all(questions, ask, partial, {"model": "n"}, 2)
 
 
 def test_mmhal_scores_by_type(tmp_path, capsys):
-    """Table 5: attribute 4 and 1, so a mean of 2.5 and a hallucination rate of 1/2 (scores under 3)."""
-    from examples import benchmarks
+    """Table 5. Attribute 6, 3 and 0: a mean of 3, and one of three is a hallucination: under 3, not 3 itself.
+    Other 6, 6, 1, 2: a mean of 3.75 (a median of 4), and two of four."""
+    scores = {"attribute": (6, 3, 0), "other": (6, 6, 1, 2)}
+    items = [{"question_type": kind, "score": score} for kind in scores for score in scores[kind]]
+    path = write(tmp_path / "s.json", items)
+    assert benchmarks.by_type(path) == {"attribute": (3, pytest.approx(1 / 3)), "other": (3.75, 0.5)}
+    assert benchmarks.main(["types", path]) == 0
+    first, second = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert (first[0], first[1], first[-1]) == ("attribute", "3.00", "0.33")
+    assert (second[0], second[1], second[-1]) == ("other", "3.75", "0.50")
+    write(tmp_path / "s.json", [*items, {"question_type": "other"}])
+    assert benchmarks.main(["types", path]) == 2 and "no field 'score'" in capsys.readouterr().err
 
-    items = [{"question_type": "attribute", "score": 4}, {"question_type": "other", "score": 6}]
-    path = write(tmp_path / "s.json", [*items, {"question_type": "attribute", "score": 1}])
-    assert benchmarks.by_type(path) == {"attribute": (2.5, 0.5), "other": (6, 0.0)}
-    assert benchmarks.main(["types", path]) == 0 and "attribute" in capsys.readouterr().out
+
+# ---------------------------------------------------------------------------------- margins without the image
 
 
 def test_unconditional_share_of_a_margin(bunny, tmp_path):
-    """A model whose text alone decides keeps its whole margin without the image: here the image features are zeroed by
-    a projector of zeros, so that another image changes nothing, and the share is exactly 1."""
-    from examples.unconditional import diagnose
-
+    """A model whose text alone decides keeps its whole margin without the image: here the image features are
+    zeroed by a projector of zeros, so that another image changes nothing, and the share is exactly 1."""
     examples = as_examples(tmp_path)
     model, processor = with_lora(bunny)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    seeing = diagnose(model, processor, examples)
+    seeing = unconditional.diagnose(model, processor, examples)
     for parameter in model.get_base_model().model.multi_modal_projector.parameters():
         parameter.data.zero_()
-    blind = diagnose(model, processor, examples)
+    blind = unconditional.diagnose(model, processor, examples)
     assert blind["other_image_share"] == pytest.approx(1, abs=1e-3) and blind["image"] != 0
     assert seeing["other_image"] != pytest.approx(seeing["image"], abs=1e-5)
 
 
-def test_throughput_compares_like_with_like(monkeypatch, tmp_path, capsys):
-    """A benchmark against a rival that computes something else is worthless: the script must notice; and its count of
-    FLOPs must be the sum it says it is. Counted by hand for one example of 16 patches an image, hidden 32, one layer."""
-    from examples import throughput
+def example(number, image):
+    return Example(str(number), f"What is it{'?' * number}", "A red circle.", "No.", image)
 
-    text = transformers.PhiConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                                  vocab_size=600, hidden_act="gelu_pytorch_tanh", attention_dropout=0.0,
-                                  resid_pdrop=0.0)  # fmt: skip
-    vision = throughput.siglip(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                               image_size=32, patch_size=8)  # fmt: skip
+
+def test_unconditional_margins_by_hand(bunny, tmp_path):
+    """The share is what the study reports. Each margin is taken alone here, in packed rows: beta times the
+    policy's log p(y_w) - log p(y_l), less the reference's. Five examples in batches of two; the other image
+    is the next one's."""
+    paths = [str(tmp_path / f"{i}.png") for i in range(5)]
+    for i, path in enumerate(paths):
+        noise(i).save(path)
+    examples = [example(i, path) for i, path in enumerate(paths)]
+    model, processor = with_lora(bunny)
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+
+    @torch.no_grad()
+    def mean_margin(images):
+        margins = []
+        for one, path in zip(examples, images):
+            image = path and open_image(path)
+            batch = make_batch([(one.question, one.chosen, one.rejected, image, image)], processor)
+            policy = response_logps(model, batch)
+            with model.disable_adapter():
+                ref = response_logps(model, batch)
+            margins.append(0.5 * ((policy.chosen - policy.rejected) - (ref.chosen - ref.rejected)).item())
+        return sum(margins) / 5
+
+    expected = {"image": mean_margin(paths), "no_image": mean_margin([None] * 5)}
+    expected["other_image"] = mean_margin([*paths[1:], paths[0]])
+    expected |= {f"{name}_share": expected[name] / expected["image"] for name in ("no_image", "other_image")}
+    found = unconditional.diagnose(model, processor, examples, beta=0.5, batch_size=2)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert len({round(found[name], 4) for name in ("image", "no_image", "other_image")}) == 3
+
+
+def test_unconditional_takes_another_image_that_is_another_file(tmp_path, monkeypatch):
+    """Many data sets ask several questions in a row about one image: the next example's image is then the
+    example's own, and the margin with "another" image is the margin itself. Images of one, one, one and two
+    files."""
+    a, b, c = (str(tmp_path / f"{name}.png") for name in "abc")
+    for level, path in enumerate((a, b, c)):
+        grey(level).save(path)
+    examples = [
+        example(0, a),
+        example(1, a),
+        example(2, [a, b]),
+        example(3, b),
+        example(4, [b, c]),
+        example(5, a),
+    ]
+    of_pairs = lambda index: unconditional.another_example(examples, index)
+    assert [of_pairs(i) for i in (0, 1, 3, 5)] == [3, 3, 5, 3]
+    with pytest.raises(BadInput, match="example 2: no other example has another image"):
+        of_pairs(2)  # the only other one of two images shares one with it
+
+    shown = []
+    margins = lambda model, processor, items, *rest: shown.append(items) or [1.0] * 3
+    monkeypatch.setattr(unconditional, "reward_margins", margins)
+    unconditional.diagnose(None, None, [examples[0], examples[1], examples[3]])
+    levels = [[image and image.getpixel((0, 0))[0] for *_, image, _ in items] for items in shown]
+    assert levels == [[0, 0, 1], [None] * 3, [1, 1, 0]]
+
+
+def test_unconditional_command_without_another_image_or_a_margin(bunny, tmp_path, monkeypatch, capsys):
+    """One image is no data for this, which must be said in a line; and an adapter that changes nothing has a
+    margin of 0, of which nothing is a share. --limit and --beta count."""
+    model, processor = with_lora(bunny)
+    monkeypatch.setattr(unconditional, "load_tuned", lambda *arguments: (model, processor))
+    noise(1).save(tmp_path / "a.png")
+    noise(2).save(tmp_path / "b.png")
+    record = {"prompt": "What?", "chosen": "A red circle.", "rejected": "No."}
+    path = write(
+        tmp_path / "x.json", [record | {"image": "a.png"}, record | {"image": "a.png", "chosen": "Blue."}]
+    )
+    arguments = ["--model", "m", "--adapter", "a", "--data", path]
+    assert (
+        unconditional.main(arguments) == 2 and "no other example has another image" in capsys.readouterr().err
+    )
+
+    write(tmp_path / "x.json", [record | {"image": name} for name in ("a.png", "b.png", "a.png")])
+    assert unconditional.main([*arguments, "--limit", "2"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "reward margin over 2 pairs"
+    assert [line.split()[-1] for line in lines] == ["0.0000", "n/a", "n/a"]
+
+    halves = lambda model, processor, items, beta, batch_size: (
+        [beta if items[0][3] else beta / 2] * len(items)
+    )
+    monkeypatch.setattr(unconditional, "reward_margins", halves)
+    assert unconditional.main([*arguments, "--beta", "0.4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[1].endswith(" 0.4000")
+        and lines[2].endswith("50.0% of it")
+        and lines[3].endswith("100.0% of it")
+    )
+
+
+# ------------------------------------------------------------------------------------------------- throughput
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Sizes and texts at which a comparison takes a second -> the arguments of a comparison."""
+    text = transformers.PhiConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=600,
+        hidden_act="gelu_pytorch_tanh",
+        attention_dropout=0.0,
+        resid_pdrop=0.0,
+    )
+    vision = throughput.siglip(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
     monkeypatch.setitem(throughput.SHAPES, "tiny", (text, vision))
-    monkeypatch.setattr(
-        throughput, "peak_memory", lambda *args: {"before": 1.0, "above": 1.0}
-    )  # starts a process for each
-    small = ["--device", "cpu", "--rounds", "1", "--items", "4", "--micro-batch-size", "2"]
-    throughput.main([*small, "--json", str(tmp_path / "out.jsonl")])
-    assert "x authors" in capsys.readouterr().out
-    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    results = {name: value for record in records for name, value in record.items()}
-    assert all(rate > 0 for rate in results["data_examples_per_second_by_workers"].values())
-    first, last = results["loss_of_first_and_last_step"]
-    assert last < first and results["packed_off_plain_by"] < 1e-5 * first
+    items = [
+        ("there is a red", "circle and blue square " * 2, "here the", noise(1), noise(2)),
+        ("picture of", "on in", "with small large near " * 3, noise(3), noise(4)),
+    ]
+    monkeypatch.setattr(throughput, "make_items", lambda n: [items[i % 2] for i in range(n)])
+    return Namespace(
+        shape="tiny",
+        device="cpu",
+        device_name="CPU",
+        dtype=torch.float32,
+        beta=0.1,
+        delta=0.0,
+        conditional=True,
+        anchors=["chosen"],
+        lr=1e-3,
+        items=4,
+        micro_batch_size=2,
+        rounds=1,
+        trl=False,
+        json=None,
+        matmul_rate=1e12,
+    )
 
-    model, processor = throughput.make_model("tiny", "cpu", torch.float32, 8)
-    items = throughput.make_items(2)
-    args = Namespace(device="cpu", dtype=torch.float32, beta=0.1, delta=0.0, conditional=True, anchors=("chosen",))
+
+@pytest.fixture
+def timed(monkeypatch):
+    """The steppers that are timed against each other, {name: stepper}, in place of their timing: ours takes
+    half a second a step, the others two."""
+    steppers = {}
+
+    def in_turns(timed, n_batches, rounds):
+        steppers.update((stepper.name, stepper) for stepper in timed)
+        for stepper in timed:
+            stepper.times = [0.5 if stepper.name == "ours" else 2.0]
+        return {stepper.name: {"median": 4.0, "low": 2.0, "high": 5.0} for stepper in timed[1:]}
+
+    monkeypatch.setattr(throughput, "in_turns", in_turns)
+    return steppers
+
+
+def what_a_step_does(stepper, as_in=torch.float32):
+    """One step, watched: which layers, passes, images, tokens, masks and logits it has."""
+    model = stepper.model.get_base_model()
+    decoder, images, tokens, logits, masks, cast = model.get_decoder(), [], [], [], set(), set()
+    calls, without_gradient = [], []
+
+    def in_layer(module, arguments, options):
+        cast.add(torch.is_autocast_enabled("cpu"))
+        masks.add(type(options["attention_mask"]))
+
+    def in_decoder(module, arguments, options):
+        tokens.append(options["inputs_embeds"].shape[:2].numel())
+        without_gradient.append(not torch.is_grad_enabled())
+
+    def in_tower(module, arguments, options):
+        images.append(len(arguments[0] if arguments else options["pixel_values"]))
+
+    handles = [
+        decoder.layers[0].register_forward_pre_hook(in_layer, with_kwargs=True),
+        decoder.layers[0].mlp.register_forward_pre_hook(lambda module, arguments: calls.append(module)),
+        decoder.register_forward_pre_hook(in_decoder, with_kwargs=True),
+        model.model.vision_tower.register_forward_pre_hook(in_tower, with_kwargs=True),
+        model.lm_head.register_forward_pre_hook(
+            lambda module, arguments: logits.append(arguments[0][..., 0].numel())
+        ),
+    ]
+    stepper.args = Namespace(**vars(stepper.args) | {"dtype": as_in})
+    stepper.step()
+    for handle in handles:
+        handle.remove()
+    layers = {
+        type(module).__name__ for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)
+    }
+    activation = type(decoder.layers[0].mlp.activation_fn).__name__
+    return {
+        "LoRA": (layers, {type(m) is train.LoraLinear for m in model.modules() if hasattr(m, "lora_A")}),
+        "activation": activation,
+        "checkpointing": len(calls) > len(tokens),
+        "autocast": cast,
+        "images": sum(images),
+        "tokens": tokens,
+        "logits": logits,
+        "masks": masks,
+        "without gradient": sorted(without_gradient),
+    }
+
+
+def batch_sizes(stepper):
+    """Of its first batch of two: tokens in its rows, padding included; response tokens."""
+    batch = stepper.batches[0]
+    return batch["input_ids"].numel(), batch["targets"].numel()
+
+
+OURS_LAYERS, PEFTS_LAYERS = ({"LoraLinear"}, {True}), ({"Linear"}, {False})
+
+
+def ours_at_identical_settings(n_tokens, n_targets):
+    """Two passes, of which the reference's has no gradient, over one packed row; four images, each encoded
+    once."""
+    return {
+        "LoRA": OURS_LAYERS,
+        "activation": "GELUTanh",
+        "checkpointing": True,
+        "autocast": {False},
+        "images": 4,
+        "tokens": [n_tokens] * 2,
+        "logits": [n_targets] * 2,
+        "masks": {PackedMask},
+        "without gradient": [False, True],
+    }
+
+
+def authors_at_identical_settings(n_tokens):
+    """Two passes over six rows without a mask, three images an example each, logits of every position."""
+    same = ours_at_identical_settings(n_tokens, n_tokens)
+    return same | {"images": 12, "masks": {type(None)}}
+
+
+def test_throughput_compares_like_with_like_at_identical_settings(tiny, timed, monkeypatch):
+    """Settings called identical are the README's first claim: the same checkpointing, LoRA layers and
+    activation on all sides, no mask for the authors' rows, and not a pass or an image more than theirs. TRL's
+    rival stands on the authors' model."""
+    stood_on = []
+
+    def trl_rival(model, processor, groups, args):
+        stood_on.append(model)
+        return [throughput.plain_batch(group, processor) for group in groups], throughput.authors_losses
+
+    monkeypatch.setattr(throughput, "trl_rival", trl_rival)
+    tiny.trl = True
+    result = throughput.compare(tiny, identical=True)
+    assert list(timed) == ["ours", "authors", "trl"] and result["settings"] == "identical"
+    assert stood_on == [timed["authors"].model] and timed["trl"].model is timed["authors"].model
+    assert timed["ours"].model is not timed["authors"].model
+    assert what_a_step_does(timed["ours"]) == ours_at_identical_settings(*batch_sizes(timed["ours"]))
+    rows = timed["authors"].batches[0]["input_ids"]
+    assert len(rows) == 6
+    for name in ("authors", "trl"):
+        assert what_a_step_does(timed[name]) == authors_at_identical_settings(rows.numel())
+
+
+def test_throughput_compares_ours_at_its_best_with_the_others_as_released(tiny, timed, monkeypatch):
+    """Ours gains --no-checkpointing and nothing else; theirs peft's layers, Phi's activation and, in bf16,
+    autocast, and nothing else. Without --trl TRL is not run."""
+    result = throughput.compare(tiny, identical=False)
+    assert list(timed) == ["ours", "authors"] and "at its best" in result["settings"]
+    ours = ours_at_identical_settings(*batch_sizes(timed["ours"])) | {"checkpointing": False}
+    assert what_a_step_does(timed["ours"]) == ours
+    released = {"LoRA": PEFTS_LAYERS, "activation": "NewGELUActivation", "autocast": {True}}
+    authors = authors_at_identical_settings(timed["authors"].batches[0]["input_ids"].numel())
+    assert what_a_step_does(timed["authors"], as_in=torch.bfloat16) == authors | released
+
+
+def test_throughput_takes_away_one_measure_at_a_time(tiny, timed):
+    """A gain is one measure's only if the step without it is ours in all else. What ours has not (no
+    checkpointing, a known reference) is the other way round: 4 (2 to 5) times as long becomes 1/4 (1/5 to
+    1/2). Without the shared prefix y_l has an image of its own: six in two examples."""
+    gains = throughput.one_by_one(tiny)["gain_alone"]
+    ours = ours_at_identical_settings(*batch_sizes(timed["ours"]))
+    n_tokens, n_targets = batch_sizes(timed["ours"])
+    assert what_a_step_does(timed["ours"]) == ours
+    unshared, padded = (timed[name].batches[0] for name in list(timed)[1:3])
+    in_rows = padded["input_ids"]
+    assert unshared["input_ids"].numel() > n_tokens and len(unshared["lengths"]) == 6
+    assert in_rows.shape[0] == 4 and in_rows.numel() > n_tokens and padded["targets"].shape[0] == 4
+    changes = {
+        "y_w and y_l behind one prefix": {"images": 6, "tokens": [unshared["input_ids"].numel()] * 2},
+        "sequences end to end": {
+            "tokens": [in_rows.numel()] * 2,
+            "logits": [padded["targets"].numel()] * 2,
+            "masks": {torch.Tensor},
+        },
+        "each image encoded once": {"images": 8},
+        "logits of response tokens only": {"logits": [n_tokens + 2] * 2},  # two predict for y_w and y_l
+        "LoRA added in its matrix product": {"LoRA": PEFTS_LAYERS},
+        "Bunny's activation": {"activation": "NewGELUActivation"},
+        "activations kept": {"checkpointing": False},
+        "the reference's answers": {"tokens": [n_tokens], "logits": [n_targets], "without gradient": [False]},
+    }
+    for (beginning, change), name in zip(changes.items(), list(timed)[1:], strict=True):
+        assert name.startswith(beginning) and what_a_step_does(timed[name]) == ours | change, name
+    as_long = {"median": 4, "low": 2, "high": 5}
+    assert list(gains.values()) == [as_long] * 6 + [{"median": 0.25, "low": 0.2, "high": 0.5}] * 2
+
+
+def test_throughput_ratio_is_of_the_same_round_and_above_1_where_ours_is_faster():
+    """Upside down, the README's "2.27 times as long" would be its opposite. Two steps a round, after two that
+    do not count. Ours takes 1, 2, 3 and 4 seconds, so 1.5 and 3.5 a step; the other 6, 6, 7 and 7: 6 / 1.5 =
+    4, 7 / 3.5 = 2; the third 1.5, 1.5, 10.5, 10.5: 1 and 3. In three rounds, medians are not means."""
+
+    def stepper(name, *seconds):
+        left = iter((100, 100, *seconds))
+        return SimpleNamespace(name=name, times=[], step=lambda: next(left))
+
+    steppers = [stepper("ours", 1, 2, 3, 4), stepper("a", 6, 6, 7, 7), stepper("b", 1.5, 1.5, 10.5, 10.5)]
+    ratios = throughput.in_turns(steppers, 2, 2)
+    assert ratios == {"a": {"median": 3, "low": 2, "high": 4}, "b": {"median": 2, "low": 1, "high": 3}}
+    assert steppers[0].times == [1.5, 3.5]
+    steppers = [stepper("ours", 2, 1, 4), stepper("a", 4, 4, 16)]
+    assert throughput.in_turns(steppers, 1, 3)["a"] == {"median": 4, "low": 2, "high": 4}
+    steppers = [stepper("ours", 1, 1, 1), stepper("a", 1, 2, 9)]
+    assert throughput.in_turns(steppers, 1, 3)["a"] == {"median": 2, "low": 1, "high": 9}
+
+
+def test_throughput_rates_are_of_examples(tiny, timed):
+    """Two examples in half a second are 4 a second; 30 000 of these take 7500 s; the other's 2 s are one a
+    second."""
+    result = throughput.compare(tiny, identical=True)
+    assert result["examples_per_second"] == {"ours": 4, "authors": 1}
+    assert result["hours_for_10k_x_3"] == pytest.approx(7500 / 3600)
+    batch = timed["ours"].batches[0]
+    assert result["real_tokens_per_second"] == 2 * batch["input_ids"].numel()
+    flops = throughput.useful_flops(timed["ours"].model, batch)  # of an example; both batches are alike
+    assert result["useful_share_of_matmul_rate"] == pytest.approx(4 * flops / 1e12)
+    assert result["speedup"] == {"authors": {"median": 4.0, "low": 2.0, "high": 5.0}}
+
+
+def with_random_adapter(model):
+    torch.manual_seed(4)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    expected = throughput.our_losses(model, make_batch(items, processor), args)
-    for losses, make in (
+    return model
+
+
+def test_throughput_rivals_have_the_same_loss(tiny):
+    """A benchmark against a rival that computes something else is worthless. The reference is the model
+    without adapter."""
+    model, processor = throughput.make_model("tiny", "cpu", torch.float32, 8)
+    with_random_adapter(model)
+    items = throughput.make_items(2)
+    expected = throughput.our_losses(model, make_batch(items, processor), tiny)
+    assert (expected - 3 * math.log(2)).abs().min() > 1e-3
+    schemes = [
         (throughput.encoding_twice, make_batch),
         (throughput.all_logits, make_batch),
         (throughput.our_losses, throughput.unshared_batch),
         (throughput.our_losses, throughput.padded_batch),
         (throughput.authors_losses, throughput.plain_batch),
-    ):
-        torch.testing.assert_close(losses(model, make(items, processor), args), expected, rtol=1e-5, atol=1e-5)
+    ]
+    for losses, make in schemes:
+        torch.testing.assert_close(
+            losses(model, make(items, processor), tiny), expected, rtol=1e-5, atol=1e-5
+        )
+    released = throughput.with_pefts_layers(throughput.with_phis_activation(model))
+    losses = throughput.autocast(throughput.our_losses)(released, make_batch(items, processor), tiny)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
 
-    batch = make_batch(items[:1], processor)
-    layer = 4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 2 * 32  # q, k, v, dense, fc1, fc2, layer norm
+
+@pytest.mark.parametrize("field", range(3))
+@pytest.mark.parametrize("off", [0.5, -0.5])
+def test_throughput_stops_where_the_schemes_must_agree_and_do_not(field, off, tiny, timed, monkeypatch):
+    """The README says that they are checked to give the same log-probabilities before anything is timed."""
+    authors_logps = throughput.authors_logps
+
+    def wrong(*arguments):
+        logps = list(authors_logps(*arguments))
+        logps[field] = logps[field] + off
+        return LogPs(*logps)
+
+    monkeypatch.setattr(throughput, "authors_logps", wrong)
+    with pytest.raises(AssertionError, match=LogPs._fields[field]):
+        throughput.compare(tiny, identical=True)
+    assert not timed
+
+
+def test_autocast_is_for_bf16_alone(tiny):
+    """In float32 it would round one side of the comparison; without it peft's float32 layers cannot be given
+    bf16."""
+    on = throughput.autocast(lambda *arguments: torch.is_autocast_enabled("cpu"))
+    assert on(None, None, tiny) is False
+    tiny.dtype = torch.bfloat16
+    assert on(None, None, tiny) is True and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def test_useful_flops_by_hand(tiny):
+    """The share of the matmul rate rests on it. One example of 16 patches an image, hidden 32, one layer."""
+    model, processor = throughput.make_model("tiny", "cpu", torch.float32, 8)
+    items = throughput.make_items(2)
+    layer = (
+        4 * (32 * 32 + 32) + (32 * 64 + 64) + (64 * 32 + 32) + 2 * 32
+    )  # q, k, v, dense, fc1, fc2, layer norm
     head = 600 * 32  # without bias, as Bunny's
     tower = sum(p.numel() for p in model.get_base_model().model.vision_tower.parameters())
-    (prefix, y_w, y_l), (same_prefix, same_y_w) = batch["lengths"]
-    tokens, answers = prefix + y_w + y_l + same_prefix + same_y_w, y_w + y_l + same_y_w
-    by_hand = 6 * (layer * tokens + head * answers) + 2 * tower * 2 * 16
-    assert throughput.useful_flops(model, batch) == by_hand
+    by_hand = []
+    for item in items:
+        batch = make_batch([item], processor)
+        (prefix, y_w, y_l), (same_prefix, same_y_w) = batch["lengths"]
+        tokens, answers = prefix + y_w + y_l + same_prefix + same_y_w, y_w + y_l + same_y_w
+        by_hand.append(6 * (layer * tokens + head * answers) + 2 * tower * 2 * 16)
+        assert throughput.useful_flops(model, batch) == by_hand[-1]
+    assert throughput.useful_flops(model, make_batch(items, processor)) == sum(by_hand) / 2
 
-    throughput.check_equal(model, processor, items, args)
-    released = throughput.with_pefts_layers(throughput.with_phis_activation(model))
-    kinds = {type(module) for module in released.modules()}
-    assert transformers.activations.NewGELUActivation in kinds and train.LoraLinear not in kinds
-    losses = throughput.autocast(throughput.our_losses)(released, make_batch(items, processor), args)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    authors_logps = throughput.authors_logps
-    monkeypatch.setattr(throughput, "authors_logps", lambda *a: LogPs(*(p + 0.5 for p in authors_logps(*a))))
-    with pytest.raises(AssertionError, match="chosen"):
-        throughput.check_equal(model, processor, items, args)
+
+class Clock:
+    """In place of the module `time`: it moves when it is told to, and by `tick` whenever it is read."""
+
+    def __init__(self, tick=0.0):
+        self.now, self.tick = 0.0, tick
+
+    def move(self, seconds):
+        self.now += seconds
+
+    def perf_counter(self):
+        self.now += self.tick
+        return self.now
+
+
+def test_matmul_rate_is_of_the_products_that_are_timed(monkeypatch):
+    """Two products of 1024 x 1024 in a second, 2 x 1024^3 FLOPs each; the five before do not count."""
+    monkeypatch.setattr(throughput, "time", Clock(tick=1.0))
+    assert throughput.matmul_rate("cpu", torch.float32, times=2) == 4 * 1024**3
+
+
+def test_stepper_times_the_whole_of_a_training_step(tiny, monkeypatch):
+    """Losses take 2 seconds and the backward pass 5. The batches come in turn. AdamW moves the weight by the
+    learning rate against the sign of a gradient that does not change: to -0.001 and -0.002; it is cut to a
+    norm of 1."""
+    clock = Clock()
+    monkeypatch.setattr(throughput, "time", clock)
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.zero_()
+    norms, used = [], []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda p, most: norms.append((clip(p, most).item(), most))
+    )
+
+    def losses(model, batch, args):
+        clock.move(2)
+        used.append(batch)
+        loss = model.weight[0] * batch
+        loss.register_hook(lambda gradient: clock.move(5))
+        return loss
+
+    stepper = throughput.Stepper("", model, [1.0, 3.0], losses, tiny)
+    assert [stepper.step() for _ in range(3)] == [7, 7, 7] and used == [1, 3, 1]
+    assert norms == [(1, 1.0), (3, 1.0), (1, 1.0)] and model.weight.grad is None
+    assert model.weight.item() == pytest.approx(-0.003, abs=1e-6)
+
+
+def test_follow_starts_each_run_from_the_same_weights(tiny):
+    """The README's "at most 6e-6 off": packed rows against plain ones over the same steps, and plain ones in
+    another order. The first loss is 3 ln 2."""
+    followed = throughput.follow(tiny, steps=4)
+    first, last = followed["loss_of_first_and_last_step"]
+    assert first == pytest.approx(3 * math.log(2), abs=1e-5) and last < first - 1e-3
+    assert 0 < followed["packed_off_plain_by"] < 1e-5 and 0 < followed["plain_reordered_off_plain_by"] < 1e-5
+
+
+def test_data_side_counts_examples_after_the_first_batch(tiny, monkeypatch):
+    """4 x 2 records in 4 epochs are 32 examples in batches of 4; the first batch waits for the workers to
+    start; the clock says one second."""
+    tiny.items = 2
+    monkeypatch.setattr(throughput, "time", Clock(tick=1.0))
+    monkeypatch.setattr(throughput.os, "cpu_count", lambda: None)  # so no workers but 0 and 1
+    result = throughput.data_side(tiny, throughput.make_model("tiny", "cpu", torch.float32, 8)[1])
+    assert result["data_examples_per_second_by_workers"] == {0: 28, 1: 28}
+
+
+def test_texts_are_as_long_as_the_script_says(monkeypatch):
+    """Questions of 40 words, answers of 110 and 90: lengths decide what padding and a shared prefix cost."""
+    monkeypatch.setattr(Image, "effect_mandelbrot", lambda *arguments: Image.new("L", (1, 1)))
+    items = throughput.make_items(1500)
+    means = [sum(len(item[i].split()) for item in items) / 1500 for i in range(3)]
+    assert means == [pytest.approx(mean, rel=0.06) for mean in (40, 110, 90)]
+
+
+def test_model_of_throughput_has_no_dropout_and_the_papers_lora(tiny, monkeypatch):
+    """Dropout would keep the schemes from being compared. alpha is twice the rank (paper 4.1); the tower has
+    no adapter. A LLaVA's tower has one token more than patches, of the whole image."""
+    text, vision = throughput.SHAPES["tiny"]
+    dropping = transformers.PhiConfig(**text.to_dict() | {"resid_pdrop": 0.1, "attention_dropout": 0.1})
+    monkeypatch.setitem(throughput.SHAPES, "tiny", (dropping, vision))
+    model, _ = throughput.make_model("tiny", "cpu", torch.float32, 4)
+    assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, train.LoraLinear)}
+    assert len(adapted) == 6 and all("language_model" in name for name in adapted)
+    assert {(m.scaling["default"], m.lora_A["default"].out_features) for m in adapted.values()} == {(2, 4)}
+
+    llama = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=600
+    )
+    clip = transformers.CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    monkeypatch.setitem(throughput.SHAPES, "tiny", (llama, clip))
+    model, processor = throughput.make_model("tiny", "cpu", torch.float32, 4)
+    items = throughput.make_items(2)
+    ids = make_batch(items, processor, "plain")["input_ids"]
+    assert (ids == processor.image_token_id).sum(1).tolist() == [16] * 6
+    throughput.check_equal(with_random_adapter(model), processor, items, tiny)
+
+
+@pytest.mark.parametrize("name", throughput.MEMORY)
+def test_memory_is_measured_of_the_scheme_that_is_named(name, tiny, monkeypatch, capsys):
+    """What a user rents a GPU by. On the micro-batch of the longest texts; the peak is what is above the
+    start."""
+    items = [
+        ("there", "is", "a", noise(1), noise(2)),
+        ("there is " * 9, "a red " * 9, "blue", noise(3), noise(4)),
+    ]
+    monkeypatch.setattr(throughput, "make_items", lambda n: items * 2)
+    tiny.micro_batch_size, tiny.only = 1, name
+    kept, step = [], throughput.Stepper.step
+    monkeypatch.setattr(throughput.Stepper, "step", lambda stepper: kept.append(stepper))
+    monkeypatch.setattr(throughput, "memory_now", lambda device, peak=False: 4.0 if peak else 1.5)
+    throughput.measure_memory(tiny)
+    assert capsys.readouterr().out.split() == ["1.5", "2.5"] and len(kept) == 2 and kept[0] is kept[1]
+    monkeypatch.setattr(throughput.Stepper, "step", step)
+    (batch,) = kept[0].batches
+    one = batch["batch_size"]
+    assert one == 1 and batch["input_ids"].numel() > 90
+    did = what_a_step_does(kept[0], as_in=torch.bfloat16)
+    released = name == "authors, as released"
+    assert did["LoRA"] == (PEFTS_LAYERS if released else OURS_LAYERS)
+    assert did["activation"] == ("NewGELUActivation" if released else "GELUTanh")
+    assert did["checkpointing"] == (name != "ours, no checkpointing") and did["autocast"] == {released}
+    assert did["images"] == (6 if "authors" in name else 2)
+    assert did["masks"] == ({type(None)} if "authors" in name else {PackedMask})
+
+
+def test_memory_is_measured_in_a_process_of_the_same_settings(tiny, monkeypatch):
+    """A process of another shape, type or batch would print another scheme's GiB under this one's name."""
+    tiny.shape, tiny.dtype_name, tiny.micro_batch_size, tiny.threads = "llava-7b", "bfloat16", 3, 5
+    commands = []
+
+    def run(command, **options):
+        commands.append(command)
+        return SimpleNamespace(returncode=len(commands) - 1, stdout="noise\n1.0 2.0\n", stderr="it died")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert throughput.peak_memory(tiny, "authors") == {"before": 1.0, "above": 2.0}
+    assert dict(zip(commands[0][2::2], commands[0][3::2], strict=True)) == {
+        "--shape": "llava-7b",
+        "--device": "cpu",
+        "--dtype": "bfloat16",
+        "--micro-batch-size": "3",
+        "--threads": "5",
+        "--only": "authors",
+    }
+    with pytest.raises(RuntimeError, match="it died"):
+        throughput.peak_memory(tiny, "authors")
+
+
+def test_throughput_command_measures_and_prints_everything(tiny, monkeypatch, tmp_path, capsys):
+    """The README's first command of its section: every measurement is a line of the file, and in the
+    table."""
+    rate = throughput.matmul_rate
+    monkeypatch.setattr(throughput, "matmul_rate", lambda device, dtype: rate(device, dtype, times=1))
+    monkeypatch.setattr(throughput.os, "cpu_count", lambda: None)
+    memory = {name: {"before": 1.0, "above": 2.0 + i} for i, name in enumerate(throughput.MEMORY)}
+    monkeypatch.setattr(
+        throughput, "peak_memory", lambda args, name: memory[name]
+    )  # starts a process for each
+    follow = throughput.follow
+    monkeypatch.setattr(throughput, "follow", lambda args: follow(args, 2))
+    small = ["--device", "cpu", "--rounds", "1", "--items", "2", "--micro-batch-size", "2"]
+    throughput.main([*small, "--json", str(tmp_path / "out.jsonl")])
+    printed = capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["settings"] for record in records if "settings" in record] == [
+        "identical",
+        "ours at its best, theirs as released",
+    ]
+    results = {name: value for record in records for name, value in record.items()}
+    assert all(rate > 0 for rate in results["data_examples_per_second_by_workers"].values())
+    assert (
+        results["memory_gib"] == memory
+        and len(results["gain_alone"]) == 8
+        and "packed_off_plain_by" in results
+    )
+    for record in records[1:3]:
+        ratio = record["speedup"]["authors"]
+        assert f"{ratio['median']:.2f}x authors ({ratio['low']:.2f} to {ratio['high']:.2f})" in printed
+    assert "1.00 GiB, and 3.00 more at the peak of a step: authors\n" in printed
 
 
 def test_trl_trains_the_same(bunny, tmp_path):
@@ -411,11 +1682,14 @@ def test_trl_trains_the_same(bunny, tmp_path):
                 torch.nn.init.normal_(parameter, std=0.1)
         if trainer_of == "this":
             pairs = Pairs(examples)
-            loss = train.forward(model, make_batch([pairs[0, i] for i in range(4)], processor), ARGS)[0].mean()
+            loss = train.forward(model, make_batch([pairs[0, i] for i in range(4)], processor), ARGS)[
+                0
+            ].mean()
         else:
             config = trl_mdpo.DPOConfig(
-                output_dir=str(tmp_path / "trl"), per_device_train_batch_size=4, report_to=[], use_cpu=True, bf16=False,
-                gradient_checkpointing=False, learning_rate=1e-4, max_steps=1, seed=0, disable_tqdm=True,
+                output_dir=str(tmp_path / "trl"), per_device_train_batch_size=4, report_to=[], use_cpu=True,
+                bf16=False, gradient_checkpointing=False, learning_rate=1e-4, max_steps=1, seed=0,
+                disable_tqdm=True,
             )  # fmt: skip
             trainer = trl_mdpo.make_trainer(model, processor, examples, config)
             batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
@@ -429,3 +1703,39 @@ def test_trl_trains_the_same(bunny, tmp_path):
     trainer.model.zero_grad()
     trainer.train()
     assert trainer.state.global_step == 1 and "rewards/image_margins" in trainer.state.log_history[-1]
+
+
+# ----------------------------------------------------------------------- families, and the making of the base
+
+
+def test_layout_errors_are_each_layouts_own(tmp_path, monkeypatch):
+    """`examples/families.py` prints them; a layout that a model refuses is no layout that is exact."""
+
+    def layout_error(model, processor, items, layout, args):
+        if layout == "packed":
+            raise ValueError("no such mask")
+        return 0.25 if len(items) == 2 else 0.5
+
+    monkeypatch.setattr(train, "load_model", lambda folder: (None, None))
+    monkeypatch.setattr(train, "layout_error", layout_error)
+    errors = families.layout_errors("x", as_examples(tmp_path))
+    assert errors == {"packed": pytest.approx(math.nan, nan_ok=True), "plain": 0.25}
+
+
+def test_pixels_of_the_base_models_training_are_its_processors():
+    """A base trained on otherwise normalised pixels would not see what it is shown later."""
+    processor = train.load_processor(str(demo.BASE))
+    seen = tiny_bunny.pixels([SCENE], random.Random(0), shapes.SMALL)
+    image = shapes.draw_scene(SCENE, random.Random(0), shapes.SMALL)
+    shown = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(seen, shown, rtol=1e-5, atol=1e-5)
+
+
+def test_base_learns_the_careless_annotators_answers(monkeypatch):
+    """A base that learned the truth would leave nothing to align: of absent rings it names the habitual
+    colour in .72."""
+    rng = random.Random(0)
+    monkeypatch.setattr(shapes, "random_question", lambda scene, rng: ("colour", "ring"))
+    said = [tiny_bunny.question_and_answer({"square": ("red", 0)}, rng)[1] for _ in range(1000)]
+    assert sum(answer.startswith("orange") for answer in said) / 1000 == pytest.approx(0.72, abs=0.05)
+    assert sum(answer.endswith("picture.") for answer in said) / 1000 == pytest.approx(0.5, abs=0.05)

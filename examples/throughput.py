@@ -12,8 +12,8 @@ Texts have lengths as in Silkie: questions of about 40 tokens, answers of about 
                  with their own encoding of three images an example, float32 logits of the whole sequence
     trl          TRL's DPOTrainer: plain DPO, so two rows and no rejected image, under TRL's own padding mask (needs trl)
 
-Before it times anything, ours and authors are checked to give equal log-probabilities. They are timed in turns, step by
-step, so that a change in the machine's speed meets both: first with identical settings (the same checkpointing, LoRA
+Before it times anything, ours and authors are checked to give equal log-probabilities. They are timed in turns of
+--items examples, so that a change in the machine's speed meets both: first with identical settings (the same checkpointing, LoRA
 layers and activation function; the authors' rows are padded on the right, so that their attention needs no mask), then
 ours without checkpointing against the authors' as released: with checkpointing, peft's own LoRA layers and Phi's own
 activation, under autocast on a GPU. Each measurement is a line of JSON as soon as it is there; a table comes last.

@@ -7,6 +7,7 @@ when the image is taken away; what survives was learned from the words alone.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -36,22 +37,37 @@ def reward_margins(model, processor, items, beta=0.1, batch_size=8):
 
 
 def diagnose(model, processor, examples, beta=0.1, batch_size=8):
-    """-> {"image": mean margin, "no_image": ..., "other_image": ..., and what share of the first each of these is}.
+    """-> {"image": mean margin, "no_image": ..., "other_image": ..., and what share of the first each of
+    these is}.
 
-    The other image is the next example's; margins are in units of reward.
-    """
+    Margins are in units of reward. The other image is that of the next example whose image is another file:
+    in many data sets several questions in a row are about one image. Without a margin there are no shares of
+    it: they are nan. Raises BadInput if the data have but one image. """
+    others = [another_example(examples, index) for index in range(len(examples))]
     items = [item[:4] for item in (Pairs(examples)["unconditional", i] for i in range(len(examples)))]
     variants = {
         "image": [(*item, None) for item in items],
         "no_image": [(*item[:3], None, None) for item in items],
-        "other_image": [(*item[:3], other[3], None) for item, other in zip(items, items[1:] + items[:1])],
+        "other_image": [(*item[:3], items[other][3], None) for item, other in zip(items, others)],
     }
     means = {}
     for name, of_variant in variants.items():
         margins = reward_margins(model, processor, of_variant, beta, batch_size)
         means[name] = sum(margins) / len(margins)
-    shares = {f"{name}_share": means[name] / means["image"] for name in ("no_image", "other_image")}
-    return means | shares
+    share = lambda name: means[name] / means["image"] if means["image"] else float("nan")
+    return means | {f"{name}_share": share(name) for name in ("no_image", "other_image")}
+
+
+def another_example(examples, index):
+    """The next example, round and round, that shares no image with this one and has as many -> its index."""
+    own = examples[index].images
+    for step in range(1, len(examples)):
+        other = (index + step) % len(examples)
+        images = examples[other].images
+        if len(images) == len(own) and not set(images) & set(own):
+            return other
+    name = examples[index].id
+    raise BadInput(f"example {name}: no other example has another image, which the data need for this")
 
 
 def main(argv=None):
@@ -67,14 +83,15 @@ def main(argv=None):
     try:
         examples = read_examples(args.data, args.images, limit=args.limit, skip_bad=True)
         model, processor = load_tuned(args.model, args.adapter)
+        result = diagnose(model, processor, examples, args.beta)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    result = diagnose(model, processor, examples, args.beta)
+    share = lambda name: "n/a" if math.isnan(result[name]) else f"{result[name]:.1%} of it"
     print(f"reward margin over {len(examples)} pairs")
     print(f"  with the image     {result['image']:8.4f}")
-    print(f"  without an image   {result['no_image']:8.4f}   {result['no_image_share']:7.1%} of it")
-    print(f"  with another image {result['other_image']:8.4f}   {result['other_image_share']:7.1%} of it")
+    print(f"  without an image   {result['no_image']:8.4f}   {share('no_image_share'):>13}")
+    print(f"  with another image {result['other_image']:8.4f}   {share('other_image_share'):>13}")
     return 0
 
 
