@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import zlib
-from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -34,10 +33,10 @@ from torch.nn import functional as F
 import data
 import mdpo
 import train
-from data import BadInput, Pairs, make_batch, open_image, read_examples
+from data import BadInput, Pair, Pairs, make_batch, open_image, read_examples
 from examples import families, shapes, tiny_bunny
 from examples.answer import generate_answers
-from mdpo import LogPs, mdpo_loss, response_logps
+from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 ROOT = Path(__file__).parent
@@ -195,13 +194,43 @@ def test_wrong_arguments_are_named(message):
 
 
 def test_loss_copied_alone_works():
-    """The README tells people to copy LogPs and mdpo_loss into their own trainer."""
-    scope = {"torch": torch, "F": F, "NamedTuple": NamedTuple, "__name__": "elsewhere"}
-    exec(inspect.getsource(LogPs) + "\n" + inspect.getsource(mdpo_loss), scope)
+    """The README tells people to copy mdpo.py, down to `mdpo_step`, into their own trainer."""
+    scope = {"__name__": "elsewhere"}
+    exec(Path(mdpo.__file__).read_text().partition("def mdpo_step")[0], scope)
     losses, _ = scope["mdpo_loss"](tuple(POLICY), tuple(REF), beta=0.5)
     assert losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-6)
-    imports = re.findall(r"^(?:import|from) (\w+)", Path(mdpo.__file__).read_text(), re.MULTILINE)
-    assert set(imports) == {"torch", "inspect", "typing"}
+    assert scope["sequence_logps"](torch.zeros(1, 2, 4), torch.tensor([[-100, 3]])).item() == pytest.approx(-math.log(4))
+
+
+def test_mdpo_needs_torch_alone():
+    """Who lifts the loss into another trainer has other packages, or other releases of them."""
+    script = """
+import sys
+sys.modules.update(dict.fromkeys(("transformers", "peft", "PIL", "tqdm", "numpy")))  # None: importing it raises
+import torch
+from mdpo import mdpo_loss
+print(mdpo_loss([torch.zeros(1)] * 3, [torch.zeros(1)] * 3)[0].item())
+"""
+    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert float(child.stdout) == pytest.approx(3 * math.log(2)), child.stderr
+
+
+def test_sequence_logps_by_hand():
+    """What everyone who copies the loss needs next. Two sequences of a vocabulary of three; logits are logs of weights, so
+    that probabilities are shares: positions 0, 1, 2 predict tokens 1, 2, 3.
+
+    First: the prompt is token 0; tokens 2, 0, 1 have weights 3 of 6, 2 of 8, 1 of 4. Second: only its token 2 counts, of
+    weight 5 of 10; the end is padding, and the last position predicts nothing.
+    """
+    weights = [[[1, 2, 3], [2, 5, 1], [2, 1, 1], [9, 9, 1]], [[1, 1, 8], [2, 5, 3], [7, 1, 1], [1, 1, 1]]]
+    labels = torch.tensor([[-100, 2, 0, 1], [-100, -100, 1, -100]])
+    expected = [math.log(3 / 6 * 2 / 8 * 1 / 4), math.log(5 / 10)]
+    logits = torch.tensor(weights, dtype=torch.float64).log()
+    assert sequence_logps(logits, labels).tolist() == pytest.approx(expected, abs=1e-6)
+    assert sequence_logps(logits.bfloat16(), labels).dtype == torch.float32
+    logits.requires_grad_()
+    sequence_logps(logits, labels).sum().backward()
+    assert logits.grad[0, 3].abs().max() == logits.grad[1, 0].abs().max() == 0 < logits.grad[0, 0].abs().max()
 
 
 # -------------------------------------------------------------------------------------------- models and batches
@@ -277,11 +306,18 @@ def noise(seed, size=(48, 32)):
     return Image.frombytes("RGB", size, random.Random(seed).randbytes(3 * size[0] * size[1]))
 
 
-ITEMS = [  # (question, chosen, rejected, image, rejected_image): lengths differ every way
-    ("Describe the picture.", "There is a red circle.", "There is a blue square and a red circle.", noise(1), noise(2)),
-    ("What is in it?", "A blue square, and a red circle too.", "No.", noise(3, (32, 40)), noise(4, (32, 40))),
-    ("How many?", "One.", "There is a red square.", noise(5), noise(6)),
+def pair(question, chosen, rejected, image=None, image_rejected=None):
+    """A `Pair` of no images, one, or a list of them."""
+    several = lambda image: () if image is None else tuple(image) if isinstance(image, list) else (image,)
+    return Pair(question, chosen, rejected, several(image), several(image_rejected))
+
+
+PAIRS = [  # lengths differ every way
+    pair("Describe the picture.", "There is a red circle.", "There is a blue square and a red circle.", noise(1), noise(2)),
+    pair("What is in it?", "A blue square, and a red circle too.", "No.", noise(3, (32, 40)), noise(4, (32, 40))),
+    pair("How many?", "One.", "There is a red square.", noise(5), noise(6)),
 ]
+DPO_NAMES = ("chosen", "rejected")  # no log-probability of m_l
 
 
 def sequence_logp(model, processor, prompt, response, image):
@@ -305,11 +341,11 @@ def full_text(processor, question, response):
 def test_logps_are_those_of_the_librarys_own_call(loaded, layout):
     """Any error of template, boundary, end-of-sequence, mask, positions or image order moves these by whole nats."""
     model, processor = loaded
-    logps = response_logps(model, make_batch(ITEMS, processor, layout))
-    for i, (question, chosen, rejected, image, rejected_image) in enumerate(ITEMS):
+    logps = response_logps(model, make_batch(PAIRS, processor, layout))
+    for i, (question, chosen, rejected, (image,), (image_rejected,)) in enumerate(PAIRS):
         prompt, y_w = full_text(processor, question, chosen)
         _, y_l = full_text(processor, question, rejected)
-        pairs = ((y_w, image), (y_l, image), (y_w, rejected_image))
+        pairs = ((y_w, image), (y_l, image), (y_w, image_rejected))
         expected = [sequence_logp(model, processor, prompt, y, m) for y, m in pairs]
         assert [logps[field][i].item() for field in range(3)] == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
@@ -318,12 +354,12 @@ def test_logps_are_those_of_the_librarys_own_call(loaded, layout):
 def test_tokens_are_those_of_the_librarys_own_call(loaded, layout):
     """Splicing the image's tokens in must give what the processor gives for the whole text."""
     _, processor = loaded
-    batch = make_batch(ITEMS, processor, layout)
+    batch = make_batch(PAIRS, processor, layout)
     if layout == "packed":
         sequences = batch["input_ids"][0].split([sum(lengths) for lengths in batch["lengths"]])
     else:
-        sequences = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
-    for i, (question, chosen, _, image, _) in enumerate(ITEMS):
+        sequences = batch["input_ids"]
+    for i, (question, chosen, _, (image,), _) in enumerate(PAIRS):
         ids = processor(text=["".join(full_text(processor, question, chosen))], images=[image])["input_ids"][0]
         assert sequences[i][: len(ids)].tolist() == ids  # sequences open with prompt and y_w in both layouts
 
@@ -374,7 +410,7 @@ def test_odd_texts_are_scored_exactly(loaded, in_float64, texts, layout):
     model, processor = loaded
     question, *answers = (text.replace("EOS", processor.tokenizer.eos_token) for text in ODD_TEXTS[texts])
     (prompt, y_w), (_, y_l) = (full_text(processor, question, answer) for answer in answers)
-    logps = response_logps(model, make_batch([ITEMS[1], (question, *answers, noise(1), noise(2))], processor, layout))
+    logps = response_logps(model, make_batch([PAIRS[1], pair(question, *answers, noise(1), noise(2))], processor, layout))
     oracle = lambda response, other, image: response_in_float64(in_float64, processor, prompt, response, [image], other)
     expected = [oracle(y_w, y_l, noise(1)), oracle(y_l, y_w, noise(1)), oracle(y_w, y_l, noise(2))]
     assert [p[1].item() for p in logps] == pytest.approx(expected, rel=2e-6, abs=1e-4)
@@ -387,15 +423,14 @@ def test_several_images_cut_responses_and_no_image_are_scored_exactly(loaded, in
     _, y_l = full_text(processor, "Which?", "No.")
     token = processor.image_token + "\n"
     two = [noise(1), noise(3, (20, 50))], [noise(2), noise(4, (20, 50))]
-    items = [("Which?", "There is a red circle.", "No.", *images) for images in ((None, None), two, (noise(1), noise(2)))]
+    pairs = [pair("Which?", "There is a red circle.", "No.", *images) for images in ((), two, (noise(1), noise(2)))]
     n_tokens = lambda images: len(processor.tokenizer(prompt.replace(token, token * images)).input_ids) + 15 * images
     max_length = n_tokens(images=2) + 3
-    logps = response_logps(model, make_batch(items, processor, max_length=max_length))
-    for i, (*_, images, rejected_images) in enumerate(items):
-        images, rejected_images = ([x] if isinstance(x, Image.Image) else x or [] for x in (images, rejected_images))
+    logps = response_logps(model, make_batch(pairs, processor, max_length=max_length))
+    for i, (*_, images, images_rejected) in enumerate(pairs):
         text, left = prompt.replace(token, token * len(images)), max_length - n_tokens(len(images))
         oracle = lambda y, other, shown: response_in_float64(in_float64, processor, text, y, shown, other, left)
-        expected = [oracle(y_w, y_l, images), oracle(y_l, y_w, images), oracle(y_w, y_l, rejected_images)]
+        expected = [oracle(y_w, y_l, images), oracle(y_l, y_w, images), oracle(y_w, y_l, images_rejected)]
         assert [p[i].item() for p in logps] == pytest.approx(expected, rel=2e-6, abs=1e-4)
 
 
@@ -405,8 +440,8 @@ def test_a_sequence_has_one_bos(llava, template_has_bos):
     _, processor = train.load_model(str(llava))
     if template_has_bos:
         processor.chat_template = "{{ bos_token }}" + HUB_LLAVA_TEMPLATE
-    for item in (ITEMS[0], (*ITEMS[0][:3], None, None)):
-        ids = make_batch([item], processor, image_rejected=False)["input_ids"][0].tolist()
+    for one in (PAIRS[0], pair(*PAIRS[0][:3])):
+        ids = make_batch([one], processor, names=DPO_NAMES)["input_ids"][0].tolist()
         assert ids[0] == processor.tokenizer.bos_token_id == 1 and ids.count(1) == 1
 
 
@@ -415,9 +450,9 @@ def test_logits_are_raised_to_float32(bunny):
     model, processor = train.load_model(str(bunny), dtype=torch.bfloat16)
     logits = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: logits.append(output.double()))
-    logps = response_logps(model, make_batch(ITEMS[:1], processor))
+    logps = response_logps(model, make_batch(PAIRS[:1], processor))
     tokenizer = processor.tokenizer
-    y_w, y_l = (tokenizer(full_text(processor, "", answer)[1]).input_ids for answer in ITEMS[0][1:3])
+    y_w, y_l = (tokenizer(full_text(processor, "", answer)[1]).input_ids for answer in PAIRS[0][1:3])
     by_token = logits[0][0].log_softmax(-1).gather(1, torch.tensor(y_w + y_l + y_w)[:, None])[:, 0]
     expected = [part.sum().item() for part in by_token.split([len(y_w), len(y_l), len(y_w)])]
     assert [p.item() for p in logps] == pytest.approx(expected, abs=1e-4)
@@ -429,7 +464,7 @@ def test_packed_gradients_equal_plain(loaded):
     weight = model.model.language_model.layers[0].self_attn.q_proj.weight.requires_grad_()
     gradients = []
     for layout in ("packed", "plain"):
-        logps = response_logps(model, make_batch(ITEMS, processor, layout))
+        logps = response_logps(model, make_batch(PAIRS, processor, layout))
         mdpo_loss(logps, LogPs(*(p.detach() - 1 for p in logps)))[0].mean().backward()
         gradients.append(weight.grad)
         weight.grad = None
@@ -440,13 +475,14 @@ def test_packed_gradients_equal_plain(loaded):
 def test_padding_and_neighbours_do_not_change_an_example(loaded):
     """If they did, the loss of an example would depend on which others share its batch."""
     model, processor = loaded
-    together = response_logps(model, make_batch(ITEMS, processor))
-    for i, item in enumerate(ITEMS):
-        alone = response_logps(model, make_batch([item], processor))
+    together = response_logps(model, make_batch(PAIRS, processor))
+    for i, one in enumerate(PAIRS):
+        alone = response_logps(model, make_batch([one], processor))
         assert [p[i].item() for p in together] == pytest.approx([p.item() for p in alone], abs=1e-4)
 
 
-def test_attention_of_packed_sequences_is_attention_under_their_mask():
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_attention_of_packed_sequences_is_attention_under_their_mask(kv_heads):
     """Values and gradients against one dense mask, written out entry by entry. Two sequences: a prefix of 3 with responses
     of 2, 3 and 1 tokens (the last two do not see the first), and a prefix of 1 with a response of 2."""
     lengths = [[3, 2, 3, 1], [1, 2]]
@@ -454,41 +490,56 @@ def test_attention_of_packed_sequences_is_attention_under_their_mask():
     sees = lambda q, k: k <= q and parts[k] in (parts[q], (parts[q][0], 0))
     dense = torch.tensor([[sees(q, k) for k in range(12)] for q in range(12)])
     torch.manual_seed(0)
-    inputs = torch.randn(3, 1, 2, 12, 8, requires_grad=True)  # query, key, value
-    results = []
-    for mask in (mdpo.PackedMask(lengths), dense):
-        output = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=0.3)
-        results.append((output, torch.autograd.grad(output.square().sum(), inputs)[0]))
-    for packed, expected in zip(*results):
-        torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-6)
-    assert mdpo.PackedMask(lengths).shape == (1, 1, 12, 12)
+    query, *key_value = (torch.randn(1, heads, 12, 8, requires_grad=True) for heads in (2, kv_heads, kv_heads))
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=2 // kv_heads)
+    ours, _ = mdpo.packed_attention(module, query, *key_value, None, mdpo.attention_blocks(lengths), scaling=0.3)
+    repeated = [tensor.repeat_interleave(2 // kv_heads, dim=1) for tensor in key_value]
+    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=dense, scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(y.square().sum(), [query, *key_value]) for y in (ours, expected)]
+    for ours, expected in zip(*gradients):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_attention_is_sdpa_for_all_else(bunny, tmp_path):
+    """Plain rows, generation and a saved model must not know that it was ever replaced."""
+    model, processor = train.load_model(str(bunny))
+    batch, inputs = make_batch(PAIRS, processor, "plain"), processor(text=["Hi"], return_tensors="pt", padding=True)
+    generate = lambda: model.generate(**inputs, max_new_tokens=8, do_sample=False).tolist()
+    results = [(response_logps(model, batch), generate())]
+    model.set_attn_implementation("sdpa")
+    results.append((response_logps(model, batch), generate()))
+    assert all(map(torch.equal, results[0][0], results[1][0])) and results[0][1] == results[1][1]
+    mdpo.use_packed_attention(model)
+    model.save_pretrained(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
 
 
 def test_rejected_response_does_not_see_the_chosen_one(loaded):
     """In a packed row y_l stands behind y_w; one leaked attention entry would let it copy."""
     model, processor = loaded
-    question, _, rejected, *images = ITEMS[0]
     logps = [
-        response_logps(model, make_batch([(question, chosen, rejected, *images)], processor)).rejected.item()
+        response_logps(model, make_batch([PAIRS[0]._replace(chosen=chosen)], processor)).rejected.item()
         for chosen in ("One.", "There is a blue square and a red circle, a red circle.")
     ]
     assert logps[0] == pytest.approx(logps[1], abs=1e-4)
 
 
-def test_packed_rows_refuse_eager_attention(bunny):
-    """Eager attention adds a boolean mask as 0 and 1: wrong by nats, and silent."""
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_packed_rows_refuse_other_attention(bunny, implementation):
+    """It would let every token see all before it, of other sequences and other images: wrong by nats, and silent."""
     model, processor = train.load_model(str(bunny))
-    model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="sdpa"):
-        response_logps(model, make_batch(ITEMS, processor))
+    model.set_attn_implementation(implementation)
+    with pytest.raises(ValueError, match="use_packed_attention"):
+        response_logps(model, make_batch(PAIRS, processor))
 
 
 def test_dpo_computes_no_row_of_the_rejected_image(loaded):
     """conditional=False, anchors=() must cost one sequence an example, not two."""
     model, processor = loaded
-    batch = make_batch(ITEMS, processor, image_rejected=False)
-    assert len(batch["lengths"]) == batch["pixel_values"].shape[0] == len(ITEMS)
-    full = response_logps(model, make_batch(ITEMS, processor))
+    batch = make_batch(PAIRS, processor, names=DPO_NAMES)
+    assert len(batch["lengths"]) == batch["pixel_values"].shape[0] == len(PAIRS)
+    full = response_logps(model, make_batch(PAIRS, processor))
     part = response_logps(model, batch)
     assert part.image_rejected is None
     torch.testing.assert_close(part.rejected, full.rejected)
@@ -497,9 +548,9 @@ def test_dpo_computes_no_row_of_the_rejected_image(loaded):
 def test_no_image_leaves_the_placeholder_out(loaded):
     """DPO (No Image) of Fig. 1: the text alone, with no stray image token in it."""
     model, processor = loaded
-    batch = make_batch([(*item[:3], None, None) for item in ITEMS], processor, image_rejected=False)
+    batch = make_batch([pair(*one[:3]) for one in PAIRS], processor, names=DPO_NAMES)
     assert "pixel_values" not in batch and not (batch["input_ids"] == processor.image_token_id).any()
-    prompt, response = full_text(processor, *ITEMS[0][:2])
+    prompt, response = full_text(processor, *PAIRS[0][:2])
     whole = processor.tokenizer(prompt.replace(processor.image_token + "\n", "") + response, return_tensors="pt")
     with torch.no_grad():
         logps = model(**whole).logits.log_softmax(-1)[0, :-1].gather(1, whole["input_ids"][0, 1:, None])
@@ -541,12 +592,12 @@ def test_boundary_where_tokens_merge_across_it(bunny, with_image, image_is_last)
     image, token = (noise(1), processor.image_token) if with_image else (None, "")
     content = [{"type": "text", "text": "a red answ"}]
     content = [*content, {"type": "image"}] if image_is_last else [{"type": "image"}, *content]
-    item = ([{"role": "user", "content": content}], "ers", "x", image, image)
+    one = pair([{"role": "user", "content": content}], "ers", "x", image, image)
     prompt = "a red answ" + token if image_is_last else token + "a red answ"
     wholes = [[*ids(prompt + answer), tokenizer.eos_token_id] for answer in ("ers", "x")]
     shared = len(os.path.commonprefix([ids(prompt), *wholes]))
     assert shared == len(ids(prompt)) - 1 or (image_is_last and with_image)  # merged, unless the image stands between
-    (prefix, responses), (other_prefix, others) = sequences_of(make_batch([item], processor), processor)
+    (prefix, responses), (other_prefix, others) = sequences_of(make_batch([one], processor), processor)
     assert prefix == other_prefix == wholes[0][:shared]
     assert responses == [whole[shared:] for whole in wholes] and others == responses[:1]
 
@@ -555,7 +606,7 @@ def test_a_template_without_generation_prompt_still_ends_the_prompt_before_the_a
     """What opens the assistant's turn belongs to the prompt: scored as part of both answers, it would be trained on."""
     template = "{% for m in messages %}{{ m.role }}: {% for p in m.content %}{{ p.text }}{% endfor %}{{ eos_token }}{% endfor %}"
     processor = with_template(bunny, template)
-    batch = make_batch([("Which?", "No.", "Yes.", None, None)], processor, image_rejected=False)
+    batch = make_batch([pair("Which?", "No.", "Yes.")], processor, names=DPO_NAMES)
     ((prefix, responses),), tokenizer = sequences_of(batch, processor), processor.tokenizer
     assert tokenizer.decode(prefix) == f"user: Which?{tokenizer.eos_token}assistant:"
     assert [tokenizer.decode(r) for r in responses] == [f" {answer}{tokenizer.eos_token}" for answer in ("No.", "Yes.")]
@@ -569,8 +620,8 @@ def test_what_a_template_appends_after_the_end_is_dropped(bunny):
         "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
     )
     eos = processor.tokenizer.eos_token
-    item = ("Which?", "No.", f"Yes.{eos} Or no.", None, None)
-    ((prefix, responses),) = sequences_of(make_batch([item], processor, image_rejected=False), processor)
+    one = pair("Which?", "No.", f"Yes.{eos} Or no.")
+    ((prefix, responses),) = sequences_of(make_batch([one], processor, names=DPO_NAMES), processor)
     assert [processor.tokenizer.decode(r) for r in responses] == [f"No.{eos}", f"Yes.{eos}"]
     assert processor.tokenizer.decode(prefix) == f"[user]Which?{eos}\n[assistant]"
 
@@ -581,7 +632,7 @@ def test_a_template_that_changes_the_text_before_the_image_is_refused(bunny):
     name = "{% if messages | length > 1 %}Human{% else %}User{% endif %}"
     template = name + "{% for m in messages %}{% for p in m.content %}" + shown + "{% endfor %}{% endfor %}"
     with pytest.raises(BadInput, match="changes the text before the image"):
-        make_batch(ITEMS, with_template(bunny, template))
+        make_batch(PAIRS, with_template(bunny, template))
 
 
 class Typed:
@@ -606,94 +657,109 @@ def test_token_types_go_on_as_text_in_the_responses(bunny, layout):
     what only an image may. The boundary cuts them as it cuts the tokens, also where tokens merge across it."""
     parts = "{% for p in m.content %}{{ p.text }}{% if p.type == 'image' %}IMAGE{% endif %}{% endfor %}"
     processor = with_template(bunny, "{% for m in messages %}" + parts + "{% endfor %}")
-    items = [("a red answ", "ers", "x", noise(1), noise(2)), ("Which of them?", "No.", "A red circle.", noise(3), noise(4))]
-    batch = make_batch(items, Typed(processor), layout)
+    texts = (("a red answ", "ers", "x"), ("Which of them?", "No.", "A red circle."))
+    pairs = [pair(*text, noise(i), noise(i + 2)) for i, text in enumerate(texts)]
+    batch = make_batch(pairs, Typed(processor), layout)
     assert sorted(batch["processor_keys"]) == ["pixel_values", "types"] and batch["pixel_values"].shape[0] == (
         4 if layout == "packed" else 6
     )
-    without = make_batch(items, processor, layout)
+    without = make_batch(pairs, processor, layout)
     assert torch.equal(batch["input_ids"], without["input_ids"])
     assert without["processor_keys"] == ["pixel_values"] and batch["types"].shape == batch["input_ids"].shape
     if layout == "packed":
         expected = [7 * (part == 0) for lengths in batch["lengths"] for part, n in enumerate(lengths) for _ in range(n)]
         assert batch["types"].tolist() == [expected]
     else:
-        n_targets = (batch["slots"] >= 0).sum(1)
-        for types, mask, n in zip(batch["types"], batch["attention_mask"], n_targets):
-            length = int(mask.sum())
+        n_targets = (batch["targets"] >= 0).sum(1)
+        lengths = (batch["input_ids"] != processor.tokenizer.pad_token_id).sum(1) + 1  # which is the end-of-sequence, too
+        for types, length, n in zip(batch["types"], lengths.tolist(), n_targets):
             assert types.tolist() == [7] * (length - n) + [0] * (len(types) - length + n)
     with pytest.raises(BadInput, match="returns types of shape"):
-        make_batch(items, Typed(processor, (1,)), layout)
+        make_batch(pairs, Typed(processor, (1,)), layout)
 
 
 def test_packed_batch_is_laid_out_as_its_docstring_says(llava):
     """The whole batch by hand: what `response_logps` reads, and what whoever writes a loss of his own builds on."""
     _, processor = train.load_model(str(llava))
     ids = lambda text: processor.tokenizer(text).input_ids
-    batch = make_batch([ITEMS[0], ITEMS[1]], processor)
-    prefixes, responses, expected = [], [], {"input_ids": [], "position_ids": [], "targets": [], "slots": []}
-    for question, *answers, _, _ in ITEMS[:2]:
+    batch = make_batch(PAIRS[:2], processor)
+    prefixes, responses, expected = [], [], {"input_ids": [], "position_ids": []}
+    for question, *answers, _, _ in PAIRS[:2]:
         prompt, _ = full_text(processor, question, "")
         prefix = ids(prompt)
         responses.append([ids(prompt + full_text(processor, question, answer)[1])[len(prefix) :] for answer in answers])
         prefixes.append([t for token in prefix for t in [token] * (16 if token == processor.image_token_id else 1)])
-    # Of both examples first the sequences with the image, then those with the rejected image.
+    # Of both pairs first the sequences with the image, then those with the rejected image.
+    begins = {}
     for i, answers in ((0, (0, 1)), (1, (0, 1)), (0, (2,)), (1, (2,))):
         expected["input_ids"] += prefixes[i]
         expected["position_ids"] += range(len(prefixes[i]))
+        last = len(expected["input_ids"]) - 1
         for answer in answers:
             tokens = responses[i][answer % 2]
+            begins[answer, i] = last, len(expected["input_ids"])
             expected["input_ids"] += tokens
-            expected["targets"] += tokens
             expected["position_ids"] += range(len(prefixes[i]), len(prefixes[i]) + len(tokens))
-            expected["slots"] += [2 * answer + i] * len(tokens)
     assert {name: batch[name][0].tolist() for name in expected} == expected
     lengths = [[len(prefixes[i]), *map(len, responses[i])] for i in (0, 1)]
     assert batch["lengths"] == [*lengths, *(sequence[:2] for sequence in lengths)]
-    assert (batch["batch_size"], batch["has_image_rejected"]) == (2, True)
-    for position, target, slot in zip(batch["predictors"][0], batch["targets"][0], batch["slots"][0].tolist()):
-        follows = batch["input_ids"][0, position + 1] == target
-        assert follows or slot in (2, 3)  # the first token of y_l is predicted by the prompt's last, which y_w follows
-    images = processor.image_processor([ITEMS[i][3 + rejected] for rejected in (0, 1) for i in (0, 1)], return_tensors="pt")
-    assert torch.equal(batch["pixel_values"], images["pixel_values"])
+    # Targets: y_w of both, then y_l, then y_w given m_l. The prefix's last token predicts the first of each.
+    scored = [(answer, i) for answer in (0, 1, 2) for i in (0, 1)]
+    tokens = [responses[i][answer % 2] for answer, i in scored]
+    assert batch["targets"].tolist() == [sum(tokens, [])] and batch["n_targets"] == [*map(len, tokens)]
+    assert batch["names"] == ("chosen", "rejected", "image_rejected")
+    positions = [[last, *range(first, first + len(t) - 1)] for t, (last, first) in zip(tokens, map(begins.get, scored))]
+    assert batch["predictors"].tolist() == [sum(positions, [])]
+    images = [pair.images[0] for pair in PAIRS[:2]] + [pair.images_rejected[0] for pair in PAIRS[:2]]
+    assert torch.equal(batch["pixel_values"], processor.image_processor(images, return_tensors="pt")["pixel_values"])
+
+
+def test_the_worked_example_of_the_batch_is_true(llava):
+    """Readers check their understanding on it. Its numbers follow from the lengths alone: prefix 4, y_w 3, y_l 2."""
+    row, (y_w, y_l) = data.lay_out({"input_ids": [77, 77, 5, 6]}, [[1, 2, 0], [3, 0]])
+    other, (again,) = data.lay_out({"input_ids": [77, 77, 5, 6]}, [[1, 2, 0]])
+    numbers = lambda name: [*map(int, re.findall(r"\d+", re.search(rf"{name} \(.*?\)(.*)", make_batch.__doc__)[1]))]
+    assert numbers("input_ids") == row["input_ids"] + other["input_ids"]
+    assert numbers("position_ids") == row["position_ids"] + other["position_ids"]
+    assert numbers("predictors")[:8] == y_w + y_l + [9 + at for at in again]
 
 
 def test_plain_rows_are_padded_on_the_right_and_padding_counts_for_nothing(llava):
-    """A row's positions count from its first token; a padded slot that counted would add a log-probability to some sum."""
+    """A row's positions count from its first token; padding that counted would add a log-probability to some sum."""
     _, processor = train.load_model(str(llava))
-    batch = make_batch(ITEMS, processor, "plain")
+    batch = make_batch(PAIRS, processor, "plain")
     assert batch["input_ids"].shape[0] == 9 and "position_ids" not in batch
-    ends = batch["attention_mask"].sum(1).tolist()
+    pad = processor.tokenizer.pad_token_id
+    ends = [9 * [0] and max(i for i, id in enumerate(row) if id != pad) + 1 for row in batch["input_ids"].tolist()]
     for i, end in enumerate(ends):
-        assert batch["attention_mask"][i].tolist() == [1] * end + [0] * (max(ends) - end)
-        assert (batch["input_ids"][i, end:] == processor.tokenizer.pad_token_id).all()
-        slots = batch["slots"][i]
-        n = int((slots >= 0).sum())
-        assert slots.tolist() == [i] * n + [-1] * (len(slots) - n)
-        assert batch["targets"][i, :n].tolist() == batch["input_ids"][i, end - n : end].tolist()
+        assert (batch["input_ids"][i, end:] == pad).all() and not (batch["input_ids"][i, :end] == pad).any()
+        targets = batch["targets"][i].tolist()
+        n = sum(target != -100 for target in targets)
+        assert targets[n:] == [-100] * (len(targets) - n)
+        assert targets[:n] == batch["input_ids"][i, end - n : end].tolist()
         assert batch["predictors"][i, :n].tolist() == list(range(end - n - 1, end - 1))
-    assert processor.tokenizer.pad_token_id != 0 and len(set(ends)) > 1
+    assert pad != 0 and len(set(ends)) > 1
 
 
 def test_all_tensors_of_a_batch_move_to_the_device(bunny):
     """One that stays behind stops the first step on a GPU."""
     _, processor = train.load_model(str(bunny))
-    moved = data.to_device(make_batch(ITEMS[:1], processor), "meta")
+    moved = data.to_device(make_batch(PAIRS[:1], processor), "meta")
     assert {value.device.type for value in moved.values() if torch.is_tensor(value)} == {"meta"}
-    assert moved["pixel_values"].shape[0] == 2 and moved["batch_size"] == 1
+    assert moved["pixel_values"].shape[0] == 2 and moved["names"] == ("chosen", "rejected", "image_rejected")
 
 
 def test_truncation_cuts_the_response_never_the_image(loaded):
     """A cut image leaves fewer tokens than features: the model raises, or worse, looks at half an image."""
     _, processor = loaded
-    full = make_batch(ITEMS[:1], processor)
+    full = make_batch(PAIRS[:1], processor)
     prefix = full["lengths"][0][0]
-    cut = make_batch(ITEMS[:1], processor, max_length=prefix + 2)
+    cut = make_batch(PAIRS[:1], processor, max_length=prefix + 2)
     assert cut["lengths"] == [[prefix, 2, 2], [prefix, 2]]
     assert torch.equal(cut["input_ids"][0, :prefix], full["input_ids"][0, :prefix])
     assert cut["targets"][0, :2].tolist() == full["targets"][0, :2].tolist()
     with pytest.raises(BadInput, match="no room"):
-        make_batch(ITEMS[:1], processor, max_length=prefix)
+        make_batch(PAIRS[:1], processor, max_length=prefix)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (3, 5)])
@@ -704,7 +770,7 @@ def test_images_of_one_pixel_and_of_extreme_shape(loaded, tmp_path, size):
     noise(1).save(tmp_path / "b.png")
     examples = read_examples(write(tmp_path / "x.json", [authors(), authors(img_path="b.png")]))
     for strategy in data.STRATEGIES:
-        assert all(Pairs(examples, strategy)[epoch, 0][4].size == size for epoch in range(30))
+        assert all(Pairs(examples, strategy)[epoch, 0].images_rejected[0].size == size for epoch in range(30))
         logps = response_logps(model, make_batch([Pairs(examples, strategy)[0, 0]], processor))
         assert all(math.isfinite(p.item()) for p in logps)
 
@@ -718,11 +784,11 @@ def test_five_images_of_which_three_differ_stay_five(folder, loaded):
     path = write(folder / "x.json", [authors(img_path=None, images=names, prompt=question)])
     examples = read_examples(path)
     assert [Path(image).name for image in examples[0].images] == [Path(name).name for name in names]
-    text, y_w, y_l, images, rejected_images = item = Pairs(examples)[0, 0]
+    text, _, _, images, images_rejected = one = Pairs(examples)[0, 0]
     assert text == "Which is the odd one?"
-    assert [image.size for image in rejected_images] == [image.size for image in images]
-    assert len({image.tobytes() for image in images}) == 3 and len({image.tobytes() for image in rejected_images}) == 5
-    batch = make_batch([item], processor)
+    assert [image.size for image in images_rejected] == [image.size for image in images]
+    assert len({image.tobytes() for image in images}) == 3 and len({image.tobytes() for image in images_rejected}) == 5
+    batch = make_batch([one], processor)
     assert batch["pixel_values"].shape[0] == 10
     assert (batch["input_ids"] == processor.image_token_id).sum() == 10 * 16
     # The check of the room knows it: a prompt of n tokens has room for an answer in n + 1, and not in n.
@@ -742,47 +808,46 @@ def family(request, tmp_path_factory):
     return folder, *train.load_model(str(folder))
 
 
-HERE = Namespace(device="cpu", max_length=2048, layout=None, model="x")
 SIZES = [  # images that differ in their number of tiles or tokens, within an example and between examples
-    ("Describe the picture.", "There is a red circle.", "No.", noise(1, (60, 30)), noise(2, (30, 90))),
-    ("How many?", "One.", "There is a red square, and a blue one.", noise(3, (40, 40)), noise(4, (90, 90))),
+    pair("Describe the picture.", "There is a red circle.", "No.", noise(1, (60, 30)), noise(2, (30, 90))),
+    pair("How many?", "One.", "There is a red square, and a blue one.", noise(3, (40, 40)), noise(4, (90, 90))),
 ]
-TWO_IMAGES = [(*item[:3], [item[3], noise(7, (50, 30))], [item[4], noise(8, (50, 30))]) for item in ITEMS[:2]]
+TWO_IMAGES = [Pair(*one[:3], (*one[3], noise(7, (50, 30))), (*one[4], noise(8, (50, 30)))) for one in PAIRS[:2]]
 CONVERSATION = [{"role": role, "content": [{"type": "text", "text": text}]}
                 for role, text in (("system", "Be brief."), ("user", " Hello. "), ("assistant", "Hello!"))]  # fmt: skip
 CONVERSATION.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it? "}]})
 
 
 @pytest.mark.parametrize(
-    "items",
+    "pairs",
     [
-        ITEMS[:2],
+        PAIRS[:2],
         SIZES,
         TWO_IMAGES,
-        [(CONVERSATION, *ITEMS[0][1:]), ITEMS[1]],
-        [(*i[:3], None, None) for i in ITEMS],
-        [(*ITEMS[0][:3], None, None), SIZES[1], TWO_IMAGES[0]],
+        [PAIRS[0]._replace(question=CONVERSATION), PAIRS[1]],
+        [pair(*one[:3]) for one in PAIRS],
+        [pair(*PAIRS[0][:3]), SIZES[1], TWO_IMAGES[0]],
     ],
     ids=["one image", "different sizes", "two images", "turns", "no image", "none, one and two images"],
 )
-def test_each_family_trains_on_the_librarys_own_log_probabilities(family, items):
+def test_each_family_trains_on_the_librarys_own_log_probabilities(family, pairs):
     """A forgotten processor key, position or kind of attention is silent, and wrong by nats: packed rows where they are
     exact, plain rows where they are not (Gemma's image tokens attend both ways, and most of its layers see only so far)."""
     folder, model, processor = family
-    layout = train.choose_layout(model, processor, items, HERE)
+    layout = train.choose_layout(model, processor, pairs)
     assert layout == ("plain" if folder.name == "gemma3" else "packed")
-    assert train.layout_error(model, processor, items, layout, HERE) < 1e-5
+    assert train.layout_error(model, processor, pairs, layout) < 1e-5
 
 
 def test_each_family_trains_in_bf16(family, tmp_path_factory):
     """What a GPU runs, on the CPU: bf16 weights, a float32 adapter, and no autocast to hide a tensor of the wrong type."""
     folder, *_ = family
     model, processor = train.load_model(str(folder), dtype=torch.bfloat16)
-    layout = train.choose_layout(model, processor, SIZES, HERE)
+    layout = train.choose_layout(model, processor, SIZES)
     assert layout == ("plain" if folder.name == "gemma3" else "packed")
     model = train.add_lora(model, 8, 16).train()
     train.enable_checkpointing(model)
-    losses, *_ = train.forward(model, make_batch(SIZES, processor, layout), ARGS)
+    losses, _ = mdpo_step(model, make_batch(SIZES, processor, layout))
     assert losses.tolist() == pytest.approx([3 * math.log(2)] * 2, abs=1e-6)
     losses.mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if "lora_B" in name}
@@ -803,18 +868,17 @@ def test_each_family_trains_saves_reloads_and_answers(family, small, tmp_path):
     adapted = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     assert len(adapted) == 14 and {id(m) for m in adapted} == linear  # 2 layers: q, k, v, o, gate, up, down
     assert all(layer.lora_B["default"].weight.abs().max() > 0 for layer in adapted)
-    (answer,) = generate_answers(model, processor, [(ITEMS[0][3], ITEMS[0][0])], max_new_tokens=3)
+    (answer,) = generate_answers(model, processor, [(PAIRS[0].images, PAIRS[0].question)], max_new_tokens=3)
     assert isinstance(answer, str)
 
 
 def test_images_are_encoded_once_where_a_model_takes_them_encoded(family, monkeypatch):
     """Policy and reference share one encoding; a model whose forward pass has no room for it must still see its images."""
     folder, model, processor = family
-    assert mdpo.encode_images(model, make_batch(ITEMS[:2], processor)) is not None
+    assert mdpo.encode_images(model, make_batch(PAIRS[:2], processor)) is not None
     monkeypatch.setattr(mdpo, "encode_images", lambda model, batch: None)
-    monkeypatch.setattr(train, "encode_images", lambda model, batch: None)
     layout = "plain" if folder.name == "gemma3" else "packed"
-    assert train.layout_error(model, processor, SIZES, layout, HERE) < 1e-5
+    assert train.layout_error(model, processor, SIZES, layout) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
@@ -838,32 +902,21 @@ def test_what_is_not_exact_is_noticed(family, monkeypatch, capsys):
     _, model, processor = family
     with monkeypatch.context() as patch:
         patch.setattr(mdpo, "packed_positions", lambda model, batch: batch["position_ids"])
-        assert train.layout_error(model, processor, ITEMS[:2], "packed", HERE) > 2e-3
-        assert train.choose_layout(model, processor, ITEMS[:2], HERE) == "plain"
+        assert train.layout_error(model, processor, PAIRS[:2], "packed") > 1e-3
+        assert train.choose_layout(model, processor, PAIRS[:2]) == "plain"
         assert "packed rows are not exact" in capsys.readouterr().out
         with pytest.raises(BadInput, match="cannot be trained in packed rows"):
-            train.choose_layout(model, processor, ITEMS[:2], Namespace(**vars(HERE) | {"layout": "packed"}))
+            train.choose_layout(model, processor, PAIRS[:2], "packed")
     with monkeypatch.context() as patch:
-        mask = mdpo.PackedMask  # in its place one to which the whole sequence, y_w and y_l, is one response
-        leaking = lambda lengths, device: mask([[prefix, sum(responses)] for prefix, *responses in lengths], device)
-        patch.setattr(mdpo, "PackedMask", leaking)
-        assert train.layout_error(model, processor, ITEMS[:2], "packed", HERE) > 2e-3
-        # Even if the library's call agreed with it, y_l feeling a change of y_w would give it away.
-        batch = make_batch(ITEMS[:2], processor)
-        with torch.no_grad():
-            logps = mdpo.token_logps(model, batch)
-        mine = lambda item, field: batch["slots"] == 2 * field + ITEMS.index(item)
-        agree = lambda model, processor, item, field, device: (
-            batch["targets"][mine(item, field)],
-            logps[mine(item, field)],
-        )
-        patch.setattr(train, "library_logps", agree)
-        assert train.layout_error(model, processor, ITEMS[:2], "packed", HERE) > 2e-3
+        blocks = mdpo.attention_blocks  # in their place those of one response, y_w and y_l together
+        leaking = lambda lengths, device: blocks([[prefix, sum(responses)] for prefix, *responses in lengths], device)
+        patch.setattr(mdpo, "attention_blocks", leaking)
+        assert train.layout_error(model, processor, PAIRS[:2], "packed") > 1e-3
     make = data.make_batch
     without = lambda batch: batch | {"processor_keys": [k for k in batch["processor_keys"] if k != "mm_token_type_ids"]}
     monkeypatch.setattr(train, "make_batch", lambda *args: without(make(*args)))
-    with pytest.raises(BadInput, match="cannot be trained in plain rows"):
-        train.choose_layout(model, processor, ITEMS[:2], HERE)
+    with pytest.raises((BadInput, TypeError), match="cannot be trained in plain rows|mm_token_type_ids"):
+        train.choose_layout(model, processor, PAIRS[:2])
 
 
 def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_sequence_may_be_long(llava, capsys):
@@ -871,7 +924,7 @@ def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_sequence_may_be
     model, processor = train.load_model(str(llava))
     for window, layout in ((2048, "packed"), (2047, "plain"), (None, "packed")):
         model.config.text_config.sliding_window = window
-        assert train.choose_layout(model, processor, ITEMS[:2], HERE) == layout
+        assert train.choose_layout(model, processor, PAIRS[:2]) == layout
     assert "see 2047 tokens back, fewer than --max-length 2048" in capsys.readouterr().out
 
 
@@ -903,14 +956,13 @@ def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read
         encode = data.encode_prompts
         patch.setattr(data, "encode_prompts", lambda *args: (lambda call: call.data | mask(call))(encode(*args)))
         with pytest.raises(BadInput, match="returns cross_attention_mask of shape"):
-            make_batch(ITEMS, processor)
+            make_batch(PAIRS, processor)
 
 
 def test_a_conversation_with_bunny_is_in_its_own_words(bunny):
     """Bunny was tuned on one template. Earlier answers end in the end-of-sequence token, as the last one does."""
     _, processor = train.load_model(str(bunny))
-    pair = (CONVERSATION, "A cat.", "A dog.", noise(1), noise(2))
-    ids = make_batch([pair], processor, image_rejected=False)["input_ids"][0].tolist()
+    ids = make_batch([pair(CONVERSATION, "A cat.", "A dog.", noise(1), noise(2))], processor, names=DPO_NAMES)["input_ids"][0].tolist()
     text = processor.decode(ids).replace("\t" * 9, "[]")
     expected = "Be brief. USER: Hello.  ASSISTANT: Hello!<|endoftext|>USER: " + "[]" * 16 + "\nWhat is it?  ASSISTANT: A cat.<|endoftext|>"
     assert re.sub(" +", " ", text).startswith(re.sub(" +", " ", expected))
@@ -932,18 +984,17 @@ def test_turns_and_several_images_are_read_and_shown(folder, loaded):
     (example,) = examples = read_examples(write(folder / "x.json", [TURNS]), processor=processor)
     assert [message["role"] for message in example.question] == ["system", "user", "assistant", "user"]
     assert [Path(image).name for image in example.images] == ["a.png", "llava-1.jpg"]
-    question, *_, images, rejected_images = Pairs(examples)[0, 0]
-    assert [i.size for i in images] == [i.size for i in rejected_images]
-    assert all(a.tobytes() != b.tobytes() for a, b in zip(images, rejected_images))
-    item = (question, "A dog.", "A cat.", images, rejected_images)
-    (prefix, _), _ = sequences_of(make_batch([item], processor), processor)
+    *_, images, images_rejected = one = Pairs(examples)[0, 0]
+    assert [i.size for i in images] == [i.size for i in images_rejected]
+    assert all(a.tobytes() != b.tobytes() for a, b in zip(images, images_rejected))
+    (prefix, _), _ = sequences_of(make_batch([one], processor), processor)
     text = "".join("[]" if id == processor.image_token_id else processor.tokenizer.decode([id]) + "~" for id in prefix)
     text = re.sub(r"[\s~]", "", text)
     assert re.search(r"Bebrief\.(USER:)\[\]Whatisit\?ASSISTANT:Acat\.", text)
     assert text.count("[]") == 2 and text.find("[]", text.find("Acat.")) > 0
     (no_image,) = examples = read_examples(write(folder / "x.json", [TURNS]), with_images=False)
-    batch = make_batch([Pairs(examples)[0, 0]], processor, image_rejected=False)
-    assert no_image.images == [] and not (batch["input_ids"] == processor.image_token_id).any()
+    batch = make_batch([Pairs(examples)[0, 0]], processor, names=DPO_NAMES)
+    assert no_image.images == () and not (batch["input_ids"] == processor.image_token_id).any()
 
 
 # -------------------------------------------------------------------------------------------------- model loading
@@ -1017,7 +1068,7 @@ def test_bunnys_eye_by_hand(bunny, size):
         weights[name.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")] = tensor
     seen = []
     model.model.multi_modal_projector.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    response_logps(model, make_batch([(*ITEMS[0][:3], noise(1, size), noise(2, size))], processor))
+    response_logps(model, make_batch([pair(*PAIRS[0][:3], noise(1, size), noise(2, size))], processor))
     expected = [eye_by_hand(weights, noise(seed, size)) for seed in (1, 2)]
     torch.testing.assert_close(torch.cat(seen).view(2, 16, 32).double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
@@ -1074,44 +1125,49 @@ def with_lora(folder, checkpointing=True):
     return model.train(), processor
 
 
-ARGS = train.parse_args(["--device", "cpu", "--anchors", "chosen"])
-
-
 @pytest.mark.parametrize("family", ["bunny", "llava"])
 def test_step_0_loss_is_3_ln_2(family, request):
     """Policy and reference are the same network at step 0, so each of the three terms is ln 2: any difference of image,
     dropout or adapter between the two passes shows here."""
     model, processor = with_lora(request.getfixturevalue(family))
-    losses, *_ = train.forward(model, make_batch(ITEMS, processor), ARGS)
+    losses, _ = mdpo_step(model, make_batch(PAIRS, processor))
     assert losses.tolist() == pytest.approx([3 * math.log(2)] * 3, abs=1e-5)
 
 
 def test_reference_is_the_base_model(bunny):
     """With the adapter left on, every reward is 0 for ever, and training pulls at nothing."""
     model, processor = with_lora(bunny)
-    batch = make_batch(ITEMS, processor)
+    batch = make_batch(PAIRS, processor)
     base = response_logps(model, batch)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     moved = response_logps(model, batch)
-    _, metrics, _ = train.forward(model, batch, ARGS)
+    _, metrics = mdpo_step(model, batch)
     assert metrics["rewards/chosen"].abs().min() > 1e-3
     torch.testing.assert_close(metrics["rewards/chosen"], 0.1 * (moved.chosen - base.chosen).detach())
 
 
-def test_policy_and_reference_see_one_encoding_of_the_same_images(bunny, monkeypatch):
-    """A crop drawn anew for the reference would make the margin compare two images. One call, two images an example."""
+def test_a_reference_of_its_own(bunny):
+    """A separate reference model is scored by itself: another adapter's model gives the rewards of one against the other."""
+    (model, processor), (other, _) = with_lora(bunny), with_lora(bunny)
+    for name, parameter in other.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = make_batch(PAIRS, processor)
+    _, metrics = mdpo_step(model, batch, ref_model=other)
+    expected = 0.1 * (response_logps(model, batch).chosen - response_logps(other, batch).chosen)
+    torch.testing.assert_close(metrics["rewards/chosen"], expected.detach())
+    assert metrics["rewards/chosen"].abs().min() > 1e-3
+
+
+def test_a_projector_that_is_trained_is_refused(bunny):
+    """Policy and reference share its output, so it would get no gradient, or move the reference."""
     model, processor = with_lora(bunny)
-    seen, given = [], []
-    encode, score = train.encode_images, train.response_logps
-    monkeypatch.setattr(train, "encode_images", lambda m, b: seen.append(b["pixel_values"]) or encode(m, b))
-    monkeypatch.setattr(train, "response_logps", lambda m, b, f=None: given.append((b, f)) or score(m, b, f))
-    batch = make_batch(ITEMS, processor)
-    train.forward(model, batch, ARGS)
-    assert len(seen) == 1 and torch.equal(seen[0], batch["pixel_values"]) and len(seen[0]) == 2 * len(ITEMS)
-    (ref_batch, ref_features), (policy_batch, policy_features) = given
-    assert ref_batch is policy_batch and ref_features is policy_features is not None
+    for parameter in model.get_base_model().model.multi_modal_projector.parameters():
+        parameter.requires_grad_(True)
+    with pytest.raises(ValueError, match="must be frozen"):
+        mdpo_step(model, make_batch(PAIRS, processor))
 
 
 @pytest.mark.parametrize("family", ["bunny", "llava"])
@@ -1129,7 +1185,7 @@ def test_lora_is_on_every_linear_layer_of_the_language_model_and_trains(family, 
     for name, parameter in trainable.items():  # B starts at 0, which would leave A without a gradient
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    train.forward(model, make_batch(ITEMS, processor), ARGS)[0].mean().backward()
+    mdpo_step(model, make_batch(PAIRS, processor))[0].mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trainable.values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
@@ -1166,7 +1222,7 @@ def test_checkpointing_does_not_change_gradients(bunny):
     gradients = []
     for checkpointing in (True, False):
         model, processor = with_lora(bunny, checkpointing)
-        train.forward(model, make_batch(ITEMS, processor), ARGS)[0].mean().backward()
+        mdpo_step(model, make_batch(PAIRS, processor))[0].mean().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert gradients[0] and all(map(torch.equal, *gradients))
 
@@ -1252,7 +1308,7 @@ def test_every_format_gives_the_same_example(folder, record, name, form):
     """Formats are told apart by the records, not by the file's name."""
     (example,) = read_examples(write(folder / name, form.replace("{}", json.dumps(record))))
     assert (example.question, example.chosen, example.rejected) == ("What is it?", "A cat.", "A dog.")
-    assert Path(example.image).name == ("llava-1.jpg" if "completions" in record else "a.png")
+    assert Path(example.images[0]).name == ("llava-1.jpg" if "completions" in record else "a.png")
 
 
 def test_ties_and_unrated_records_are_left_out_and_counted(folder):
@@ -1330,7 +1386,7 @@ def test_an_image_is_looked_for_in_the_folder_then_in_merged_images(folder):
     read = lambda image_dir=None, **changes: read_examples(
         write(folder / "x.json", [VLFEEDBACK | changes]), image_dir=image_dir
     )
-    found = lambda **options: read(**options)[0].image
+    found = lambda **options: read(**options)[0].images[0]
     here, merged = folder / "llava-1.jpg", folder / "merged_images" / "llava-1.jpg"
     assert found() == found(image="llava-1.jpg") == str(merged)
     noise(3).save(here)
@@ -1355,10 +1411,10 @@ def test_a_field_of_null_is_not_there(folder):
     """Exports write null for what a record lacks; `prompt` comes before `question`, `img_path` before the others."""
     record = authors(img_path=None, image="a.png", question="And this?")
     (example,) = read_examples(write(folder / "x.json", [record | {"images": ["b.png"]} | {"images": None}]))
-    assert example.question == "What is it?" and Path(example.image).name == "a.png"
+    assert example.question == "What is it?" and Path(example.images[0]).name == "a.png"
     record = authors(image="b.png", images="c.png", image_path="d.png", prompt=None, question="And this?")
     (example,) = read_examples(write(folder / "x.json", [record]))
-    assert example.question == "And this?" and Path(example.image).name == "a.png"
+    assert example.question == "And this?" and Path(example.images[0]).name == "a.png"
 
 
 @pytest.mark.parametrize(
@@ -1396,8 +1452,8 @@ def test_no_image_needs_no_images_and_no_pool(folder):
     records = [authors(img_path=None), authors(img_path="none.png", prompt="<image>\n<image>\nWhat is it?"), NO_PROMPT]
     examples = read_examples(write(folder / "x.json", records), with_images=False)
     for strategy in data.STRATEGIES:
-        items = [Pairs(examples, strategy)[0, index] for index in range(3)]
-        assert items == [("What is it?", "A cat.", "A dog.", None, None)] * 3
+        pairs = [Pairs(examples, strategy)[0, index] for index in range(3)]
+        assert pairs == [pair("What is it?", "A cat.", "A dog.")] * 3
 
 
 def test_lines_are_numbered_as_an_editor_does(folder):
@@ -1412,8 +1468,11 @@ def test_lines_are_numbered_as_an_editor_does(folder):
     assert "record 5: not valid JSON" in said[0] and "record 6: 'chosen' is empty" in said[0]
 
 
-UNREADABLE = {"cannot be read": None, "not a text file in UTF-8": b"\xff\xfe[", "x: not valid JSON": b"[{},"} | {
-    "neither a JSON list nor JSON lines": b"a table\nof text\n",
+UNREADABLE = {
+    "x: cannot be read: .*No such file": None,
+    "x: cannot be read: 'utf-8' codec can't decode": b"\xff\xfe[",
+    "x: cannot be read: not valid JSON": b"[{},",
+    "2 bad records:\n  record 1: not valid JSON": b"a table\nof text\n",
     "no example is left to train on": b"[]",
 }
 
@@ -1470,12 +1529,12 @@ def test_images_folder_can_be_elsewhere(folder):
 
 
 BAD_RECORDS = {
-    "has no field 'chosen'": authors(chosen=None),
+    "has no field 'completions' or 'chosen'": authors(chosen=None),
     "has no field 'prompt' or 'question'": {"image": "a.png", "chosen": "a", "rejected": "b"},
-    "'chosen' is a number": authors(chosen=3),
-    "is text, not an object": "text",
+    "'chosen' is neither text nor": authors(chosen=3),
+    "is not an object": [1],
     "'rejected' is empty": authors(rejected=" \n"),
-    "'chosen' holds half a character": authors(chosen="A \ud800 cat."),
+    "'chosen': 'utf-8' codec can't encode character": authors(chosen="A \ud800 cat."),
     "'chosen' and 'rejected' are equal": authors(rejected="A cat. "),
     "no image 'b.png'": authors(img_path="b.png"),
     "cannot be decoded": authors(img_path="broken.png"),
@@ -1498,7 +1557,7 @@ BAD_RECORDS = {
         "rejected": [{"role": "user", "content": "Who is it?"}, *MESSAGES["rejected"]],
     },
     "is not Bunny's": authors(prompt="Be rude. USER: <image>\nWhat? ASSISTANT:"),
-    "not in VLFeedback's form": VLFEEDBACK | {"completions": [{"response": "x"}]},
+    "has no 'annotations'": VLFEEDBACK | {"completions": [{"response": "x"}]},
     "not valid JSON": None,
 }
 
@@ -1579,7 +1638,7 @@ def drawn(folder, image, strategy, n, **options):
     folder.mkdir(exist_ok=True)
     image.save(folder / "a.png")
     pairs = Pairs(read_examples(write(folder / "x.json", [authors()])), strategy, **options)
-    rejected = [pairs[epoch, 0][4] for epoch in range(n)]
+    rejected = [pairs[epoch, 0].images_rejected[0] for epoch in range(n)]
     assert all(r.size == image.size and r.mode == "RGB" for r in rejected)
     raw = torch.frombuffer(bytearray(b"".join(r.tobytes() for r in rejected)), dtype=torch.uint8)
     return raw.view(n, image.height, image.width, 3).permute(0, 3, 1, 2).double()
@@ -1670,7 +1729,7 @@ def test_rejected_image_is_a_pure_function_of_seed_epoch_and_index(tmp_path, str
     path = write(tmp_path / "x.json", [authors(img_path=f"{number}.png") for number in range(30)])
     one, *others = read_examples(path)
     examples = [one] * 30 + others  # the same image at the first 30 indices
-    draw = lambda seed, epoch, index, **options: Pairs(examples, strategy, seed=seed, **options)[epoch, index][4].tobytes()
+    draw = lambda seed, epoch, index: Pairs(examples, strategy, seed=seed)[epoch, index].images_rejected[0].tobytes()
     keys = [(s, e, i) for s in (0, 1, 11) for e in (0, 1, 11) for i in (0, 1, 11)]
     drawn_once = {key: draw(*key) for key in keys}
     random.seed(1)
@@ -1679,11 +1738,9 @@ def test_rejected_image_is_a_pure_function_of_seed_epoch_and_index(tmp_path, str
     assert len({*drawn_once.values()}) == 27 if strategy != "random" else len({*drawn_once.values()}) > 12
     for changes in (((s, 0, 0) for s in range(9)), ((0, e, 0) for e in range(9)), ((0, 0, i) for i in range(9))):
         assert len({draw(*key) for key in changes}) > 5
-    fixed = [draw(0, epoch, index, fixed=True) for epoch in (0, 5) for index in (0, 1, 11)]
-    assert fixed == [drawn_once[0, 0, index] for index in (0, 1, 11)] * 2
-    item = Pairs(examples, strategy)[0, 0]
-    assert item[:3] == (one.question, one.chosen, one.rejected)
-    assert item[3].tobytes() == open_image(one.image).tobytes() and item[4].size == item[3].size
+    *texts, (image,), (image_rejected,) = Pairs(examples, strategy)[0, 0]
+    assert texts == [one.question, one.chosen, one.rejected]
+    assert image.tobytes() == open_image(one.images[0]).tobytes() and image_rejected.size == image.size
 
 
 def test_rejected_images_are_the_same_in_another_process(tmp_path):
@@ -1691,17 +1748,17 @@ def test_rejected_images_are_the_same_in_another_process(tmp_path):
     examples = as_examples(tmp_path)
     script = (
         "import zlib; from data import *; examples = read_examples(r'%s')\n"
-        "print(*(zlib.crc32(Pairs(examples, s)[3, 2][4].tobytes()) for s in STRATEGIES))"
+        "print(*(zlib.crc32(Pairs(examples, s)[3, 2].images_rejected[0].tobytes()) for s in STRATEGIES))"
     ) % (tmp_path / "drawn" / "silkie.json")
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-    here = [zlib.crc32(Pairs(examples, s)[3, 2][4].tobytes()) for s in data.STRATEGIES]
+    here = [zlib.crc32(Pairs(examples, s)[3, 2].images_rejected[0].tobytes()) for s in data.STRATEGIES]
     assert child.stdout.split() == [str(checksum) for checksum in here], child.stderr
 
 
 def test_an_unknown_strategy_is_refused(tmp_path):
     """A misspelled one must not train on the image itself."""
-    with pytest.raises(ValueError, match="unknown strategy 'crops'"):
+    with pytest.raises(KeyError, match="crops"):
         Pairs(as_examples(tmp_path), "crops")[0, 0]
 
 
@@ -1720,7 +1777,7 @@ def test_random_image_is_any_other_and_each_as_likely(tmp_path):
     """Table 3's row. The same file may serve several questions: it is one image for all that, and never its own."""
     examples = coloured(tmp_path, "a", "a", "a", "b", "b", "b", "b", "b", "c", "d")
     pairs = Pairs(examples, "random")
-    seen = [pairs[epoch, 1][4].getpixel((4, 4)) for epoch in range(600)]
+    seen = [pairs[epoch, 1].images_rejected[0].getpixel((4, 4)) for epoch in range(600)]
     assert set(seen) == {COLOURS[name] for name in "bcd"}
     assert all(is_share(torch.tensor([s == colour for s in seen]), 1 / 3) for colour in set(seen))
     with pytest.raises(BadInput, match="more different images"):
@@ -1733,11 +1790,11 @@ def test_random_image_is_none_of_the_examples_own_and_of_the_pool(tmp_path):
     """Held-out examples take their images from the training data; another image of the same example is no other image."""
     examples = coloured(tmp_path, "ab", "c", "d", "e")
     pairs = Pairs(examples, "random")
-    seen = [tuple(image.getpixel((4, 4)) for image in pairs[epoch, 0][4]) for epoch in range(200)]
+    seen = [tuple(image.getpixel((4, 4)) for image in pairs[epoch, 0].images_rejected) for epoch in range(200)]
     assert {s for both in seen for s in both} == {COLOURS[name] for name in "cde"}
     assert len(set(seen)) == 9  # each of the two is drawn for itself
     pooled = Pairs(examples[1:2], "random", pool=[*coloured(tmp_path, "cf", "d")])
-    assert {pooled[epoch, 0][4].getpixel((4, 4)) for epoch in range(50)} == {COLOURS["f"], COLOURS["d"]}
+    assert {pooled[epoch, 0].images_rejected[0].getpixel((4, 4)) for epoch in range(50)} == {COLOURS["f"], COLOURS["d"]}
 
 
 def test_random_image_is_centred_and_fitted_not_squashed(tmp_path):
@@ -1747,7 +1804,7 @@ def test_random_image_is_centred_and_fitted_not_squashed(tmp_path):
     wide.save(tmp_path / "wide.png")
     noise(1, (20, 20)).save(tmp_path / "a.png")
     examples = read_examples(write(tmp_path / "x.json", [authors(), authors(img_path="wide.png")]))
-    rejected = Pairs(examples, "random")[0, 0][4]
+    rejected = Pairs(examples, "random")[0, 0].images_rejected[0]
     assert rejected.size == (20, 20) and rejected.getcolors() == [(400, (0, 255, 0))]
 
 
@@ -1934,20 +1991,20 @@ def test_run_writes_what_the_readme_promises(finished, bunny):
 def test_adapter_reloads_with_plain_peft(finished, bunny):
     """Users load it with PeftModel.from_pretrained; a key that does not match would be left out in silence."""
     model, processor = train.load_model(str(bunny))
-    before = response_logps(model, make_batch(ITEMS, processor)).chosen
+    before = response_logps(model, make_batch(PAIRS, processor)).chosen
     tuned = peft.PeftModel.from_pretrained(model, finished)
-    after = response_logps(tuned, make_batch(ITEMS, processor)).chosen
+    after = response_logps(tuned, make_batch(PAIRS, processor)).chosen
     assert (after - before).abs().min() > 1e-4
     by_hand = train.add_lora(train.load_model(str(bunny))[0], rank=4, alpha=8)
     saved = torch.load(finished / "checkpoint.pt", weights_only=True)["adapter"]
     by_hand.load_state_dict(saved, strict=False)
-    torch.testing.assert_close(after, response_logps(by_hand, make_batch(ITEMS, processor)).chosen)
+    torch.testing.assert_close(after, response_logps(by_hand, make_batch(PAIRS, processor)).chosen)
 
 
 def test_saved_processor_reloads(finished, bunny):
     """The folder alone must be enough to ask the tuned model a question."""
     saved, original = transformers.AutoProcessor.from_pretrained(finished), train.load_processor(str(bunny))
-    ours, theirs = (make_batch(ITEMS, processor) for processor in (saved, original))
+    ours, theirs = (make_batch(PAIRS, processor) for processor in (saved, original))
     assert all(torch.equal(ours[k], theirs[k]) for k in ours if torch.is_tensor(ours[k]))
 
 
@@ -2183,9 +2240,9 @@ def six_epochs(bunny, small, tmp_path_factory):
 
 def goes_on_exactly(six_epochs, cut):
     """Resumed, the adapter comes out bit for bit, and the log holds each step once."""
-    arguments, whole = six_epochs
+    _, whole = six_epochs
     assert not (cut / "adapter_model.safetensors").exists()
-    assert train.main(arguments(cut, "--resume")) == 0
+    assert train.main(["--resume", str(cut)]) == 0
     assert [record["step"] for record in log_of(cut)] == list(range(13))
     ours = adapter(cut)
     assert ours.keys() == whole.keys() and all(torch.equal(ours[k], whole[k]) for k in ours)
@@ -2226,32 +2283,6 @@ def test_resume_after_sigkill_inside_the_writing_of_a_checkpoint_is_exact(six_ep
     goes_on_exactly(six_epochs, cut)
 
 
-@pytest.mark.parametrize("flags", ["--fixed-crops", "--no-conditional --anchors none"])
-def test_the_reference_is_asked_once_where_its_images_do_not_change(bunny, small, tmp_path, monkeypatch, flags):
-    """A third of the later epochs' work. The kept log-probabilities must be the example's own, survive a resume bit for
-    bit, and never be used where each epoch draws a new crop."""
-    forward, given = train.forward, []
-    count = lambda model, batch, args, known: given.append(known is not None) or forward(model, batch, args, known)
-    monkeypatch.setattr(train, "forward", count)
-    kept, cut, asked = (tmp_path / name for name in ("kept", "cut", "asked"))
-    assert train.main(command(bunny, small, kept, *flags.split())) == 0
-    assert given == [False] * 4 + [True] * 4  # 2 epochs of 4 micro-batches
-    with monkeypatch.context() as patched:
-        stop_at_3 = lambda bar, record: record["step"] == 3 and os.kill(os.getpid(), signal.SIGTERM)
-        patched.setattr(train, "show", stop_at_3)
-        assert train.main(command(bunny, small, cut, *flags.split())) == 128 + signal.SIGTERM
-    assert train.main(command(bunny, small, cut, *flags.split(), "--resume")) == 0
-    assert all(torch.equal(v, adapter(kept)[k]) for k, v in adapter(cut).items())
-    monkeypatch.setattr(train, "forward", lambda model, batch, args, known: forward(model, batch, args))
-    assert train.main(command(bunny, small, asked, *flags.split())) == 0
-    for ours, theirs in zip(log_of(kept), log_of(asked), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    given.clear()
-    monkeypatch.setattr(train, "forward", count)
-    assert train.main(command(bunny, small, tmp_path / "fresh")) == 0 and not any(given)
-
-
 def stopped_at(step, monkeypatch, arguments, number=signal.SIGTERM):
     """Run train.main and send it a signal once it has logged `step` -> exit status."""
     show = train.show
@@ -2268,11 +2299,11 @@ def test_ctrl_c_and_sigterm_save_before_leaving(finished, bunny, small, tmp_path
     """A cluster's preemption must not cost an epoch. What a kill left of a line in the log is not read."""
     out, before = tmp_path / "out", signal.getsignal(number)
     assert stopped_at(3, monkeypatch, command(bunny, small, out), number) == 128 + number
-    assert "--resume" in capsys.readouterr().out and signal.getsignal(number) == before
+    assert f"python train.py --resume {out}" in capsys.readouterr().out and signal.getsignal(number) == before
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 3
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    assert train.main(command(bunny, small, out, "--resume")) == 0
+    assert train.main(["--resume", str(out)]) == 0
     assert [record["step"] for record in log_of(out)] == [1, 2, 3, 4]
     assert all(torch.equal(v, adapter(finished)[k]) for k, v in adapter(out).items())
 
@@ -2284,8 +2315,25 @@ def test_a_run_goes_on_with_its_own_data_only(bunny, small, tmp_path, monkeypatc
     mine, out = tmp_path / "data" / "silkie.json", tmp_path / "out"
     assert stopped_at(1, monkeypatch, command(bunny, mine, out)) == 128 + signal.SIGTERM
     write(mine, [records[0] | {"chosen": "Something else."}, *records[1:]])
-    assert train.main(command(bunny, mine, out, "--resume")) == 2
-    assert "data" in capsys.readouterr().err
+    assert train.main(["--resume", str(out)]) == 2
+    assert "are not those that the run began with" in capsys.readouterr().err
+    assert train.main(["--resume", str(out), "--data", small]) == 2  # the same texts, but other paths of images
+
+
+def test_a_run_goes_on_with_its_own_arguments(finished, bunny, small, tmp_path, monkeypatch, capsys):
+    """Everything comes from the run's folder. What would train something else is refused, all of it at once; what changes
+    only speed is taken."""
+    out = tmp_path / "out"
+    assert stopped_at(2, monkeypatch, command(bunny, small, out)) == 128 + signal.SIGTERM
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert train.main(["--resume", str(out), "--lr", "1", "--seed", "1", "--anchors", "none"]) == 2
+    error = capsys.readouterr().err
+    assert "--anchors was ['chosen']" in error and "--lr was 0.001" in error and "--seed was 0" in error
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    moved = out.rename(tmp_path / "moved")
+    assert train.main(["--resume", str(moved), "--micro-batch-size", "4", "--model", str(bunny), "--lr", "1e-3"]) == 0
+    assert all(torch.allclose(v, adapter(finished)[k], atol=1e-5) for k, v in adapter(moved).items())
+    assert not out.exists()
 
 
 def test_the_table_at_the_end_is_the_logs(bunny, small, tmp_path, capsys):
@@ -2337,7 +2385,7 @@ def test_held_out_examples_are_never_trained_on_and_keep_their_image(bunny, smal
     assert len(held_out) == 2 and len(trained) == 5 and not held_out & trained
     for (key, _), items in seen.items():
         if key[0] == "held out":
-            assert len(items) == 3 and len({item[4].tobytes() for item in items}) == 1
+            assert len(items) == 3 and len({one.images_rejected[0].tobytes() for one in items}) == 1
     before = log_of(out)[0]  # a DPO run reports the image metrics of the held-out examples too
     assert (
         before["step"] == 0
@@ -2383,7 +2431,6 @@ def test_a_run_is_replaced_only_when_asked(bunny, small, tmp_path, capsys):
     assert train.main(command(bunny, small, out, "--overwrite", "--seed", 1)) == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert any(not torch.equal(first[k], v) for k, v in adapter(out).items())
-    assert train.main(command(bunny, small, out, "--resume")) == 2 and "--seed" in capsys.readouterr().err
 
 
 def broken_model(bunny, folder, change):
@@ -2416,8 +2463,8 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "no example is left": lambda b, t: ["--data", write(t / "x.json", [])],
     "(with ids in 'llava')": lambda b, t: ["--subset", "llava"],
     "not valid JSON": lambda b, t: ["--data", write(t / "x.json", "[{]")],
-    "neither a JSON list nor JSON lines": lambda b, t: ["--data", write(t / "x.json", '{\n"a": 1}')],
-    "not a text file": lambda b, t: ["--data", ROOT / Path(b) / "model-00001-of-00002.safetensors"],
+    "2 bad records": lambda b, t: ["--data", write(t / "x.json", '{\n"a": 1}')],
+    "'utf-8' codec can't decode": lambda b, t: ["--data", ROOT / Path(b) / "model-00001-of-00002.safetensors"],
     "no such image folder": lambda b, t: ["--images", t / "none"],
     "--batch-size 4 is not a multiple of --micro-batch-size 3": lambda b, t: ["--micro-batch-size", 3],
     "--beta: must be above 0, got 0": lambda b, t: ["--beta", 0],
@@ -2440,7 +2487,7 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "unrecognized arguments: --bata": lambda b, t: ["--bata", 1],
     "leaves nothing of 7 examples": lambda b, t: ["--eval-size", 7],
     "no room to answer": lambda b, t: ["--max-length", 20],
-    "holds no run to resume": lambda b, t: ["--resume"],
+    "holds no run to resume": lambda b, t: ["--resume", t],
     "is not empty and holds no run": lambda b, t: ["--out", b, "--overwrite"],
     "cannot be written to": lambda b, t: ["--out", write(t / "file", "") + "/out"],
     "--device cuda: no CUDA": lambda b, t: ["--device", "cuda"],
@@ -2488,7 +2535,7 @@ def test_out_of_gpu_memory_names_the_flag(bunny, small, tmp_path, capsys, monkey
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "forward", full)
+    monkeypatch.setattr(train, "mdpo_step", full)
     assert train.main(command(bunny, small, tmp_path / "out")) == 2
     assert "--micro-batch-size 2" in capsys.readouterr().err
 
@@ -2518,8 +2565,8 @@ README = (ROOT / "README.md").read_text()
 def test_readme_table_points_at_code_that_is_there():
     """A table of equations that rots sends a student to the wrong line."""
     source = inspect.getsource(mdpo_loss)
-    for equation, key in re.findall(r"^\| eq\. (\d).*`(loss\S*)` in `mdpo.mdpo_loss`", README, re.MULTILINE):
-        assert re.search(rf"{key}\b.*# eq\. {equation}", source), (equation, key)
+    for equation, key in re.findall(r"^\| eq\. (\d).*`(\S+)` in `mdpo.mdpo_loss`", README, re.MULTILINE):
+        assert re.search(rf"{re.escape(key)}.*# eq\. {equation}", source), (equation, key)
     named = re.findall(r"`(mdpo|data|train)\.(\w+)`", README)
     assert len(named) >= 8
     for module, name in named:
@@ -2531,7 +2578,7 @@ def test_readme_flags_exist():
     rows = re.findall(r"^\| (?:DPO|Fig|Table|4\.1).*\| `(--[^`]+)`", README, re.MULTILINE)
     assert len(rows) >= 12
     for flags in rows:
-        train.check_args(train.parse_args(["--model", "m", "--data", "d", *flags.split()]))
+        train.parse_args(["--model", "m", "--data", "d", *flags.split()])
 
 
 def test_readme_training_command_runs(bunny, tmp_path, monkeypatch):
@@ -2549,7 +2596,9 @@ def test_readme_training_command_runs(bunny, tmp_path, monkeypatch):
 
 def test_each_epoch_sees_each_example_once_in_an_order_of_its_own():
     """An example left out, or one order for all epochs, is training on something else than the data."""
-    plan = train.plan_steps(10, 4, 2, seed=0)
+    plan = train.plan_steps(10, 4, 3, 2, seed=0)
+    assert [[len(micro_batch) for micro_batch in step] for step in plan] == [[3, 1], [3, 1], [2]] * 2
+    plan = [sum(step, []) for step in plan]
     assert [len(batch) for batch in plan] == [4, 4, 2] * 2
     orders = [[key for batch in plan[at : at + 3] for key in batch] for at in (0, 3)]
     assert [sorted(order) for order in orders] == [[(epoch, i) for i in range(10)] for epoch in (0, 1)]

@@ -12,7 +12,7 @@ import peft
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, as_list, chat_messages, encode_prompts, open_image
+from data import BadInput, chat_messages, encode_prompts, open_image
 from train import best_device, load_model, quiet_libraries
 
 
@@ -31,12 +31,13 @@ def chat_prompt(processor, question, n_images=1):
 
 @torch.no_grad()
 def generate_answers(model, processor, questions, max_new_tokens=256, batch_size=8):
-    """[(PIL image or list of them, question)] -> the model's greedy answers, in order. Leaves the model in eval mode."""
+    """[(PIL image or several of them, question)] -> the model's greedy answers, in order. Leaves the model in eval mode."""
     model.eval()  # under gradient checkpointing, a model in training mode forgets its cache and babbles
     answers = []
     for at in range(0, len(questions), batch_size):
-        images = [as_list(image) for image, _ in questions[at : at + batch_size]]
-        texts = [text for _, text in questions[at : at + batch_size]]
+        batch = questions[at : at + batch_size]
+        images = [image if isinstance(image, (list, tuple)) else [image] for image, _ in batch]
+        texts = [text for _, text in batch]
         prompts = [chat_prompt(processor, text, len(of_text)) for text, of_text in zip(texts, images)]
         inputs = encode_prompts(processor, prompts, images).to(model.device, model.dtype)
         tokens = model.generate(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from data import BadInput
 from examples import shapes
 from examples.answer import generate_answers
 
@@ -17,18 +18,16 @@ DEFAULTS = {
 }
 
 
-def demo_paths(out=None):
-    """-> (model, data file, folder for the run), the last two in a fresh folder runs/demo-N."""
+def prepare(args, n_pairs=720, seed=0):
+    """Write the preference pairs and their images to a new folder runs/demo-N, and fill in the paths of `args`."""
+    if args.model or args.data:
+        raise BadInput("--demo has its own model and data, made afresh; leave out --model and --data")
     number = 1
     while Path("runs", f"demo-{number}").exists():
         number += 1
     folder = Path("runs", f"demo-{number}")
-    return str(BASE), str(folder / "data" / "silkie.json"), out or str(folder / "out")
-
-
-def write_demo(data, n_pairs=720, seed=0):
-    """Write the preference pairs to the path `data`, and their images beside it."""
-    shapes.write_pairs(Path(data).parent, n_pairs, seed)
+    args.model, args.data, args.out = str(BASE), str(folder / "data" / "silkie.json"), args.out or str(folder / "out")
+    shapes.write_pairs(folder / "data", n_pairs, seed)
 
 
 def report(model, processor, folder, n_scenes=60, seed=0):

@@ -10,7 +10,6 @@ what the model answers before and after four steps with an exaggerated learning 
 import json
 import sys
 import tempfile
-from argparse import Namespace
 from pathlib import Path
 
 import peft
@@ -235,13 +234,11 @@ def write_family(name, folder):
 def layout_errors(folder, examples):
     """How far each layout is from the library's own call, in nats a token; nan where the model refuses it."""
     model, processor = train.load_model(str(folder))
-    items = [Pairs(examples)[0, i] for i in range(2)]
+    pairs = [Pairs(examples)[0, i] for i in range(2)]
     errors = {}
     for layout in ("packed", "plain"):
         try:
-            errors[layout] = train.layout_error(
-                model, processor, items, layout, Namespace(device="cpu", max_length=2048)
-            )
+            errors[layout] = train.layout_error(model, processor, pairs, layout)
         except Exception:
             errors[layout] = float("nan")
     return errors
@@ -265,7 +262,8 @@ def main(names):
             layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
             model, processor = train.load_model(str(folder / "model"))
             model = peft.PeftModel.from_pretrained(model, folder / "out").eval()
-            ask = [Pairs(examples)[0, 0][index] for index in (3, 0)]
+            first = Pairs(examples)[0, 0]
+            ask = (first.images, first.question)
             with model.disable_adapter():
                 before = generate_answers(model, processor, [ask], 6)
             after = generate_answers(model, processor, [ask], 6)

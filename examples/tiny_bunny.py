@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BUNNY_SYSTEM
 from examples import shapes
-from mdpo import PackedMask
+from mdpo import attention_blocks
 from train import BUNNY_IMAGE_TOKEN, load_model, quiet_libraries
 
 
@@ -210,7 +210,8 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
         features = SimpleNamespace(pooler_output=list(model.model.multi_modal_projector(seen)))
         logits = model(
             input_ids=batch["input_ids"],
-            attention_mask=PackedMask(lengths),
+            attention_mask=torch.ones((), dtype=torch.bool).expand(1, 1, *batch["input_ids"].shape[-1:] * 2),
+            blocks=attention_blocks(lengths),
             position_ids=batch["position_ids"],
             logits_to_keep=batch["predictors"],
             mm_encoder_outputs={"image": features},
