@@ -529,9 +529,10 @@ def with_template(folder, template):
     return processor
 
 
+@pytest.mark.parametrize("answers", [("ers", "x"), ("x", "ers")])
 @pytest.mark.parametrize("image_is_last", [False, True])
 @pytest.mark.parametrize("with_image", [False, True])
-def test_boundary_where_tokens_merge_across_it(bunny, with_image, image_is_last):
+def test_boundary_where_tokens_merge_across_it(bunny, with_image, image_is_last, answers):
     """prompt 'answ' + response 'ers' is one token of the whole: tokenised apart, the model would be scored on
     text that it never produces. The boundary moves back to the last token that all three texts share; never
     past an image."""
@@ -543,9 +544,9 @@ def test_boundary_where_tokens_merge_across_it(bunny, with_image, image_is_last)
     image, token = (noise(1), processor.image_token) if with_image else (None, "")
     content = [{"type": "text", "text": "a red answ"}]
     content = [*content, {"type": "image"}] if image_is_last else [{"type": "image"}, *content]
-    item = ([{"role": "user", "content": content}], "ers", "x", image, image)
+    item = ([{"role": "user", "content": content}], *answers, image, image)
     prompt = "a red answ" + token if image_is_last else token + "a red answ"
-    wholes = [[*ids(prompt + answer), tokenizer.eos_token_id] for answer in ("ers", "x")]
+    wholes = [[*ids(prompt + answer), tokenizer.eos_token_id] for answer in answers]
     shared = len(os.path.commonprefix([ids(prompt), *wholes]))
     merged = not (image_is_last and with_image)  # else the image stands between
     assert (shared < len(ids(prompt))) == merged
@@ -572,14 +573,14 @@ def test_what_a_template_appends_after_the_end_is_dropped(bunny):
     """A newline after <|im_end|> is never generated; scoring it would reward a token nobody produces."""
     processor = with_template(
         bunny,
-        "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text | trim }}{% endfor %}{{ eos_token }}\n"
-        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+        "{% for m in messages %}[{{ m.role }}]\n{% for p in m.content %}{{ p.text }}{% endfor %}{{ eos_token }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]\n{% endif %}",
     )
     eos = processor.tokenizer.eos_token
     item = ("Which?", "No.", f"Yes.{eos} Or no.", None, None)
     ((prefix, responses),) = sequences_of(make_batch([item], processor, image_rejected=False), processor)
     assert [processor.tokenizer.decode(r) for r in responses] == [f"No.{eos}", f"Yes.{eos}"]
-    assert processor.tokenizer.decode(prefix) == f"[user]Which?{eos}\n[assistant]"
+    assert processor.tokenizer.decode(prefix) == f"[user]\nWhich?{eos}\n[assistant]\n"
 
 
 def test_a_template_that_changes_the_text_before_the_image_is_refused(bunny):
