@@ -187,7 +187,7 @@ def parse_record(record, id, roots, placeholders, with_images):
     for name, text in texts:
         if not text.strip():
             raise BadInput(f"'{name}' is empty")
-        if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can hold it, a tokenizer cannot
+        if any("\ud800" <= character <= "\udfff" for character in text):  # of JSON, not of UTF-8
             raise BadInput(f"'{name}' holds half a character (a lone surrogate)")
         for placeholder in placeholders:
             if placeholder in text:
@@ -297,7 +297,7 @@ def best_and_worst(completions):
             completions = [row(completions, i) for i in range(len(completions.get("response", ())))]
         for completion in completions:
             ratings = [str(aspect["Rating"]).strip() for aspect in completion["annotations"].values()]
-            response = re.sub(r"【[^】]*†[^】]*】", "", completion["response"])  # without citation marks
+            response = re.sub(r"【[^】]*†[^】]*】", "", completion["response"])  # citation marks
             if ratings and all(re.fullmatch(r"\d{1,3}(\.\d+)?", rating) for rating in ratings):  # not "N/A"
                 rated.append((statistics.mean(map(float, ratings)), response))
     except (LookupError, TypeError, AttributeError) as error:
@@ -564,7 +564,7 @@ def tokenize(processor, question, chosen, rejected, n_images):
     before, _, after = processor.apply_chat_template([*messages, assistant], tokenize=False).rpartition(stand_in)
     ending = after.strip() or tokenizer.eos_token
     if prompt == processor.apply_chat_template(messages, tokenize=False) and before.startswith(prompt):
-        # A template without a generation prompt: what opens the answer is not to be learned. Tabs may be an image's token.
+        # A template without a generation prompt: what opens the answer is not to be learned. Tabs may be an image.
         prompt = before.rstrip(" \n")
     wholes = before + chosen + ending, before + rejected + ending
 

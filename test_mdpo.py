@@ -623,6 +623,7 @@ def test_token_types_go_on_as_text_in_the_responses(bunny, layout):
     batch = make_batch(items, Typed(processor), layout)
     assert sorted(batch["processor_keys"]) == ["pixel_values", "types"]
     assert batch["pixel_values"].shape[0] == (4 if layout == "packed" else 6)
+    assert (batch["input_ids"][0, :16] == processor.image_token_id).all()  # an image stands before its question
     without = make_batch(items, processor, layout)
     assert torch.equal(batch["input_ids"], without["input_ids"])
     assert without["processor_keys"] == ["pixel_values"] and batch["types"].shape == batch["input_ids"].shape
@@ -1855,7 +1856,7 @@ def test_moco_jitters_contrast_and_colour_as_much_as_brightness(tmp_path):
     spread = (rgb.amax(1) - rgb.amin(1)) / luminance
     kept = (spread > 0) & (rgb != torch.tensor([120, 80, 80])).any(1)
     factor = spread[kept] / (40 / (0.299 * 120 + 0.701 * 80))
-    # Two factors uniform in 0.6..1.4 have a mean of 1 and a variance of 0.16 / 3 each: (1 + 0.16 / 3)^2 - 1 = 0.109.
+    # Factors uniform in 0.6..1.4 have a mean of 1 and a variance of 0.16 / 3; two: (1 + 0.16 / 3)^2 - 1 = 0.109.
     assert factor.mean() == pytest.approx(1, abs=0.04) and factor.var() == pytest.approx(0.109, abs=0.017)
 
 
@@ -1867,8 +1868,8 @@ def test_moco_jitters_in_any_order(tmp_path):
         bands.paste((250, 250, 250), (x, 0, x + 8, 64))
     images = drawn(tmp_path, bands, "moco", 400)[:, 0, 20:44]
     low, high = images.amin((1, 2)), images.amax((1, 2))
-    # Brightness first: dark bands stay below 1.4 * 120 = 168 if white is reached at last. Contrast first: the ratio of
-    # the two is that of contrast alone, at least 0.6 of 130 over bands of mean 185, unless white is reached.
+    # Brightness first: dark bands stay below 1.4 * 120 = 168 if white is reached at last. Contrast first: the
+    # ratio of the two is that of contrast alone, at least 0.6 of 130 over bands of mean 185, unless white is reached.
     assert ((low > 180) & (high == 255)).any()
     assert ((high < 250) & ((high - low) / (high + low) < 0.85 * 0.6 * 130 / 370)).any()
 
