@@ -1329,6 +1329,7 @@ def test_throughput_compares_like_with_like_at_identical_settings(tiny, timed, m
 def test_throughput_compares_ours_at_its_best_with_the_others_as_released(tiny, timed, monkeypatch):
     """Ours gains --no-checkpointing and nothing else; theirs peft's layers, Phi's activation and, in bf16,
     autocast, and nothing else. Without --trl TRL is not run."""
+    monkeypatch.setattr(throughput, "trl_rival", lambda *arguments: pytest.fail("TRL is run"))
     result = throughput.compare(tiny, identical=False)
     assert list(timed) == ["ours", "authors"] and "at its best" in result["settings"]
     ours = ours_at_identical_settings(*batch_sizes(timed["ours"])) | {"checkpointing": False}
@@ -1383,8 +1384,8 @@ def test_throughput_ratio_is_of_the_same_round_and_above_1_where_ours_is_faster(
     ratios = throughput.in_turns(steppers, 2, 2)
     assert ratios == {"a": {"median": 3, "low": 2, "high": 4}, "b": {"median": 2, "low": 1, "high": 3}}
     assert steppers[0].times == [1.5, 3.5]
-    steppers = [stepper("ours", 2, 1, 4), stepper("a", 4, 4, 16)]
-    assert throughput.in_turns(steppers, 1, 3)["a"] == {"median": 4, "low": 2, "high": 4}
+    steppers = [stepper("ours", 2, 1, 4), stepper("a", 6, 4, 16)]
+    assert throughput.in_turns(steppers, 1, 3)["a"] == {"median": 4, "low": 3, "high": 4}
     steppers = [stepper("ours", 1, 1, 1), stepper("a", 1, 2, 9)]
     assert throughput.in_turns(steppers, 1, 3)["a"] == {"median": 2, "low": 1, "high": 9}
 
@@ -1494,9 +1495,16 @@ class Clock:
 
 
 def test_matmul_rate_is_of_the_products_that_are_timed(monkeypatch):
-    """Two products of 1024 x 1024 in a second, 2 x 1024^3 FLOPs each; the five before do not count."""
-    monkeypatch.setattr(throughput, "time", Clock(tick=1.0))
-    assert throughput.matmul_rate("cpu", torch.float32, times=2) == 4 * 1024**3
+    """Each product of 1024 x 1024 takes half a second here, for 2 x 1024^3 FLOPs; those before do not count."""
+    clock = Clock()
+
+    class Matrix:
+        def __matmul__(self, other):
+            clock.move(0.5)
+
+    monkeypatch.setattr(throughput, "time", clock)
+    monkeypatch.setattr(torch, "randn", lambda *size, **options: Matrix())
+    assert throughput.matmul_rate("cpu", torch.float32) == 4 * 1024**3
 
 
 def test_stepper_times_the_whole_of_a_training_step(tiny, monkeypatch):
