@@ -805,7 +805,9 @@ def test_merge_says_how_far_each_model_is_from_the_adapter(adapted, tmp_path, mo
 def test_a_merge_that_is_a_nat_off_is_not_saved(off, adapted, tmp_path, monkeypatch, capsys):
     """Either way: likelier answers are no better merge."""
     numbers = iter([0.0, off])
-    monkeypatch.setattr(merge, "response_logps", lambda *arguments: LogPs(*torch.full((3, 4), next(numbers))))
+    monkeypatch.setattr(
+        merge, "response_logps", lambda *arguments: LogPs(*torch.full((3, 4), next(numbers, off)))
+    )
     monkeypatch.setattr(merge, "generate_answers", lambda *arguments: ["yes"] * 4)
     assert merge.main(["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
     assert "1.0e+00 nats off" in capsys.readouterr().err and not (tmp_path / "merged").exists()
