@@ -1490,7 +1490,8 @@ class Clock:
 
 
 def test_matmul_rate_is_of_the_products_that_are_timed(monkeypatch):
-    """Each product of 1024 x 1024 takes half a second here, for 2 x 1024^3 FLOPs; those before do not count."""
+    """Each product of 1024 x 1024 takes half a second here, for 2 x 1024^3 FLOPs; those before do not
+    count."""
     clock = Clock()
 
     class Matrix:
