@@ -11,6 +11,7 @@ import random
 import re
 import statistics
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -61,8 +62,7 @@ def random_crop(image, rng, area=CROP, **_):
     n_pixels = rng.uniform(*area) * width * height
     fits = lambda aspect: min(max(aspect, n_pixels / height**2), width**2 / n_pixels)  # box inside the image
     aspect = math.exp(rng.uniform(math.log(fits(3 / 4)), math.log(fits(4 / 3))))
-    w = min(max(1, round(math.sqrt(n_pixels * aspect))), width)
-    h = min(max(1, round(math.sqrt(n_pixels / aspect))), height)
+    w, h = (max(1, round(math.sqrt(n))) for n in (n_pixels * aspect, n_pixels / aspect))
     x, y = rng.randint(0, width - w), rng.randint(0, height - h)
     return image.resize(image.size, Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
 
@@ -100,7 +100,7 @@ def shift_hue(image, turn):
 STRATEGIES = {"crop": random_crop, "random": another_image, "moco": moco_augment}
 
 
-class Pairs(torch.utils.data.Dataset):
+class Pairs:
     """Examples with their images: `pairs[epoch, index]` -> `Pair`.
 
     Rejected images are a pure function of (seed, epoch, index): policy and reference share them, and a resumed run meets
@@ -161,8 +161,8 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
     Returns a dict. Example: one pair, m_w of two tokens (77), q = 5 6, y_w = 1 2 and y_l = 3, each with end-of-sequence 0:
 
         input_ids (R, T)      77 77  5  6 | 1  2  0 | 3  0 || 77 77  5  6 | 1  2  0
-        position_ids (R, T)    0  1  2  3   4  5  6   4  5     0  1  2  3   4  5  6    packed only
-        lengths               [[4, 3, 2], [4, 3]]: tokens of each sequence's prefix and responses; packed only
+        position_ids (R, T)    0  1  2  3   4  5  6   4  5     0  1  2  3   4  5  6
+        lengths               [[4, 3, 2], [4, 3]]: tokens of each sequence's prefix and responses; None in plain rows
         predictors (R, K)      3  4  5 | 3  7 | 12 13 14: positions whose logits predict a response token
         targets (R, K)         1  2  0 | 3  0 |  1  2  0: these tokens, -100 in padding
         n_targets             [3, 2, 3]: how many belong to each response: all `names[0]`, one for each pair, then the next
@@ -177,42 +177,39 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
         groups.setdefault(SCORED[name][0] if layout == "packed" else name, []).append(name)
     sequences = [(i, group) for group in groups.values() for i in range(len(pairs))]
     texts = [tokenize(processor, pair) for pair in pairs]
-    seen = [getattr(pairs[i], SCORED[group[0]][0]) for i, group in sequences]
-    prefixes, image_inputs = expand_prefixes(processor, [texts[i] for i, _ in sequences], seen)
+    images = [getattr(pairs[i], SCORED[group[0]][0]) for i, group in sequences]
+    prefixes, image_inputs = expand_prefixes(processor, [texts[i] for i, _ in sequences], images)
 
-    rows, lengths, predictors, targets = [], [], {}, {}
+    rows, lengths, scored = [], [], {}
     for (i, group), prefix in zip(sequences, prefixes):
         room = room_for_response(len(prefix["input_ids"]), max_length)
         responses = [texts[i].responses[SCORED[name][1]][:room] for name in group]
-        sequence, predict = lay_out(prefix, responses)
+        sequence, predictors = lay_out(prefix, responses)
         if layout == "plain" or not rows:
-            rows.append({name: [] for name in sequence})
+            rows.append(defaultdict(list))
         start = len(rows[-1]["input_ids"])
         for name, values in sequence.items():
             rows[-1][name] += values
-        for name, response, positions in zip(group, responses, predict):
-            targets[name, i], predictors[name, i] = response, [start + position for position in positions]
+        for name, positions, response in zip(group, predictors, responses):
+            scored[name, i] = [start + position for position in positions], response
         lengths.append([len(prefix["input_ids"]), *map(len, responses)])
 
-    order = [(name, i) for name in names for i in range(len(pairs))]
-    predictors, targets = ([of[key] for key in order] for of in (predictors, targets))
+    predictors, targets = zip(*(scored[name, i] for name in names for i in range(len(pairs))))
     n_targets = [*map(len, targets)]
-    as_rows = lambda rows, padding=0: pad_sequence([torch.tensor(row) for row in rows], True, padding)
-    padding = {"input_ids": processor.tokenizer.pad_token_id}
-    batch = {name: as_rows([row[name] for row in rows], padding.get(name, 0)) for name in rows[0]} | image_inputs
     if layout == "packed":
-        batch["lengths"] = lengths
         predictors, targets = [sum(predictors, [])], [sum(targets, [])]
-    else:  # in a row of its own a sequence's positions are what the model takes them to be
-        del batch["position_ids"]
-        n_targets = [max(n_targets)] * len(n_targets)
-    keys = [*image_inputs, *(rows[0].keys() - {"input_ids", "position_ids"})]
+    else:
+        n_targets, lengths = [max(n_targets)] * len(n_targets), None
+    as_rows = lambda rows, padding=0: pad_sequence([torch.tensor(row) for row in rows], True, padding)
+    batch = {name: as_rows([row[name] for row in rows]) for name in rows[0]} | image_inputs
+    batch["input_ids"] = as_rows([row["input_ids"] for row in rows], processor.tokenizer.pad_token_id)
+    keys = [name for name in batch if name not in ("input_ids", "position_ids")]
     batch |= {"predictors": as_rows(predictors), "targets": as_rows(targets, -100), "n_targets": n_targets}
-    return batch | {"names": names, "processor_keys": keys}
+    return batch | {"lengths": lengths, "names": names, "processor_keys": keys}
 
 
 def lay_out(prefix, responses):
-    """One sequence: prefix and responses -> a list of numbers a name, and the positions that predict each response.
+    """One sequence: prefix and responses -> lists of numbers by name, and the positions that predict each response.
 
     The prefix's last token predicts the first of each response, whose positions go on where the prefix ended.
     """
@@ -222,8 +219,8 @@ def lay_out(prefix, responses):
         predictors.append([n_prefix - 1, *range(len(ids), len(ids) + len(response) - 1)])
         positions += range(n_prefix, n_prefix + len(response))
         ids += response
-    no_image = [0] * (len(ids) - n_prefix)  # the type of a response's tokens
-    return {name: values + no_image for name, values in prefix.items()} | {"input_ids": ids, "position_ids": positions}, predictors
+    sequence = {name: values + [0] * (len(ids) - n_prefix) for name, values in prefix.items()}  # 0: the type of text
+    return sequence | {"input_ids": ids, "position_ids": positions}, predictors
 
 
 def expand_prefixes(processor, texts, images):
@@ -232,8 +229,6 @@ def expand_prefixes(processor, texts, images):
     The first is a dict for each: input_ids, with the tokens of the images in place, and what else the processor says of
     each token (its type). The second is a dict of tensors: pixel_values and, for some models, sizes or grids.
     """
-    if not any(images):
-        return [{"input_ids": tokens.prompt_ids[: tokens.n_shared]} for tokens in texts], {}
     encoded = encode_prompts(processor, [tokens.prompt for tokens in texts], images)
     masks = encoded.pop("attention_mask").bool()
     per_token = {name: values for name, values in encoded.items() if values.shape[:2] == masks.shape}
@@ -242,13 +237,9 @@ def expand_prefixes(processor, texts, images):
             raise BadInput(f"the processor returns {name} of shape {tuple(values.shape)}, which rows cannot extend")
     prefixes = []
     for i, tokens in enumerate(texts):
+        n_merged = len(tokens.prompt_ids) - tokens.n_shared  # last prompt tokens that merge with a response's first
         prefix = {name: values[i][masks[i]].tolist() for name, values in per_token.items()}
-        # What follows the image is tokenised alike with one placeholder and with its hundreds of tokens.
-        behind = len(tokens.prompt_ids) - tokens.n_shared  # prompt tokens that a response's first merged with
-        end = len(prefix["input_ids"]) - behind
-        if prefix["input_ids"][end:] != tokens.prompt_ids[tokens.n_shared :]:
-            raise BadInput("this model's chat template changes the text before the image once a response is there")
-        prefixes.append({name: values[:end] for name, values in prefix.items()})
+        prefixes.append({name: values[: len(values) - n_merged] for name, values in prefix.items()})
     return prefixes, {name: values for name, values in encoded.items() if name not in per_token}
 
 
@@ -258,9 +249,8 @@ class Tokens(NamedTuple):
     prompt: str
     prompt_ids: list[int]
     n_shared: int  # tokens that prompt, prompt + y_w and prompt + y_l begin with; responses are what follows
-    wholes: dict[str, str]  # "chosen", "rejected" -> prompt and response
-    after: dict[str, list[int]]  # the tokens of each whole behind the shared ones
-    responses: dict[str, list[int]]  # these up to the first end-of-sequence
+    wholes: dict[str, str]  # "chosen", "rejected" -> prompt and response, up to its first end-of-sequence
+    responses: dict[str, list[int]]  # their tokens
 
 
 def tokenize(processor, pair):
@@ -276,16 +266,16 @@ def tokenize(processor, pair):
     if prompt == template(messages) and before.startswith(prompt):
         # A template without a generation prompt: what opens the answer is not to be learned. Tabs may be an image's token.
         prompt = before.rstrip(" \n")
-    wholes = {name: before + getattr(pair, name) + ending for name in ("chosen", "rejected")}
+    wholes = {}
+    for name in ("chosen", "rejected"):
+        answer, end, _ = (getattr(pair, name) + ending).partition(tokenizer.eos_token)  # nothing behind it is generated
+        wholes[name] = before + answer + end
 
     special = {"add_special_tokens": not starts_with_bos(processor, prompt)}
     prompt_ids, *whole_ids = (tokenizer(text, **special).input_ids for text in (prompt, *wholes.values()))
     n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of paths
-    after = {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)}
-    # What follows the first end-of-sequence, such as a template's newline, is never generated.
-    end = lambda ids: ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-    responses = {name: ids[: end(ids)] for name, ids in after.items()}
-    return Tokens(prompt, prompt_ids, n_shared, wholes, after, responses)
+    responses = {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)}
+    return Tokens(prompt, prompt_ids, n_shared, wholes, responses)
 
 
 def chat_messages(question, n_images):
@@ -327,37 +317,15 @@ def to_device(batch, device):
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_examples(path, image_dir=None, *, skip_bad=False, log=print, **options):
+def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with_images=True, skip_bad=False,
+                  processor=None, max_length=2048, log=print):  # fmt: skip
     """Read a preference file of any known format (README, "Data") -> list of `Example`, each checked.
-
-    skip_bad: drop bad records instead of raising. Further arguments as of `scan`.
-    Raises BadInput, listing every bad record and its reason, or if nothing is left.
-    """
-    examples, problems, n_unpaired = scan(path, image_dir, **options)
-    if problems and not skip_bad:
-        raise BadInput(f"{path}: {report(problems)}\nMend them, or drop them with --skip-bad.")
-    if problems:
-        log(f"{path}: dropped {report(problems)}")
-    if n_unpaired:
-        log(f"{path}: left out {n_unpaired} records whose best and worst rating are equal or missing")
-    if not examples:
-        subset = options.get("subset")
-        raise BadInput(f"{path}: no example is left to train on" + f" (with ids in {subset!r})" * bool(subset))
-    return examples
-
-
-def report(problems, most=20):
-    lines = [f"{len(problems)} bad record{'s' * (len(problems) > 1)}:"] + [f"  {p}" for p in problems[:most]]
-    return "\n".join(lines + [f"  ... and {len(problems) - most} more"] * (len(problems) > most))
-
-
-def scan(path, image_dir=None, subset=None, limit=None, seed=0, with_images=True, processor=None, max_length=2048):
-    """-> (good examples, a line for each bad record, number of records without a preference).
 
     image_dir: where relative image paths begin (default: the file's folder); `merged_images/` in it is searched too.
     subset: keep the ids that begin so. limit: a sample of so many, drawn by `seed`.
-    with_images: False leaves every image out, and needs none.
+    with_images: False leaves every image out, and needs none. skip_bad: drop bad records instead of raising.
     processor, max_length: if given, also checks that prompts leave room for an answer and do not hold the image token.
+    Raises BadInput, listing bad records and their reasons, or if nothing is left.
     """
     folder = Path(image_dir or Path(path).parent)
     if not folder.is_dir():
@@ -366,30 +334,40 @@ def scan(path, image_dir=None, subset=None, limit=None, seed=0, with_images=True
     placeholders = {"<image>"} | {getattr(processor, name, None) for name in ("image_token", "boi_token")} - {None}
     found, problems, n_unpaired = [], [], 0
     for number, record in load_records(path):
-        where = f"record {number}"
-        record, problem = attempt(where, parse_json, record)
-        if isinstance(record, dict) and "id" in record:
-            where += f" (id {record['id']})"
-        id = str(record.get("id", number) if isinstance(record, dict) else number)
+        record, problem = attempt(f"record {number}", parse_json, record)
+        id = str(record["id"] if isinstance(record, dict) and "id" in record else number)
         if subset and not id.startswith(subset):
             continue
+        where = f"record {number}" + f" (id {id})" * (id != str(number))
         if not problem:
             example, problem = attempt(where, parse_record, record, id, roots, placeholders)
         if problem:
             problems.append(problem)
-        elif example is None:
-            n_unpaired += 1
-        else:
+        elif example:
             found.append((where, example))
+        else:
+            n_unpaired += 1
     if limit is not None and limit < len(found):
         found = [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
 
     check = image_checker(processor, max_length)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checks = pool.map(lambda where_example: attempt(where_example[0], check, where_example[1])[1], found)
+        checks = pool.map(lambda one: attempt(one[0], check, one[1]), found)
         checks = [*tqdm(checks, total=len(found), desc="checking data", disable=None, leave=False)]
-    problems += filter(None, checks)
-    return [example for (_, example), problem in zip(found, checks) if not problem], problems, n_unpaired
+    problems += [problem for _, problem in checks if problem]
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        what = "dropped" if skip_bad else "--skip-bad would drop"
+        report = "\n  ".join([f"{path}: {what} {len(problems)} bad records:", *problems[:20], *more])
+        if not skip_bad:
+            raise BadInput(report)
+        log(report)
+    if n_unpaired:
+        log(f"{path}: left out {n_unpaired} records whose best and worst rating are equal or missing")
+    examples = [example for example, _ in checks if example]
+    if not examples:
+        raise BadInput(f"{path}: no example is left to train on" + f" (with ids in {subset!r})" * bool(subset))
+    return examples
 
 
 def attempt(where, function, *arguments):
@@ -402,7 +380,7 @@ def attempt(where, function, *arguments):
 
 
 def image_checker(processor, max_length):
-    """-> a function that raises BadInput for an example whose images do not decode, or leave no room for an answer."""
+    """-> a function that returns an example, or raises BadInput if its images do not decode or leave no room to answer."""
 
     @cache
     def n_image_tokens(sizes):  # that images of these sizes add to their placeholders
@@ -416,6 +394,7 @@ def image_checker(processor, max_length):
         if processor is not None:
             n_shared = tokenize(processor, Pair(example.question, "a", "b", sizes, ())).n_shared
             room_for_response(n_shared + n_image_tokens(sizes), max_length)
+        return example
 
     return check
 
@@ -439,8 +418,6 @@ def parse_record(record, id, roots, placeholders):
 
     roots: the folders where relative image paths begin; None: images are left out. placeholders: what no text may hold.
     """
-    if not isinstance(record, dict):
-        raise BadInput("is not an object")
     field = next((field for field in FORMATS if record.get(field) is not None), None)
     if field is None:
         raise BadInput(f"has no field {' or '.join(map(repr, FORMATS))}")
@@ -481,12 +458,11 @@ def from_vlfeedback(record, id):
         ratings = [str(aspect["Rating"]).strip() for aspect in completion["annotations"].values()]
         if ratings and all(re.fullmatch(r"[0-9]{1,3}(\.[0-9]+)?", rating) for rating in ratings):  # not "N/A"
             rated.append((statistics.mean(map(float, ratings)), completion["response"]))
-    ordered = sorted(rated, key=lambda pair: -pair[0])
-    if not rated or ordered[0][0] == ordered[-1][0]:
+    if not rated:
         return None
-    worst = next(response for rating, response in rated if rating == ordered[-1][0])
-    chosen, rejected = (re.sub(r"【[^【】†]*†[^【】]*】", "", text) for text in (ordered[0][1], worst))  # citation marks
-    return record["prompt"], chosen, rejected, first(record, *IMAGE_FIELDS) or f"{id}.jpg"
+    (high, chosen), (low, rejected) = (best(rated, key=lambda pair: pair[0]) for best in (max, min))
+    chosen, rejected = (re.sub(r"【[^【】†]*†[^【】]*】", "", text) for text in (chosen, rejected))  # citation marks
+    return high > low and (record["prompt"], chosen, rejected, first(record, *IMAGE_FIELDS) or f"{id}.jpg") or None
 
 
 def from_preference(record, id):
@@ -517,19 +493,17 @@ def first(record, *names):
 
 def find_images(value, roots):
     """A path, or a list of them -> paths of files that are there. Raises BadInput."""
-    images = [image.get("path") if isinstance(image, dict) else image for image in (value if isinstance(value, list) else [value])]
-    if not images or not all(isinstance(image, str) and image for image in images):
+    if not value:
         raise BadInput("has no image path ('img_path', 'image' or 'images')")
-    return tuple(find_image(image, roots) for image in images)
+    images = value if isinstance(value, list) else [value]
+    return tuple(find_image(image["path"] if isinstance(image, dict) else image, roots) for image in images)
 
 
 def find_image(image, roots):
-    if os.path.isabs(image):
-        roots = [Path("/")]
-    elif Path(os.path.normpath(image)).parts[:1] == ("..",):
+    if Path(os.path.normpath(image)).parts[:1] == ("..",):
         raise BadInput(f"image path {image!r} climbs out of the image folder")
     for root in roots:
-        if (root / image).is_file():
+        if (root / image).is_file():  # an absolute path is taken as it is
             return str(root / image)
     raise BadInput(f"no image {image!r} in {' or '.join(map(str, roots))}")
 
@@ -542,30 +516,28 @@ def read_question(question, n_images):
     """
     if isinstance(question, str):
         return bare_question(question, n_images)
-    if not isinstance(question, list):
-        raise BadInput("'prompt' is neither text nor a list of chat messages")
     messages = [read_message(message, "prompt") for message in question]
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise BadInput(f"'prompt' has the roles {roles}: user and assistant must take turns, and the user ends")
-    n_shown = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if n_shown == 0 and n_images:
-        first = messages[roles.index("user")]
-        first["content"] = [{"type": "image"}] * n_images + first["content"]
-    elif n_images not in (None, n_shown):
-        raise BadInput(f"'prompt' shows {n_shown} images, the record has {n_images}")
-    content = messages[0]["content"]
+    check_shown([part["type"] for message in messages for part in message["content"]].count("image"), n_images)
+    opening, content = messages[roles.index("user")], messages[0]["content"]
+    if n_images and not any(part["type"] == "image" for message in messages for part in message["content"]):
+        opening["content"] = [{"type": "image"}] * n_images + opening["content"]
     if roles == ["user"] and len(texts_of(messages)) == 1 and content[-1]["type"] == "text":
         return content[-1]["text"].strip()
     return messages
 
 
-def bare_question(prompt, n_images):
-    """The question alone, out of the authors' prompts, which hold Bunny's whole template, or of `<image>\\nquestion`."""
-    n_shown = prompt.count("<image>")
+def check_shown(n_shown, n_images):
     if n_images is not None and n_shown not in (0, n_images):
         raise BadInput(f"'prompt' shows {n_shown} images, the record has {n_images}")
+
+
+def bare_question(prompt, n_images):
+    """The question alone, out of the authors' prompts, which hold Bunny's whole template, or of `<image>\\nquestion`."""
+    check_shown(prompt.count("<image>"), n_images)
     system, user, question = prompt.partition("USER: ")
     if user and question.rstrip().endswith(" ASSISTANT:"):
         if system.strip() not in ("", BUNNY_SYSTEM):
@@ -579,29 +551,24 @@ def answer_of(value, name):
     """A response: text, or the last of chat messages."""
     if isinstance(value, str):
         return value
-    message = read_message(value[-1] if isinstance(value, list) and value else value, name)
-    if message["role"] != "assistant" or any(part["type"] == "image" for part in message["content"]):
+    message = read_message(value[-1] if isinstance(value, list) else value, name)
+    if message["role"] != "assistant" or {"type": "image"} in message["content"]:
         raise BadInput(f"'{name}' must end in an assistant message of text")
     return "\n".join(texts_of([message]))
 
 
 def read_message(message, name):
     """One chat message -> {"role", "content": parts of type "text" or "image"}. Raises BadInput."""
-    if not isinstance(message, dict):
-        raise BadInput(f"'{name}' is neither text nor a list of chat messages")
-    if message.get("role") not in ("system", "user", "assistant"):
-        raise BadInput(f"'{name}' holds a message whose role is not system, user or assistant")
-    content, parts = message.get("content"), []
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
-        if part.get("type") == "image":
-            parts.append({"type": "image"})
-        elif isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        else:
-            raise BadInput(f"'{name}' holds a message part that is neither text nor an image")
-    if not any(part["type"] == "text" for part in parts):
-        raise BadInput(f"'{name}' holds a message without text")
-    return {"role": message["role"], "content": parts}
+    with about(f"'{name}'"):
+        role, content = message["role"], message["content"]
+        if role not in ("system", "user", "assistant"):
+            raise BadInput(f"role {role!r} is not system, user or assistant")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        as_part = lambda part: {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
+        parts = [*map(as_part, parts)]
+        if not texts_of([{"content": parts}]):
+            raise BadInput("a message without text")
+    return {"role": role, "content": parts}
 
 
 def texts_of(question):
@@ -628,8 +595,12 @@ def about(what):
     except BadInput as error:
         raise BadInput(f"{what}: {error}") from error
     except Exception as error:
-        reason = f"has no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
-        raise BadInput(f"{what}: {reason.splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, KeyError):
+            reason = f"has no {reason}"
+        elif isinstance(error, (AttributeError, IndexError, TypeError)):
+            reason = f"is not in a known form ({reason})"
+        raise BadInput(f"{what}: {reason}") from error
 
 
 def run_command(command, argv=None):
@@ -639,10 +610,12 @@ def run_command(command, argv=None):
         return command(argv)
     except KeyboardInterrupt:
         return 130
-    except BadInput as error:
+    except (BadInput, torch.OutOfMemoryError) as error:
         if "--debug" in argv:
             raise
         message = str(error).strip()
+        if isinstance(error, torch.OutOfMemoryError):
+            message = "out of GPU memory: a smaller --micro-batch-size needs less"
         if message.startswith("Caught"):  # raised in a DataLoader worker: its traceback, then the message
             message = message.splitlines()[-1].partition(": ")[2]
         print(f"error: {message}", file=sys.stderr)
@@ -658,16 +631,10 @@ def check_file(argv):
     parser.add_argument("--images", metavar="DIR", help="where relative image paths begin (default: the file's folder)")
     parser.add_argument("--subset", metavar="PREFIX", help="only ids that begin so, e.g. llava (paper 4.1)")
     args = parser.parse_args(argv)
-    examples, problems, n_unpaired = scan(args.file, args.images, args.subset)
-    print(f"{args.file}: {len(examples)} good, {len(problems)} bad, {n_unpaired} without a preference")
-    print(f"images: {len({image for example in examples for image in example.images})} different")
-    for name in ("question", "chosen", "rejected"):
-        lengths = [len(" ".join(texts_of(getattr(example, name))).split()) for example in examples] or [0]
-        print(f"{name + ' words:':16} mean {statistics.mean(lengths):.1f}, median {statistics.median(lengths):g}, "
-              f"longest {max(lengths)}")  # fmt: skip
-    if problems:
-        print(report(problems, most=len(problems)), file=sys.stderr)
-    return 1 if problems or not examples else 0
+    examples = read_examples(args.file, args.images, subset=args.subset)
+    n_images = len({image for example in examples for image in example.images})
+    print(f"{args.file}: {len(examples)} examples with {n_images} different images, all good")
+    return 0
 
 
 def main(argv=None):

@@ -47,7 +47,8 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     Metrics are detached, (B,) each: losses, rewards and margins in nats, accuracies 0 or 1.
     Raises ValueError that names the argument with a wrong value, shape or type.
     """
-    r = rewards(policy_logps, ref_logps, beta, ("image_rejected",) * conditional, anchors)
+    needed = {"chosen", "rejected", "image_rejected"} if conditional else {"chosen", "rejected"}
+    r = rewards(policy_logps, ref_logps, beta, needed, anchors)
     terms = {"dpo": -F.logsigmoid(r["chosen"] - r["rejected"])}  # eq. 5, DPO_m
     if conditional:
         terms["conditional"] = -F.logsigmoid(r["chosen"] - r["image_rejected"])  # eq. 6, CoPO
@@ -66,15 +67,18 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     return losses, {name: values.detach() for name, values in metrics.items()}
 
 
-def rewards(policy_logps, ref_logps, beta, conditional, anchors):
-    """Checks the arguments of `mdpo_loss` -> {name of a log-probability: its reward r, (B,), at least float32}."""
+def rewards(policy_logps, ref_logps, beta, needed, anchors):
+    """Checks the arguments of `mdpo_loss` -> {name of a log-probability: its reward r, (B,), at least float32}.
+
+    needed, with anchors: the names that must be there; others may be None on both sides, and are left out.
+    """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be above 0 and finite, got {beta}")
     if isinstance(anchors, str) or not set(anchors) <= set(LogPs._fields):
         raise ValueError(f"anchors must be a tuple of names among {LogPs._fields}, got {anchors!r}")
-    needed, r = {"chosen", "rejected", *conditional, *anchors}, {}
+    r = {}
     for name, policy, ref in zip(LogPs._fields, LogPs(*policy_logps), LogPs(*ref_logps)):
-        if policy is ref is None and name not in needed:
+        if policy is None and ref is None and name not in {*needed, *anchors}:
             continue
         for side, logp in ("policy_logps", policy), ("ref_logps", ref):
             if not (torch.is_tensor(logp) and logp.is_floating_point()):
@@ -112,7 +116,8 @@ def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
             with model.disable_adapter():
                 ref_logps = response_logps(model, batch, inputs)
     policy_logps = response_logps(model, batch, inputs)
-    return loss(policy_logps, ref_logps, **options)
+    losses, metrics = loss(policy_logps, ref_logps, **options)
+    return losses, {"loss": losses.detach(), **metrics}
 
 
 def response_logps(model, batch, inputs=None):
@@ -150,7 +155,7 @@ def forward_inputs(model, batch):
     if image_features is not None:
         del inputs["pixel_values"]
         inputs["mm_encoder_outputs"] = {"image": image_features}
-    if "lengths" not in batch:  # plain rows, padded on the right, where no token of a response looks: no mask is needed
+    if batch["lengths"] is None:  # plain rows, padded on the right, where no token of a response looks: no mask is needed
         return inputs
     implementation = unwrapped(model).config.get_text_config()._attn_implementation
     if implementation != "packed":
@@ -173,12 +178,15 @@ def encode_images(model, batch):
     model = unwrapped(model)
     if "pixel_values" not in batch or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
         return None
-    accepted = inspect.signature(model.get_image_features).parameters
-    features = model.get_image_features(**{name: batch[name] for name in batch["processor_keys"] if name in accepted})
+    features = model.get_image_features(**known_arguments(model.get_image_features, batch))
     pooled = features.pooler_output
     if any(tensor.requires_grad for tensor in (pooled if isinstance(pooled, (tuple, list)) else [pooled])):
         raise ValueError("vision tower and projector must be frozen: policy and reference share their output")
     return features
+
+
+def known_arguments(function, batch):
+    return {name: batch[name] for name in inspect.signature(function).parameters if name in batch}
 
 
 def unwrapped(model):
@@ -240,9 +248,7 @@ def packed_positions(model, batch):
     rope_index = getattr(unwrapped(model).base_model, "get_rope_index", None)
     if rope_index is None or "pixel_values" not in batch:
         return positions
-    accepted = inspect.signature(rope_index).parameters
-    known = {name: batch[name] for name in ("input_ids", *batch["processor_keys"]) if name in accepted}
-    of_row, _ = rope_index(**known, attention_mask=torch.ones_like(positions))  # (3, 1, N)
+    of_row, _ = rope_index(**known_arguments(rope_index, batch), attention_mask=torch.ones_like(positions))  # (3, 1, N)
     n_tokens = torch.tensor([sum(sequence) for sequence in batch["lengths"]], device=positions.device)
     starts = (n_tokens.cumsum(0) - n_tokens).repeat_interleave(n_tokens, output_size=positions.shape[1])  # (N,)
     read = lambda index: of_row.gather(-1, index.expand_as(of_row))

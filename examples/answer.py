@@ -20,7 +20,7 @@ def load_tuned(name_or_path, adapter=None):
     """Model and processor, on the GPU if there is one, with the adapter of a run's folder on it. Raises BadInput."""
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise BadInput(f"{adapter}: holds no adapter (no adapter_config.json)")
-    model, processor = load_model(name_or_path, *best_device())
+    model, processor = load_model(name_or_path, best_device())
     return peft.PeftModel.from_pretrained(model, adapter) if adapter else model, processor
 
 

@@ -1,33 +1,29 @@
 """The built-in example, `python train.py --demo`: the shapes world, a base model that answers from habit, 720 pairs."""
 
+import sys
 from pathlib import Path
 
-from data import BadInput
+import train
 from examples import shapes
-from examples.answer import generate_answers
+from examples.answer import generate_answers, load_tuned
 
 BASE = Path(__file__).parent / "base"  # made by: python examples/tiny_bunny.py examples/base
-DEFAULTS = {
-    "lr": 1e-3,
-    "lora_rank": 16,
-    "lora_alpha": 32,
-    "micro_batch_size": 32,
-    "checkpointing": False,
-    "eval_size": 80,
-    "workers": 2,
-}
+FLAGS = "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-checkpointing --eval-size 80 --workers 2"
 
 
-def prepare(args, n_pairs=720, seed=0):
-    """Write the preference pairs and their images to a new folder runs/demo-N, and fill in the paths of `args`."""
-    if args.model or args.data:
-        raise BadInput("--demo has its own model and data, made afresh; leave out --model and --data")
+def main(argv=None):
+    """`train.py --demo` and any of its flags but --model and --data -> exit status."""
+    flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--demo"]
     number = 1
     while Path("runs", f"demo-{number}").exists():
         number += 1
     folder = Path("runs", f"demo-{number}")
-    args.model, args.data, args.out = str(BASE), str(folder / "data" / "silkie.json"), args.out or str(folder / "out")
-    shapes.write_pairs(folder / "data", n_pairs, seed)
+    data = str(shapes.write_pairs(folder / "data", n=720, seed=0))
+    out = str(folder / "out")
+    status = train.main([*FLAGS.split(), "--model", str(BASE), "--data", data, "--out", out, *flags])
+    if status == 0:
+        print(f"\n{report(*load_tuned(str(BASE), out), out)}")
+    return status
 
 
 def report(model, processor, folder, n_scenes=60, seed=0):
