@@ -521,12 +521,13 @@ def read_question(question, n_images):
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise BadInput(f"'prompt' has the roles {roles}: user and assistant must take turns, and the user ends")
-    check_shown([part["type"] for message in messages for part in message["content"]].count("image"), n_images)
-    opening, content = messages[roles.index("user")], messages[0]["content"]
-    if n_images and not any(part["type"] == "image" for message in messages for part in message["content"]):
-        opening["content"] = [{"type": "image"}] * n_images + opening["content"]
-    if roles == ["user"] and len(texts_of(messages)) == 1 and content[-1]["type"] == "text":
-        return content[-1]["text"].strip()
+    n_shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+    check_shown(n_shown, n_images)
+    if n_shown == 0 and n_images:
+        messages[roles.index("user")]["content"][:0] = [{"type": "image"}] * n_images
+    *images, last = messages[0]["content"]
+    if roles == ["user"] and last["type"] == "text" and all(part["type"] == "image" for part in images):
+        return last["text"].strip()
     return messages
 
 

@@ -201,9 +201,7 @@ def use_packed_attention(model):
 
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", sdpa_mask)  # plain rows and generation keep SDPA's masks
-    config = model.config
-    key = next((key for key in config.sub_configs if getattr(config, key) is config.get_text_config()), "")
-    model.set_attn_implementation({key: "packed"})
+    model.set_attn_implementation({"text_config": "packed"})
 
 
 def attention_blocks(lengths, device=None):

@@ -275,23 +275,17 @@ def write_atomically(path, write):
 
 def save_checkpoint(out, records, model, optimizer, schedule):
     """All that a resumed run needs: order, crops and random images are pure functions of the seed."""
-    state = {"adapter": adapter_of(model), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    write_atomically(out / "checkpoint.pt", partial(torch.save, state | {"records": records}))
-
-
-def adapter_of(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state = {"adapter": peft.get_peft_model_state_dict(model, save_embedding_layers=False), "records": records,
+             "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}  # fmt: skip
+    write_atomically(out / "checkpoint.pt", partial(torch.save, state))
 
 
 def load_checkpoint(out, model, optimizer, schedule):
     """-> the log of the steps done, empty if the run was stopped before its first checkpoint."""
-    path = out / "checkpoint.pt"
-    if not path.exists():
+    if not (out / "checkpoint.pt").exists():
         return []
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for name, parameter in adapter_of(model).items():
-            parameter.copy_(state["adapter"][name])
+    state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    peft.set_peft_model_state_dict(model, state["adapter"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     return state["records"]
