@@ -2501,9 +2501,9 @@ def text_model(bunny, folder):
 BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_path)
     "nowhere: cannot be loaded": lambda b, t: ["--model", t / "nowhere"],
     "is no model that takes images and text": lambda b, t: ["--model", text_model(b, t / "text")],
-    "1 missing keys in the weights, such as lm_head.weight": lambda b, t: [
+    "1 weights do not fit the model, such as lm_head.weight (missing_keys)": lambda b, t: [
         "--model", broken_model(b, t / "m", lambda w: w.pop("lm_head.weight"))],
-    "1 unexpected keys in the weights, such as model.surprise": lambda b, t: [
+    "1 weights do not fit the model, such as model.surprise (unexpected_keys)": lambda b, t: [
         "--model", broken_model(b, t / "m", lambda w: w.update({"model.surprise": torch.zeros(1)}))],
     "none.json: cannot be read": lambda b, t: ["--data", t / "none.json"],
     "no example is left": lambda b, t: ["--data", write(t / "x.json", [])],

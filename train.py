@@ -100,13 +100,14 @@ def run(args):
         print(f"{args.device}, {model.dtype}: {sum(map(torch.numel, parameters)):,} parameters train on {len(training)} "
               f"examples, {len(held_out)} held out; {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
 
-        loader = partial(make_loader, processor=processor, layout=args.layout, max_length=args.max_length,
-                         workers=args.workers, pin_memory=args.device == "cuda")  # fmt: skip
-        held_out_keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
-        evaluate_now = partial(evaluate, model, loader(held_out_pairs, held_out_keys, all_names), loss)
+        collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
+        keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
+        held_out_batches = make_loader(held_out_pairs, keys, partial(collate, names=all_names), args.workers)
+        evaluate_now = partial(evaluate, model, held_out_batches, loss)
         if held_out and not records:
             log(out, records, {"step": 0, **evaluate_now()})
-        batches = loader(pairs, sum(plan[steps_done(records) :], []), names)
+        keys = sum(plan[steps_done(records) :], [])
+        batches = make_loader(pairs, keys, partial(collate, names=names), args.workers)
         stopped_by = train(model, plan, batches, loss, optimizer, schedule, out, records, training, args.max_grad_norm,
                            args.save_every, evaluate_now)  # fmt: skip
     finally:
@@ -202,14 +203,14 @@ def split(values, size):
     return [values[at : at + size] for at in range(0, len(values), size)]
 
 
-def make_loader(pairs, micro_batches, names, *, processor, layout, max_length, workers, pin_memory=False):
+def make_loader(pairs, micro_batches, collate, workers):
     """A DataLoader of `make_batch`'s results, one for each list of (epoch, index)."""
     return DataLoader(
         pairs,
         batch_sampler=micro_batches,
-        collate_fn=partial(make_batch, processor=processor, layout=layout, names=names, max_length=max_length),
+        collate_fn=collate,
         num_workers=min(workers, len(micro_batches), os.cpu_count() or 1),
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_interrupts,
     )
 
@@ -446,9 +447,9 @@ def load_model(name_or_path, device="cpu", dtype=None):
         model, loading = auto.from_pretrained(
             name_or_path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if keys := sorted(map(str, loading[problem])):
-                raise BadInput(f"{len(keys)} {problem.replace('_', ' ')} in the weights, such as {keys[0]}")
+        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if wrong := [f"{key} ({kind})" for kind in kinds for key in loading[kind]]:
+            raise BadInput(f"{len(wrong)} weights do not fit the model, such as {min(wrong)}")
     disable_dropout(model)
     use_packed_attention(model)
     return model.requires_grad_(False).to(device), processor
