@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BUNNY_SYSTEM
+from data import BUNNY_SYSTEM, BadInput, run_command
 from examples import shapes
 from mdpo import attention_blocks
 from train import BUNNY_IMAGE_TOKEN, load_model, quiet_libraries
@@ -224,17 +224,22 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
         optimizer.zero_grad()
 
 
-def main(argv=None):
+def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.folder.exists():
-        sys.exit(f"error: {args.folder}: already exists")
+        raise BadInput(f"{args.folder}: already exists")
     quiet_libraries()
     torch.set_num_threads(1)  # so that any machine of a kind makes the same weights
     write_base(args.folder, args.seed)
+    return 0
+
+
+def main(argv=None):
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
