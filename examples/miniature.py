@@ -246,11 +246,11 @@ def draw(by_seed, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    add, listed = parser.add_argument, ", ".join(METHODS).replace("%", "%%")
     add("--out", type=Path, default=Path("runs/miniature"))
     add("--quick", action="store_true", help="one seed, the methods of Figure 1 and Table 2")
     add("--seeds", type=int, nargs="+", default=None, help="(default: 0 1 2 3 4; --quick: 0)")
-    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"(default: all) {', '.join(METHODS)}")
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"(default: all) {listed}")
     add("--world", choices=("small", "large"), default="small", help="large: up to five shapes, 48 pixels")
     add("--scenes", type=int, default=200, help="held-out images, five questions each")
     add("--jobs", type=int, default=2, help="processes, of one thread each")

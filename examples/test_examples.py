@@ -132,6 +132,35 @@ def test_preview_shows_each_strategy_under_its_title(monkeypatch, tmp_path):
     assert centres == [red, lime, blue, yellow, purple] and all(pool is examples for pool in pools)
 
 
+def test_preview_takes_several_images_and_chat_messages(tmp_path, monkeypatch):
+    """Such data can be trained on, so they can be looked at: the first image, and the texts of the messages."""
+    for level in (10, 20):
+        grey(level).save(tmp_path / f"{level}.png")
+    turns = [("user", "Which?"), ("assistant", "The first."), ("user", "Why?")]
+    prompt = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    record = {"prompt": prompt, "images": ["10.png", "20.png"], "chosen": "A.", "rejected": "B."}
+    examples, drawn = read_examples(write(tmp_path / "x.json", [record])), []
+    text = preview.ImageDraw.ImageDraw.multiline_text
+    note = lambda draw, at, lines, *rest: drawn.append(lines) or text(draw, at, lines, *rest)
+    monkeypatch.setattr(preview.ImageDraw.ImageDraw, "multiline_text", note)
+    sheet = preview.contact_sheet(examples, examples, 0)
+    assert drawn == ["q: Which? / The first. / Why?\nchosen: A.\nrejected: B."]
+    at = lambda column: sheet.getpixel((250 * column + 10 + 90, 10 + 20 + 90))
+    assert at(0) == at(1) == at(2) == (10, 10, 10)
+    assert at(3) == (255, 255, 255)  # random: "needs a second image"
+
+
+COMMANDS = [answering, benchmarks, merge, miniature, preview, throughput, tiny_bunny, unconditional]
+
+
+@pytest.mark.parametrize("script", COMMANDS, ids=lambda script: script.__name__)
+def test_help_is_shown(script, capsys):
+    """argparse formats its texts only when asked: a lone % in one is a traceback then."""
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    assert script.__doc__.splitlines()[0].split()[0] in capsys.readouterr().out
+
+
 SCENE = {"circle": ("red", 0), "ring": ("blue", 3)}
 
 
