@@ -27,8 +27,7 @@ def contact_sheet(examples, pool, seed):
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, example in enumerate(examples):
-        top = i * row_height + GAP
-        panels = {}
+        top, panels = i * row_height + GAP, {}
         for title, arguments in PANELS.items():
             try:
                 pair = Pairs(examples, seed=seed, pool=pool, **arguments)[0, i]

@@ -98,13 +98,8 @@ def make_model(shape, device, dtype, rank):
         vision_feature_layer=-2 if clip else -1, vision_feature_select_strategy="default" if clip else "full",
         image_seq_length=side**2,
     )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = transformers.LlavaForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
     train.disable_dropout(model)
     use_packed_attention(model)
     return train.add_lora(model.requires_grad_(False), rank, 2 * rank), processor

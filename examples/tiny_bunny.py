@@ -38,29 +38,16 @@ def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layer
     folder.mkdir(parents=True)
     tokenizer = write_tokenizer(folder, texts)
     config = {
-        "architectures": ["BunnyPhiForCausalLM"],
+        "architectures": ["BunnyPhiForCausalLM"], "model_type": "bunny-phi",
         "auto_map": {"AutoModelForCausalLM": "modeling_bunny_phi.BunnyPhiForCausalLM"},
-        "model_type": "bunny-phi",
-        "bos_token_id": tokenizer.eos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-        "hidden_act": "gelu_new",
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "max_position_embeddings": 2048,
-        "mm_hidden_size": tower_hidden,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_tower": vision_tower,
-        "num_attention_heads": 4,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": 4,
-        "partial_rotary_factor": 0.5,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id),
+        "hidden_act": "gelu_new", "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "max_position_embeddings": 2048, "mm_hidden_size": tower_hidden, "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": vision_tower, "num_attention_heads": 4, "num_hidden_layers": layers,
+        "num_key_value_heads": 4, "partial_rotary_factor": 0.5,
         "resid_pdrop": 0.1,  # as in the real config; training has to switch it off
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "vocab_size": len(tokenizer),
-    }
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float16", "vocab_size": len(tokenizer),
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     patch_size, image_size = map(int, vision_tower.rpartition("patch")[2].split("-"))
     vision = transformers.SiglipVisionConfig(
