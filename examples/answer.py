@@ -17,7 +17,7 @@ from train import best_device, load_model, quiet_libraries
 
 
 def load_tuned(name_or_path, adapter=None):
-    """Model and processor, on the GPU if there is one, with the adapter of a run's folder on it. Raises BadInput."""
+    """Model and processor, on the GPU if there is one, with the adapter of a run's folder. Raises BadInput."""
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise BadInput(f"{adapter}: holds no adapter (no adapter_config.json)")
     model, processor = load_model(name_or_path, *best_device())
@@ -31,7 +31,7 @@ def chat_prompt(processor, question, n_images=1):
 
 @torch.no_grad()
 def generate_answers(model, processor, questions, max_new_tokens=256, batch_size=8):
-    """[(PIL image or several of them, question)] -> the model's greedy answers, in order; it is left in eval mode."""
+    """[(PIL image or several, question)] -> the model's greedy answers, in order; it is left in eval mode."""
     model.eval()  # under gradient checkpointing, a model in training mode forgets its cache and babbles
     answers = []
     for at in range(0, len(questions), batch_size):

@@ -12,7 +12,7 @@ DEFAULTS = {"lr": 1e-3, "lora_rank": 16, "lora_alpha": 32, "micro_batch_size": 3
 
 
 def prepare(args, n_pairs=720, seed=0):
-    """Write the preference pairs and their images to a new folder runs/demo-N, and fill in the paths of `args`."""
+    """Write the pairs and their images to a new folder runs/demo-N, and fill in the paths of `args`."""
     if args.model or args.data:
         raise BadInput("--demo has its own model and data, made afresh; leave out --model and --data")
     number = 1
@@ -24,7 +24,7 @@ def prepare(args, n_pairs=720, seed=0):
 
 
 def report(model, processor, folder, n_scenes=60, seed=0):
-    """Base and tuned model answer held-out questions -> a text: metrics, and three questions about one image."""
+    """Base and tuned model answer held-out questions -> a text: metrics, three questions about one image."""
     exam = shapes.make_exam(n_scenes, seed)
     asked = [(image, shapes.question_text(question)) for _, image, question in exam]
     tuned = generate_answers(model, processor, asked, max_new_tokens=32, batch_size=100)

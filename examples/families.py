@@ -178,7 +178,9 @@ def internvl():
     size = {"height": 32, "width": 32}
     image_processor = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
     template = CHATML.replace("IMAGE", "'<IMG_CONTEXT>\\n'")
-    processor = transformers.InternVLProcessor(image_processor, tokenizer, image_seq_length=4, chat_template=template)
+    processor = transformers.InternVLProcessor(
+        image_processor, tokenizer, image_seq_length=4, chat_template=template
+    )
     config = transformers.InternVLConfig(
         vision_config=VISION | {"image_size": [32, 32], "patch_size": [8, 8]},
         text_config=transformers.Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
@@ -243,7 +245,7 @@ def main(names):
             folder = Path(folder)
             write_family(name, folder / "model")
             data = shapes.write_pairs(folder / "data", 8)
-            flags = f"--model {folder / 'model'} --data {data} --out {folder / 'out'} --batch-size 2 --micro-batch-size 2"
+            flags = f"--model {folder}/model --data {data} --out {folder}/out --batch-size 2 --micro-batch-size 2"
             if status := train.main(f"{flags} --epochs 1 --lr 0.05 --workers 0 --lora-rank 8".split()):
                 return status
             examples = read_examples(data)

@@ -2,10 +2,9 @@
 
     python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
 
-Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder loads
-with `AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It is loaded again and compared before
-this says so: a merge that is off the adapter is not saved, and a folder that does not hold the merged weights is
-removed.
+Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder loads with
+`AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It is loaded again and compared before this
+says so: a merge that is off the adapter is not saved, and a folder without the merged weights is removed.
 """
 
 import argparse
@@ -30,7 +29,7 @@ QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is
 
 
 def merge(adapter, to):
-    """Merge, save, load again and compare -> a text that says how far apart the models are. Raises BadInput."""
+    """Merge, save, load again, compare -> a text that says how far apart the models are. Raises BadInput."""
     adapter, to = Path(adapter), Path(to)
     if not (adapter / "adapter_config.json").is_file():
         raise BadInput(f"{adapter}: holds no adapter (no adapter_config.json)")
@@ -40,7 +39,7 @@ def merge(adapter, to):
     config = read_config(base)
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     images = (Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB"),)
-    pairs = [Pair(question, "I cannot tell from this picture.", "No.", images, images) for question in QUESTIONS]
+    pairs = [Pair(text, "I cannot tell from this picture.", "No.", images, images) for text in QUESTIONS]
 
     def measure(model, processor):
         with torch.no_grad():

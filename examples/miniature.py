@@ -94,6 +94,10 @@ def in_folder(out, seed):
         yield folder
 
 
+def write_json(path, value):
+    train.write_atomically(path, lambda path: path.write_text(json.dumps(value, indent=1)))
+
+
 def prepare_seed(out, seed, world=shapes.SMALL):
     """Base model, pairs and held-out pairs of a seed, made once: each is renamed into place when it is whole.
 
@@ -138,7 +142,7 @@ def run_method(out, seed, method, n_scenes, world=shapes.SMALL):
             held_out = read_examples(str(folder / "held_out" / "silkie.json"))
             margins = diagnose(model, processor, held_out, batch_size=40)
             result |= {f"margin_{name}": value for name, value in margins.items()} | curves(run)
-        train.write_atomically(run / "result.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+        write_json(run / "result.json", result)
         return result
 
 
@@ -267,9 +271,8 @@ def main(argv=None):
     summary = summarize(by_seed)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     arguments = {"seeds": seeds, "methods": methods, "scenes": args.scenes, "world": args.world}
-    record = {"commit": commit, "arguments": arguments, "common": COMMON, "methods": METHODS, "summary": summary,
-              "seeds": by_seed}  # fmt: skip
-    train.write_atomically(args.out / "results.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    record = {"commit": commit, "arguments": arguments, "common": COMMON, "methods": METHODS}
+    write_json(args.out / "results.json", record | {"summary": summary, "seeds": by_seed})
     print(f"{table(summary)}\n\n{verdicts(by_seed, summary)}\n\n{args.out / 'results.json'}")
     if args.figure:
         draw(by_seed, args.figure)

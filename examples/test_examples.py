@@ -133,7 +133,7 @@ def test_preview_shows_each_strategy_under_its_title(monkeypatch, tmp_path):
 
 
 def test_preview_takes_several_images_and_chat_messages(tmp_path, monkeypatch):
-    """Such data can be trained on, so they can be looked at: the first image, and the texts of the messages."""
+    """Such data can be trained on, so they can be looked at: the first image, the texts of the messages."""
     for level in (10, 20):
         grey(level).save(tmp_path / f"{level}.png")
     turns = [("user", "Which?"), ("assistant", "The first."), ("user", "Why?")]
@@ -463,7 +463,8 @@ def test_packed_questions_of_the_base_model_are_what_it_is_asked_later(bunny):
         " a red circle.",
     ]
     ids = [id for piece in pieces for id in tokenizer(piece).input_ids] + [tokenizer.eos_token_id]
-    batch = make_batch([pair("Describe the picture.", "a red circle.", "none.", noise(1), noise(2))], processor)
+    asked = pair("Describe the picture.", "a red circle.", "none.", noise(1), noise(2))
+    batch = make_batch([asked], processor)
     assert batch["input_ids"][0, : len(ids)].tolist() == ids
 
 
@@ -632,7 +633,8 @@ def test_readme_sentences_about_the_miniature_are_in_its_json():
         values = [seed[name]["grounding"] for name in order]
         assert values == sorted(values, reverse=True)
     hallucination = {name: metrics["hallucination_rate"] for name, metrics in LARGE_STUDY["1"].items()}
-    assert hallucination["random image"] < hallucination["mDPO"] and "hallucinates less than mDPO in seed 1" in README
+    assert hallucination["random image"] < hallucination["mDPO"]
+    assert "hallucinates less than mDPO in seed 1" in README
     said = sentence("and N and N of mDPO's margin is left without the image, against N and N of DPO's")
     assert left("mDPO", LARGE_STUDY) + left("DPO", LARGE_STUDY) == near(said)
 
@@ -653,7 +655,7 @@ def test_methods_of_the_study_are_the_readmes():
     """The README's table of flags, and what the study ran under the same names."""
     rows = dict(re.findall(r"^\| (?:Table \d|Fig. \d), (.*?) \| `(.*?)` \|$", README, re.MULTILINE))
     rows["DPO"] = re.search(r"^\| DPO \| `(.*?)` \|$", README, re.MULTILINE)[1]
-    all_three = re.search(r"^\| Table 4, all three \| `(.*?)`; without `rejected` is not", README, re.MULTILINE)[1]
+    all_three = re.search(r"\| Table 4, all three \| `(.*?)`; without `rejected` is not", README)[1]
     rows["anchors on `y_w` and `m_l`"] = all_three.replace(" rejected", "")
     names = {"MoCo v2 augmentation": "MoCo v2", "anchors on `y_w` and `y_l`": "anchors y_w, y_l"}
     names["anchors on `y_w` and `m_l`"] = "anchors y_w, m_l"

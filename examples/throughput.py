@@ -8,25 +8,24 @@ Models have random weights and are made on the device: speed does not depend on 
 Texts have lengths as in Silkie: questions of about 40 tokens, answers of about 110 and 90, log-normal around these.
 
     ours         two packed sequences an example, images encoded once, logits of response tokens only
-    authors      what their release does, on the same model: three rows padded to the longest, policy and reference each
-                 with their own encoding of three images an example, float32 logits of the whole sequence
-    trl          TRL's DPOTrainer: plain DPO, so two rows and no rejected image, under TRL's own padding mask (needs trl)
+    authors      what their release does, on the same model: three rows padded to the longest, policy and reference
+                 each with their own encoding of three images an example, float32 logits of the whole sequence
+    trl          TRL's DPOTrainer: plain DPO, so two rows and no rejected image, under TRL's own padding mask
 
-Before it times anything, ours and authors are checked to give equal log-probabilities. They are timed in turns of
---items examples, so that a change in the machine's speed meets both: first with identical settings (the same
+Before it times anything, ours and authors are checked to give equal log-probabilities. They are timed in turns
+of --items examples, so that a change in the machine's speed meets both: first with identical settings (the same
 checkpointing, LoRA layers and activation function; the authors' rows are padded on the right, so that their
 attention needs no mask), then ours without checkpointing against the authors' as released: with checkpointing,
 peft's own LoRA layers and Phi's own activation, under autocast on a GPU. Each measurement is a line of JSON as
 soon as it is there; a table comes last.
 
-Useful FLOPs are 2 x parameters x tokens for each of: the reference's forward pass, the policy's, and its backward pass,
-which is as dear as a forward pass, as frozen weights need no gradient. Counted are the language model's layers over real
-(unpadded) tokens, its head over response tokens, and the vision tower over patches. Recomputation, attention's products
-of queries and keys, LoRA and padding are not counted.
+Useful FLOPs are 2 x parameters x tokens for each of: the reference's forward pass, the policy's, and its backward
+pass, which is as dear as a forward pass, as frozen weights need no gradient. Counted are the language model's
+layers over real (unpadded) tokens, its head over response tokens, and the vision tower over patches.
+Recomputation, attention's products of queries and keys, LoRA and padding are not counted.
 """
 
 import argparse
-import functools
 import gc
 import json
 import math
@@ -257,7 +256,7 @@ def padded_batch(pairs, processor):
 
 
 def padded_losses(model, batch):
-    """As ours, of log-probabilities in the order of `padded_batch`: y_w and y_l of each example, y_w on m_l."""
+    """As ours, from the order of `padded_batch`: y_w and y_l of each example, then each y_w on m_l."""
 
     def by_name(logps):
         pairs, image_rejected = torch.cat(logps).tensor_split([2 * len(logps.chosen)])
@@ -355,9 +354,9 @@ def peak_memory(args, name):
 
     Measured in a fresh process, on the micro-batch with the longest texts.
     """
-    command = [sys.executable, __file__, "--shape", args.shape, "--device", args.device, "--dtype", args.dtype_name,
-               "--micro-batch-size", str(args.micro_batch_size), "--threads", str(args.threads),
-               "--only", name]  # fmt: skip
+    command = [sys.executable, __file__, "--shape", args.shape, "--device", args.device,
+               "--dtype", args.dtype_name, "--micro-batch-size", str(args.micro_batch_size),
+               "--threads", str(args.threads), "--only", name]  # fmt: skip
     at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once, and is not counted again
     done = subprocess.run(command, env=os.environ | at_once, capture_output=True, text=True)
     if done.returncode:
@@ -400,7 +399,7 @@ def in_turns(steppers, n_batches, rounds):
 
 
 def compare(args, identical):
-    """Time ours against the authors' scheme and TRL's. identical: settings; else ours at its best, theirs as released."""
+    """Time ours against the others: at identical settings, or ours at its best and theirs as released."""
     model, processor, groups = prepare(args, identical)
     model_of_authors, *_ = prepare(args, True)
     model_of_authors.load_state_dict(model.state_dict())
@@ -443,7 +442,7 @@ def one_by_one(args):
         "LoRA added in its matrix product": (with_pefts_layers(another()), packed, autocast(our_losses)),
         "Bunny's activation in one kernel": (with_phis_activation(another()), packed, our_losses),
     }  # fmt: skip
-    chosen = "activations kept (--no-checkpointing)"  # by the user: the step has the measure, and ours has not
+    chosen = "activations kept (--no-checkpointing)"  # by the user: the step has the measure, ours has not
     without[chosen] = (another(checkpointing=False), packed, our_losses)
     steppers = [Stepper("ours", model, packed, our_losses)]
     steppers += [Stepper(name, *measure) for name, measure in without.items()]
@@ -460,18 +459,19 @@ def follow(args, steps=20):
     """
     model, processor, groups = prepare(args, True)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    plain, packed = (functools.partial(make_batch, processor=processor, layout=layout) for layout in ("plain", "packed"))
     curves = []
-    for batches in (map(plain, groups), map(packed, groups), (plain(g[::-1]) for g in groups)):
+    for layout, order in (("plain", 1), ("packed", 1), ("plain", -1)):
         model.load_state_dict(start, strict=False)
-        stepper = Stepper("", model, list(batches), our_losses)
+        batches = [make_batch(group[::order], processor, layout) for group in groups]
+        stepper = Stepper("", model, batches, our_losses)
         curves.append([])
         for _ in range(steps):
             stepper.step()
             curves[-1].append(stepper.loss.item())
     apart = lambda curve: max(abs(a - b) for a, b in zip(curves[0], curve))
-    return record(args, loss_of_first_and_last_step=[curves[1][0], curves[1][-1]],
-                  packed_off_plain_by=apart(curves[1]), plain_reordered_off_plain_by=apart(curves[2]))  # fmt: skip
+    _, packed, reordered = curves
+    return record(args, loss_of_first_and_last_step=[packed[0], packed[-1]], packed_off_plain_by=apart(packed),
+                  plain_reordered_off_plain_by=apart(reordered))  # fmt: skip
 
 
 @torch.no_grad()
@@ -496,8 +496,10 @@ def data_side(args, processor):
         pairs = Pairs(read_examples(Path(folder) / "data.json"))
         keys = train.split([(epoch, i) for epoch in range(4) for i in range(len(pairs))], 4)
         for workers in [n for n in (0, 1, 2, 4, 8, 16) if n <= (os.cpu_count() or 1)]:
-            loader = iter(train.make_loader(pairs, keys, LogPs._fields, processor=processor, layout="packed",
-                                            max_length=2048, workers=workers, pin_memory=args.device == "cuda"))  # fmt: skip
+            loader = iter(train.make_loader(
+                pairs, keys, LogPs._fields, processor=processor, layout="packed", max_length=2048, workers=workers,
+                pin_memory=args.device == "cuda",
+            ))  # fmt: skip
             next(loader)  # the workers have started
             started, count = time.perf_counter(), sum(map(n_pairs, loader))
             rates[workers] = count / (time.perf_counter() - started)
@@ -544,8 +546,9 @@ def main(argv=None):
         for rival, ratio in result["speedup"].items():
             print(f"    {ratio['median']:.2f}x {rival} ({ratio['low']:.2f} to {ratio['high']:.2f})")
         rate, share = result["examples_per_second"]["ours"], result["useful_share_of_matmul_rate"]
-        print(f"    {rate:.2f} examples/s, {result['real_tokens_per_second']:.0f} real tokens/s, "
-              f"{share:.0%} of the matmul rate, {result['hours_for_10k_x_3']:.2f} h for 10K x 3 epochs")  # fmt: skip
+        tokens, hours = result["real_tokens_per_second"], result["hours_for_10k_x_3"]
+        print(f"    {rate:.2f} examples/s, {tokens:.0f} real tokens/s, {share:.0%} of the matmul rate, "
+              f"{hours:.2f} h for 10K x 3 epochs")  # fmt: skip
     print("  a step without it takes, alone:")
     for name, gain in gains.items():
         print(f"    {gain['median']:.2f}x {name} ({gain['low']:.2f} to {gain['high']:.2f})")

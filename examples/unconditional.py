@@ -40,9 +40,9 @@ def reward_margins(model, processor, pairs, beta=0.1, batch_size=8):
 def diagnose(model, processor, examples, beta=0.1, batch_size=8):
     """-> {"image": mean margin, "no_image": ..., "other_image": ..., and what share of the first each of these is}.
 
-    Margins are in units of reward. The other image is that of the next example whose image is another file: in
-    many data sets several questions in a row are about one image. Without a margin there are no shares of it:
-    they are nan. Raises BadInput if the data have but one image.
+    Margins are in units of reward. The other image is that of the next example whose image is another file:
+    in many data sets several questions in a row are about one image. Without a margin there are no shares of
+    it: they are nan. Raises BadInput if the data have but one image.
     """
     others = [another_example(examples, index) for index in range(len(examples))]
     pairs = [Pairs(examples)["unconditional", i] for i in range(len(examples))]
