@@ -12,12 +12,12 @@ import peft
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, chat_messages, encode_prompts, open_image
+from data import BadInput, chat_messages, encode_prompts, open_image, run_command
 from train import best_device, load_model, quiet_libraries
 
 
 def load_tuned(name_or_path, adapter=None):
-    """Model and processor, on the GPU if there is one, with the adapter of a run's folder on it. Raises BadInput."""
+    """Model and processor, on the GPU if there is one, with the adapter of a run's folder. Raises BadInput."""
     if adapter and not (Path(adapter) / "adapter_config.json").is_file():
         raise BadInput(f"{adapter}: holds no adapter (no adapter_config.json)")
     model, processor = load_model(name_or_path, best_device())
@@ -31,7 +31,7 @@ def chat_prompt(processor, question, n_images=1):
 
 @torch.no_grad()
 def generate_answers(model, processor, questions, max_new_tokens=256, batch_size=8):
-    """[(PIL image or several of them, question)] -> the model's greedy answers, in order. Leaves the model in eval mode."""
+    """[(PIL image or several, question)] -> the model's greedy answers, in order; it is left in eval mode."""
     model.eval()  # under gradient checkpointing, a model in training mode forgets its cache and babbles
     answers = []
     for at in range(0, len(questions), batch_size):
@@ -48,7 +48,7 @@ def generate_answers(model, processor, questions, max_new_tokens=256, batch_size
     return answers
 
 
-def main(argv=None):
+def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or hub name")
     parser.add_argument("--adapter", help="a run's folder; its answer is printed under the base model's")
@@ -57,17 +57,17 @@ def main(argv=None):
     parser.add_argument("--max-new-tokens", type=int, default=256)
     args = parser.parse_args(argv)
     quiet_libraries()
-    try:
-        question = [(open_image(args.image), args.question)]
-        model, processor = load_tuned(args.model, args.adapter)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    question = [(open_image(args.image), args.question)]
+    model, processor = load_tuned(args.model, args.adapter)
     with model.disable_adapter() if args.adapter else nullcontext():
         print(f"base:  {generate_answers(model, processor, question, args.max_new_tokens)[0]}")
     if args.adapter:
         print(f"tuned: {generate_answers(model, processor, question, args.max_new_tokens)[0]}")
     return 0
+
+
+def main(argv=None):
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """A model's answers to AMBER, MMHal-Bench or Object HalBench, in the very file that each official scorer reads.
 
-    python examples/benchmarks.py amber --questions query_generative.json --images AMBER/image --model M --adapter OUT --to amber.json
-    python examples/benchmarks.py mmhal --questions response_template.json --images mmhal/images --model M --to mmhal.json
-    python examples/benchmarks.py objhal --questions obj_halbench_300_with_image.jsonl --model M --to objhal.jsonl
+    python examples/benchmarks.py amber --questions query_generative.json --images AMBER/image \
+        --model M --adapter OUT --to amber.json
+    python examples/benchmarks.py mmhal --questions response_template.json --images mmhal/images --model M --to FILE
+    python examples/benchmarks.py objhal --questions obj_halbench_300_with_image.jsonl --model M --to FILE
 
 Greedy and batched. Answers are kept in TO.partial as they come; the same command goes on where a killed one was.
 A missing image stops the run before the first answer: an empty answer would count as free of hallucination.
@@ -24,63 +25,52 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, open_image
+from data import BadInput, about, open_image, run_command
 from examples.answer import generate_answers, load_tuned
-from train import quiet_libraries, write_whole
+from train import quiet_libraries, write_atomically
 
 # ------------------------------------------------------------------------------- what each benchmark reads and writes
 
 
 def read_json(path, lines=False):
-    try:
-        text = Path(path).read_text()
-        return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from None
+    text = Path(path).read_text()
+    return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
 
 
 def amber(path, images):
     """query_generative.json: [{id, image, query}] -> [{id, response}], as AMBER's inference.py reads it."""
     items = read_json(path)
     questions = [(Path(images or ".") / item["image"], item["query"]) for item in items]
-    write = lambda answers: json.dumps(
+    return questions, lambda answers: json.dumps(
         [{"id": item["id"], "response": answer} for item, answer in zip(items, answers)], indent=1
     )
-    return questions, write
 
 
 def mmhal(path, images):
-    """response_template.json -> the same list, in order, with `model_answer` filled, as MMHal's eval_gpt4.py reads it.
+    """response_template.json -> the same list with `model_answer` filled, as MMHal's eval_gpt4.py reads it.
 
     The file gives images as URLs; they are looked up in the folder `images` by their last part, or fetched without it.
     """
     items = read_json(path)
     place = lambda url: Path(images) / url.rpartition("/")[2] if images else url
     questions = [(place(item["image_src"]), item["question"]) for item in items]
-    write = lambda answers: json.dumps(
+    return questions, lambda answers: json.dumps(
         [item | {"model_answer": answer} for item, answer in zip(items, answers)], indent=1
     )
-    return questions, write
 
 
-def objhal(path, images, model_id="mdpo"):
-    """JSON lines with question, image (base64), image_id -> JSON lines, as RLAIF-V's eval_gpt_obj_halbench.py reads them:
-    it takes `image_id`, `prompt` and `text`."""
+def objhal(path, images):
+    """JSON lines with question, image (base64), image_id -> JSON lines, of which RLAIF-V's
+    eval_gpt_obj_halbench.py reads `image_id`, `prompt` and `text`."""
     items = read_json(path, lines=True)
     questions = [(item["image"], item["question"]) for item in items]
 
     def write(answers):
-        lines = [
-            {
-                "question_id": i,
-                "image_id": item["image_id"],
-                "prompt": item["question"],
-                "text": answer,
-                "model_id": model_id,
-            }
+        return "".join(
+            json.dumps({"question_id": i, "image_id": item["image_id"], "prompt": item["question"], "text": answer,
+                        "model_id": "mdpo"}) + "\n"
             for i, (item, answer) in enumerate(zip(items, answers))
-        ]
-        return "".join(json.dumps(line) + "\n" for line in lines)
+        )  # fmt: skip
 
     return questions, write
 
@@ -91,11 +81,9 @@ BENCHMARKS = {"amber": amber, "mmhal": mmhal, "objhal": objhal}
 def load_image(image):
     """A path, a URL or base64 -> PIL RGB. Raises BadInput."""
     if isinstance(image, str) and "://" in image:
-        try:
+        with about(f"{image}: cannot be fetched (answers so far are kept)"):
             with urllib.request.urlopen(image, timeout=60) as reply:
                 image = io.BytesIO(reply.read())
-        except OSError as error:
-            raise BadInput(f"{image}: cannot be fetched ({error}); answers so far are kept") from None
     return open_image(io.BytesIO(base64.b64decode(image)) if isinstance(image, str) else image)
 
 
@@ -113,7 +101,8 @@ def answer_all(questions, ask, partial, identity, batch_size):
     answers = [json.loads(line) for line in lines[1:]]
     if answers:
         print(f"{partial}: going on after {len(answers)} answers")
-    write_whole(partial, "".join(json.dumps(line) + "\n" for line in [identity, *answers]))
+    kept = "".join(json.dumps(line) + "\n" for line in [identity, *answers])
+    write_atomically(partial, lambda path: path.write_text(kept))
     with open(partial, "a", buffering=1) as file, tqdm(total=len(questions), initial=len(answers)) as bar:
         while len(answers) < len(questions):
             batch = [(load_image(image), text) for image, text in questions[len(answers) : len(answers) + batch_size]]
@@ -124,45 +113,44 @@ def answer_all(questions, ask, partial, identity, batch_size):
     return answers
 
 
-def run(args):
+def answer_benchmark(args):
     to = Path(args.to)
     if to.exists():
         raise BadInput(f"{to}: already exists")
-    questions, write = BENCHMARKS[args.benchmark](args.questions, args.images)
+    with about(f"{args.questions}: cannot be read"):
+        questions, write = BENCHMARKS[args.benchmark](args.questions, args.images)
     missing = [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]
     if missing:
         shown = "\n  ".join(missing[:20])
         raise BadInput(f"{len(missing)} of {len(questions)} images are missing (--images):\n  {shown}")
     digest = hashlib.sha256(Path(args.questions).read_bytes()).hexdigest()
-    identity = {
-        "model": args.model,
-        "adapter": args.adapter,
-        "questions": digest,
-        "max_new_tokens": args.max_new_tokens,
-    }
+    identity = {"model": args.model, "adapter": args.adapter, "questions": digest,
+                "max_new_tokens": args.max_new_tokens}  # fmt: skip
 
     model, processor = load_tuned(args.model, args.adapter)
     ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
     partial = Path(f"{to}.partial")
     answers = answer_all(questions, ask, partial, identity, args.batch_size)
-    write_whole(to, write(answers))
+    write_atomically(to, lambda path: path.write_text(write(answers)))
     partial.unlink()
     words = statistics.mean(len(answer.split()) for answer in answers)
     empty = sum(not answer for answer in answers)
-    print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {empty} empty (short answers hallucinate less)")
+    print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {empty} empty "
+          "(short answers hallucinate less)")  # fmt: skip
 
 
 def by_type(path):
-    """The list that MMHal's scorer writes, with `question_type`, and its scores -> {type: (mean score, share under 3)}."""
+    """MMHal's answers with `question_type` and their scores -> {type: (mean score, share under 3)}."""
     scores = defaultdict(list)
-    for item in read_json(path):
-        if "score" not in item:
-            raise BadInput(f"{path}: an item has no field 'score'")
-        scores[item["question_type"]].append(item["score"])
+    with about(f"{path}: cannot be read"):
+        for item in read_json(path):
+            if "score" not in item:
+                raise BadInput("an item has no field 'score'")
+            scores[item["question_type"]].append(item["score"])
     return {t: (statistics.mean(s), sum(score < 3 for score in s) / len(s)) for t, s in scores.items()}
 
 
-def main(argv=None):
+def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name in BENCHMARKS:
@@ -177,16 +165,16 @@ def main(argv=None):
     commands.add_parser("types").add_argument("scored", help="MMHal answers with a field `score` each")
     args = parser.parse_args(argv)
     quiet_libraries()
-    try:
-        if args.benchmark == "types":
-            for question_type, (score, under_3) in sorted(by_type(args.scored).items()):
-                print(f"{question_type:16} {score:5.2f}  hallucination rate {under_3:.2f}")
-        else:
-            run(args)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.benchmark == "types":
+        for question_type, (score, under_3) in sorted(by_type(args.scored).items()):
+            print(f"{question_type:16} {score:5.2f}  hallucination rate {under_3:.2f}")
+    else:
+        answer_benchmark(args)
     return 0
+
+
+def main(argv=None):
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

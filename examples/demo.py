@@ -1,4 +1,4 @@
-"""The built-in example, `python train.py --demo`: the shapes world, a base model that answers from habit, 720 pairs."""
+"""`python train.py --demo`: the shapes world, a base model that answers from habit, 720 pairs."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,9 @@ from examples import shapes
 from examples.answer import generate_answers, load_tuned
 
 BASE = Path(__file__).parent / "base"  # made by: python examples/tiny_bunny.py examples/base
-FLAGS = "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-checkpointing --eval-size 80 --workers 2"
+FLAGS = (
+    "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-checkpointing --eval-size 80 --workers 2"
+)
 
 
 def main(argv=None):
@@ -27,27 +29,21 @@ def main(argv=None):
 
 
 def report(model, processor, folder, n_scenes=60, seed=0):
-    """Let base and tuned model answer held-out questions -> a text: metrics, and three questions about one image."""
+    """Base and tuned model answer held-out questions -> a text: metrics, three questions about one image."""
     exam = shapes.make_exam(n_scenes, seed)
     asked = [(image, shapes.question_text(question)) for _, image, question in exam]
     tuned = generate_answers(model, processor, asked, max_new_tokens=32, batch_size=100)
     with model.disable_adapter():
         base = generate_answers(model, processor, asked, max_new_tokens=32, batch_size=100)
-    scores = [
-        shapes.score([(scene, question, answer) for (scene, _, question), answer in zip(exam, answers)])
-        for answers in (base, tuned)
-    ]
+    before, after = (shapes.score_exam(exam, answers) for answers in (base, tuned))
     lines = [f"{len(exam)} held-out questions           before     after"]
     for name in ("hallucination_rate", "chair_s", "false_premise", "yes_no", "malformed", "length"):
-        lines.append(f"  {name:28} {scores[0][name]:10.3f} {scores[1][name]:9.3f}")
+        lines.append(f"  {name:28} {before[name]:10.3f} {after[name]:9.3f}")
 
     shown = (0, 2, 4)  # of a picture's five questions
-    claims = [
-        [shapes.parse_answer(question, text) for (*_, question), text in zip(exam, answers)]
-        for answers in (base, tuned)
-    ]
-    changed = [at for at in range(0, len(exam), 5) if any(claims[0][at + i] != claims[1][at + i] for i in shown)]
-    at = (changed or [0])[0]
+    claims = lambda i, answers: shapes.parse_answer(exam[i][2], answers[i])
+    changed = lambda at: any(claims(at + i, base) != claims(at + i, tuned) for i in shown)
+    at = next(filter(changed, range(0, len(exam), 5)), 0)
     path = Path(folder) / "picture.png"
     exam[at][1].resize((256, 256)).save(path)
     truth = shapes.answer_text(("describe",), shapes.claims_of(exam[at][0], ("describe",)), polite=False)

@@ -12,7 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import peft
 import tokenizers
 import torch
 import transformers
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data import Pairs, read_examples
 from examples import shapes
-from examples.answer import generate_answers
+from examples.answer import generate_answers, load_tuned
 
 # The templates do what the families' own do: the same order, markers and white space around images and turns.
 CHATML = (
@@ -70,9 +69,8 @@ def make_tokenizer(*special, **named):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=len(special) + 300, special_tokens=special,
                                              initial_alphabet=alphabet, show_progress=False)  # fmt: skip
-    bpe.train_from_iterator(
-        ["I can see that there is a red circle and a blue square here. Describe the picture."] * 3, trainer
-    )
+    text = "I can see that there is a red circle and a blue square here. Describe the picture."
+    bpe.train_from_iterator([text] * 3, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=named, **known)
 
 
@@ -123,10 +121,8 @@ def qwen(processor_class, patch_size):
     image_processor = Qwen2VLImageProcessorPil(size=EDGES, patch_size=patch_size)
     processor = processor_class(image_processor, tokenizer, chat_template=template)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("image", "video")}
-    ids |= {
-        "vision_start_token_id": tokenizer.vision_bos_token_id,
-        "vision_end_token_id": tokenizer.vision_eos_token_id,
-    }
+    ids["vision_start_token_id"] = tokenizer.vision_bos_token_id
+    ids["vision_end_token_id"] = tokenizer.vision_eos_token_id
     return tokenizer, processor, ids
 
 
@@ -177,14 +173,13 @@ def smolvlm():
 
 def internvl():
     """Tiles, pixels shuffled into fewer tokens."""
-    tokenizer = chatml_tokenizer(
-        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
-    )
-    image_processor = GotOcr2ImageProcessorPil(
-        size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=4
-    )
+    tokenizer = chatml_tokenizer(start_image_token="<img>", end_image_token="</img>", video_token="<video>",
+                                 context_image_token="<IMG_CONTEXT>")  # fmt: skip
+    size = {"height": 32, "width": 32}
+    image_processor = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+    template = CHATML.replace("IMAGE", "'<IMG_CONTEXT>\\n'")
     processor = transformers.InternVLProcessor(
-        image_processor, tokenizer, image_seq_length=4, chat_template=CHATML.replace("IMAGE", "'<IMG_CONTEXT>\\n'")
+        image_processor, tokenizer, image_seq_length=4, chat_template=template
     )
     config = transformers.InternVLConfig(
         vision_config=VISION | {"image_size": [32, 32], "patch_size": [8, 8]},
@@ -212,10 +207,8 @@ def gemma3():
     return config, processor
 
 
-FAMILIES = {
-    make.__name__: make
-    for make in (llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, internvl, gemma3)
-}
+EVERY = (llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, internvl, gemma3)
+FAMILIES = {make.__name__: make for make in EVERY}
 
 
 def write_family(name, folder):
@@ -252,21 +245,18 @@ def main(names):
             folder = Path(folder)
             write_family(name, folder / "model")
             data = shapes.write_pairs(folder / "data", 8)
-            flags = (
-                f"--model {folder / 'model'} --data {data} --out {folder / 'out'} --batch-size 2 --micro-batch-size 2"
-            )
-            if status := train.main([*flags.split(), *"--epochs 1 --lr 0.05 --workers 0 --lora-rank 8".split()]):
+            flags = f"--model {folder}/model --data {data} --out {folder}/out --batch-size 2 --micro-batch-size 2"
+            if status := train.main(f"{flags} --epochs 1 --lr 0.05 --workers 0 --lora-rank 8".split()):
                 return status
             examples = read_examples(data)
             errors = layout_errors(folder / "model", examples)
             layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
-            model, processor = train.load_model(str(folder / "model"))
-            model = peft.PeftModel.from_pretrained(model, folder / "out").eval()
+            model, processor = load_tuned(str(folder / "model"), folder / "out")
             first = Pairs(examples)[0, 0]
-            ask = (first.images, first.question)
+            ask = [(first.images, first.question)]
             with model.disable_adapter():
-                before = generate_answers(model, processor, [ask], 6)
-            after = generate_answers(model, processor, [ask], 6)
+                before = generate_answers(model, processor, ask, 6)
+            after = generate_answers(model, processor, ask, 6)
             print(f"{name:16} {layout:8} {errors['packed']:14.1e} {errors['plain']:13.1e}   {ascii(before + after)}")
 
 

@@ -2,10 +2,9 @@
 
     python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
 
-Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder loads
-with `AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It is loaded again and compared before
-this says so: a merge that is off the adapter is not saved, and a folder that does not hold the merged weights is
-removed.
+Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder loads with
+`AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It is loaded again and compared before this
+says so: a merge that is off the adapter is not saved, and a folder without the merged weights is removed.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import transformers
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, make_batch
+from data import BadInput, Pair, make_batch, run_command
 from examples.answer import generate_answers
 from mdpo import response_logps
 from train import load_model, quiet_libraries, read_config
@@ -29,8 +28,8 @@ MOST_OFF = 0.01  # nats a response: in float32 the merge only adds in another or
 QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is it?", "Is there a person?")
 
 
-def merge(adapter, to, image=None, questions=QUESTIONS, max_new_tokens=40):
-    """Merge, save, load again and compare on `image` -> a text that says how far apart the models are. Raises BadInput."""
+def merge(adapter, to):
+    """Merge, save, load again, compare -> a text that says how far apart the models are. Raises BadInput."""
     adapter, to = Path(adapter), Path(to)
     if not (adapter / "adapter_config.json").is_file():
         raise BadInput(f"{adapter}: holds no adapter (no adapter_config.json)")
@@ -39,13 +38,13 @@ def merge(adapter, to, image=None, questions=QUESTIONS, max_new_tokens=40):
     base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     config = read_config(base)
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    image = image or Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    images = (Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB"),)
+    pairs = [Pair(text, "I cannot tell from this picture.", "No.", images, images) for text in QUESTIONS]
 
     def measure(model, processor):
-        items = [(question, "I cannot tell from this picture.", "No.", image, image) for question in questions]
         with torch.no_grad():
-            logps = torch.cat(response_logps(model, make_batch(items, processor, "plain")))
-        return logps, generate_answers(model, processor, [(image, question) for question in questions], max_new_tokens)
+            logps = torch.cat(response_logps(model, make_batch(pairs, processor, "plain")))
+        return logps, generate_answers(model, processor, [(images, question) for question in QUESTIONS], 40)
 
     model, processor = load_model(base)
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
@@ -65,15 +64,11 @@ def merge(adapter, to, image=None, questions=QUESTIONS, max_new_tokens=40):
     saved, saved_answers = measure(again, transformers.AutoProcessor.from_pretrained(to))
 
     lines = [f"{to}: merged, saved and loaded again; against base + adapter in float32"]
-    for name, logps, given in (
-        ("merged in float32", exact, exact_answers),
-        (f"as saved, {dtype}", saved, saved_answers),
-    ):
+    results = ("merged in float32", exact, exact_answers), (f"as saved, {dtype}", saved, saved_answers)
+    for name, logps, given in results:
         same = sum(a == b for a, b in zip(answers, given))
-        difference = (logps - expected).abs().max()
-        lines.append(
-            f"  {name + ':':28} log-probs within {difference:.1e} nats, {same} of {len(answers)} answers the same"
-        )
+        apart = f"within {(logps - expected).abs().max():.1e} nats"
+        lines.append(f"  {name + ':':28} log-probs {apart}, {same} of {len(answers)} answers the same")
     return "\n".join(lines)
 
 
@@ -85,18 +80,18 @@ def different_weights(merged, again):
     return sorted((weights.keys() | read.keys()) - alike)
 
 
-def main(argv=None):
+def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--adapter", required=True, help="a run's folder")
     parser.add_argument("--to", required=True, help="a new folder")
     args = parser.parse_args(argv)
     quiet_libraries()
-    try:
-        print(merge(args.adapter, args.to))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    print(merge(args.adapter, args.to))
     return 0
+
+
+def main(argv=None):
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

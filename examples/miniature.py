@@ -63,7 +63,7 @@ def examine(model, processor, exam):
     """The metrics of `shapes.score` for the model's answers, and the area under the curve of its leaning to yes."""
     asked = [(image, shapes.question_text(question)) for _, image, question in exam]
     answers = generate_answers(model, processor, asked, max_new_tokens=40, batch_size=250)
-    metrics = shapes.score([(scene, question, answer) for (scene, _, question), answer in zip(exam, answers)])
+    metrics = shapes.score_exam(exam, answers)
     existence = [i for i, (_, _, question) in enumerate(exam) if question[0] == "is there"]
     leanings = yes_leanings(model, processor, [asked[i] for i in existence])
     split = {True: [], False: []}
@@ -76,7 +76,7 @@ def examine(model, processor, exam):
 def yes_leanings(model, processor, questions):
     """log p(yes) - log p(no) of the first token of the answer to each (image, question)."""
     prompts = [chat_prompt(processor, text) for _, text in questions]
-    inputs = encode_prompts(processor, prompts, [[image] for image, _ in questions])
+    inputs = encode_prompts(processor, prompts, [(image,) for image, _ in questions])
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
     output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
     yes, no = (processor.tokenizer(word).input_ids[0] for word in (" yes", " no"))
@@ -92,6 +92,10 @@ def in_folder(out, seed):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):
         yield folder
+
+
+def write_json(path, value):
+    train.write_atomically(path, lambda path: path.write_text(json.dumps(value, indent=1)))
 
 
 def prepare_seed(out, seed, world=shapes.SMALL):
@@ -124,28 +128,28 @@ def run_method(out, seed, method, n_scenes, world=shapes.SMALL):
             run.mkdir(exist_ok=True)
         else:
             paths = {"model": folder / "model", "data": folder / "data" / "silkie.json", "out": run, "seed": seed}
-            flags = f"{COMMON} {METHODS[method]}" + " --overwrite" * (run / "args.json").exists()
-            if train.main([*(f"--{name}={value}" for name, value in paths.items()), *flags.split()]):
+            flags = [*(f"--{name}={value}" for name, value in paths.items()), *f"{COMMON} {METHODS[method]}".split()]
+            if train.main(["--resume", str(run)] if (run / "args.json").exists() else flags):
                 raise RuntimeError(f"seed {seed}, {method}: training failed, see {folder / 'log.txt'}")
         model, processor = train.load_model(str(folder / "model"))
         if method != "base":
             model = peft.PeftModel.from_pretrained(model, run).eval()
         result = examine(model, processor, shapes.make_exam(n_scenes, seed, world))
         if method == "base" and result["yes_no_auc"] < MIN_BASE_AUC:
-            raise RuntimeError(
-                f"seed {seed}: its base model sees too little ({result['yes_no_auc']:.2f}); take another seed"
-            )
+            auc = f"{result['yes_no_auc']:.2f}"
+            raise RuntimeError(f"seed {seed}: its base model sees too little ({auc}); take another seed")
         if method != "base":
             held_out = read_examples(str(folder / "held_out" / "silkie.json"))
             margins = diagnose(model, processor, held_out, batch_size=40)
             result |= {f"margin_{name}": value for name, value in margins.items()} | curves(run)
-        train.write_whole(run / "result.json", json.dumps(result, indent=1))
+        write_json(run / "result.json", result)
         return result
 
 
 def curves(out, beta=0.1):
     """Change of log p(y_w) and image-conditional accuracy on held-out pairs, after each epoch: lists, and their ends."""
-    records = [record for record in train.read_log(out) if "eval/loss" in record]
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    records = [record for record in records if "eval/loss" in record]
     result = {"chosen_curve": [record["eval/rewards/chosen"] / beta for record in records]}
     if records and "eval/rewards/image_accuracies" in records[0]:  # not without images
         result["image_accuracy_curve"] = [record["eval/rewards/image_accuracies"] for record in records]
@@ -163,9 +167,8 @@ def summarize(by_seed):
         results = [methods[method] for methods in by_seed.values()]
         names = [name for name, value in results[0].items() if isinstance(value, (int, float))]
         values = {name: [result[name] for result in results] for name in names}
-        summary[method] = {
-            n: [statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0] for n, v in values.items()
-        }
+        spread = lambda v: statistics.stdev(v) if len(v) > 1 else 0.0
+        summary[method] = {name: [statistics.mean(v), spread(v)] for name, v in values.items()}
     return summary
 
 
@@ -226,10 +229,8 @@ def draw(by_seed, path):
         for axis, name in ((left, "chosen_curve"), (middle, "image_accuracy_curve")):
             start = int(axis is middle)  # before training no image margin is above 0: all are 0
             curves_of = [methods[method][name][start:] for methods in by_seed.values()]
-            mean, epochs = (
-                [statistics.mean(values) for values in zip(*curves_of)],
-                range(start, start + len(curves_of[0])),
-            )
+            mean = [statistics.mean(values) for values in zip(*curves_of)]
+            epochs = range(start, start + len(mean))
             for curve in curves_of:
                 axis.plot(epochs, curve, color=colours[method], alpha=0.25, linewidth=1)
             axis.plot(epochs, mean, color=colours[method], label=method)
@@ -250,18 +251,15 @@ def draw(by_seed, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/miniature"))
-    parser.add_argument("--quick", action="store_true", help="one seed, the methods of Figure 1 and Table 2")
-    parser.add_argument("--seeds", type=int, nargs="+", default=None, help="(default: 0 1 2 3 4; --quick: 0)")
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"(default: all) {', '.join(METHODS)}"
-    )
-    parser.add_argument(
-        "--world", choices=("small", "large"), default="small", help="large: up to five shapes, 48 pixels"
-    )
-    parser.add_argument("--scenes", type=int, default=200, help="held-out images, five questions each")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--figure", type=Path, help="draw a PNG here (needs matplotlib)")
+    add, listed = parser.add_argument, ", ".join(METHODS).replace("%", "%%")
+    add("--out", type=Path, default=Path("runs/miniature"))
+    add("--quick", action="store_true", help="one seed, the methods of Figure 1 and Table 2")
+    add("--seeds", type=int, nargs="+", default=None, help="(default: 0 1 2 3 4; --quick: 0)")
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"(default: all) {listed}")
+    add("--world", choices=("small", "large"), default="small", help="large: up to five shapes, 48 pixels")
+    add("--scenes", type=int, default=200, help="held-out images, five questions each")
+    add("--jobs", type=int, default=2, help="processes, of one thread each")
+    add("--figure", type=Path, help="draw a PNG here (needs matplotlib)")
     args = parser.parse_args(argv)
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2, 3, 4])
     methods = ["base", *(args.methods or (QUICK if args.quick else METHODS))]
@@ -273,13 +271,9 @@ def main(argv=None):
     by_seed = {str(seed): {method: next(results) for method in methods} for seed in seeds}
     summary = summarize(by_seed)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    record = {
-        "commit": commit,
-        "arguments": {"seeds": seeds, "methods": methods, "scenes": args.scenes, "world": args.world},
-        "common": COMMON,
-    }
-    record |= {"methods": METHODS, "summary": summary, "seeds": by_seed}
-    train.write_whole(args.out / "results.json", json.dumps(record, indent=1))
+    arguments = {"seeds": seeds, "methods": methods, "scenes": args.scenes, "world": args.world}
+    record = {"commit": commit, "arguments": arguments, "common": COMMON, "methods": METHODS}
+    write_json(args.out / "results.json", record | {"summary": summary, "seeds": by_seed})
     print(f"{table(summary)}\n\n{verdicts(by_seed, summary)}\n\n{args.out / 'results.json'}")
     if args.figure:
         draw(by_seed, args.figure)

@@ -12,43 +12,43 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Pairs, read_examples
+from data import STRATEGIES, BadInput, Pairs, about, read_examples, run_command, texts_of
 
-PANELS = {  # title -> arguments of Pairs
-    "chosen image": None,
-    "crop 1-20%": {"strategy": "crop"},
-    "crop 20-50%": {"strategy": "crop", "crop": (0.2, 0.5)},
-    "random": {"strategy": "random"},
-    "moco": {"strategy": "moco"},
-}
+PANELS = {"crop 1-20%": {"strategy": "crop"}, "crop 20-50%": {"strategy": "crop", "crop": (0.2, 0.5)}}
+PANELS |= {name: {"strategy": name} for name in STRATEGIES if name != "crop"}  # title -> arguments of Pairs
 WIDTH, HEIGHT, GAP, TEXT_HEIGHT = 240, 180, 10, 120
 
 
 def contact_sheet(examples, pool, seed):
-    """Examples -> one image, a row each; `random` takes its images from `pool`."""
+    """Examples -> one image, a row each, with the first of several images; `random` takes its from `pool`."""
     font = ImageFont.load_default(14)
     row_height = 20 + HEIGHT + TEXT_HEIGHT
-    sheet = Image.new("RGB", (len(PANELS) * (WIDTH + GAP) + GAP, len(examples) * row_height + GAP), "white")
+    width, height = (1 + len(PANELS)) * (WIDTH + GAP) + GAP, len(examples) * row_height + GAP
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, example in enumerate(examples):
-        top = i * row_height + GAP
-        for column, (title, arguments) in enumerate(PANELS.items()):
+        top, panels = i * row_height + GAP, {}
+        for title, arguments in PANELS.items():
+            try:
+                pair = Pairs(examples, seed=seed, pool=pool, **arguments)[0, i]
+                panels |= {"chosen image": pair.images[0], title: pair.images_rejected[0]}
+            except BadInput:
+                panels[title] = None
+        for column, (title, panel) in enumerate(panels.items()):
             left = column * (WIDTH + GAP) + GAP
             draw.text((left, top), title, "black", font)
-            try:
-                item = Pairs(examples, seed=seed, pool=pool, **(arguments or {}))[0, i]
-            except BadInput:
+            if panel is None:
                 draw.text((left, top + 40), "needs a second image", "grey", font)
-                continue
-            panel = ImageOps.contain(item[4] if arguments else item[3], (WIDTH, HEIGHT))
-            sheet.paste(panel, (left, top + 20))
-        texts = [f"q: {example.question}", f"chosen: {example.chosen}", f"rejected: {example.rejected}"]
+            else:
+                sheet.paste(ImageOps.contain(panel, (WIDTH, HEIGHT)), (left, top + 20))
+        question = " / ".join(texts_of(example.question))
+        texts = [f"q: {question}", f"chosen: {example.chosen}", f"rejected: {example.rejected}"]
         lines = [line for text in texts for line in textwrap.wrap(text, 165, max_lines=2, placeholder=" ...")]
         draw.multiline_text((GAP, top + 24 + HEIGHT), "\n".join(lines), "black", font)
     return sheet
 
 
-def main(argv=None):
+def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file")
     parser.add_argument("out")
@@ -56,17 +56,18 @@ def main(argv=None):
     parser.add_argument("--count", type=int, default=4, help="how many examples (default: 4)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    try:
-        if Path(args.out).exists():
-            raise BadInput(f"{args.out}: already exists")
-        pool = read_examples(args.file, args.images, skip_bad=True)
-        examples = random.Random(args.seed).sample(pool, min(args.count, len(pool)))
+    if Path(args.out).exists():
+        raise BadInput(f"{args.out}: already exists")
+    pool = read_examples(args.file, args.images, skip_bad=True)
+    examples = random.Random(args.seed).sample(pool, min(args.count, len(pool)))
+    with about(f"{args.out}: cannot be drawn"):
         contact_sheet(examples, pool, args.seed).save(args.out)
-    except (BadInput, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(f"{args.out}: {len(examples)} of {len(pool)} examples")
     return 0
+
+
+def main(argv=None):
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,11 @@ def score(answers):
     return metrics
 
 
+def score_exam(exam, answers):
+    """The metrics of the answers to `make_exam`'s questions."""
+    return score([(scene, question, answer) for (scene, _, question), answer in zip(exam, answers)])
+
+
 def area_under_curve(positives, negatives):
     """The chance that a random positive scores above a random negative; ties count half."""
     wins = sum((p > n) + (p == n) / 2 for p in positives for n in negatives)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BUNNY_SYSTEM
+from data import BUNNY_SYSTEM, BadInput, run_command
 from examples import shapes
 from mdpo import attention_blocks
 from train import BUNNY_IMAGE_TOKEN, load_model, quiet_libraries
@@ -38,29 +38,16 @@ def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layer
     folder.mkdir(parents=True)
     tokenizer = write_tokenizer(folder, texts)
     config = {
-        "architectures": ["BunnyPhiForCausalLM"],
+        "architectures": ["BunnyPhiForCausalLM"], "model_type": "bunny-phi",
         "auto_map": {"AutoModelForCausalLM": "modeling_bunny_phi.BunnyPhiForCausalLM"},
-        "model_type": "bunny-phi",
-        "bos_token_id": tokenizer.eos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.eos_token_id,
-        "hidden_act": "gelu_new",
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "max_position_embeddings": 2048,
-        "mm_hidden_size": tower_hidden,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_tower": vision_tower,
-        "num_attention_heads": 4,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": 4,
-        "partial_rotary_factor": 0.5,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id),
+        "hidden_act": "gelu_new", "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "max_position_embeddings": 2048, "mm_hidden_size": tower_hidden, "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": vision_tower, "num_attention_heads": 4, "num_hidden_layers": layers,
+        "num_key_value_heads": 4, "partial_rotary_factor": 0.5,
         "resid_pdrop": 0.1,  # as in the real config; training has to switch it off
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "vocab_size": len(tokenizer),
-    }
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float16", "vocab_size": len(tokenizer),
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     patch_size, image_size = map(int, vision_tower.rpartition("patch")[2].split("-"))
     vision = transformers.SiglipVisionConfig(
@@ -224,17 +211,22 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
         optimizer.zero_grad()
 
 
-def main(argv=None):
+def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.folder.exists():
-        sys.exit(f"error: {args.folder}: already exists")
+        raise BadInput(f"{args.folder}: already exists")
     quiet_libraries()
     torch.set_num_threads(1)  # so that any machine of a kind makes the same weights
     write_base(args.folder, args.seed)
+    return 0
+
+
+def main(argv=None):
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,7 +18,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import use_adapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Pairs, as_list, read_examples
+from data import Pairs, read_examples
 from mdpo import LogPs, mdpo_loss
 from train import add_lora, load_model
 
@@ -48,21 +48,22 @@ class MDPOTrainer(DPOTrainer):
         return (losses.mean(), None) if return_outputs else losses.mean()
 
 
-def trl_dataset(items):
-    """What `make_batch` takes -> a `datasets.Dataset` in TRL's vision format; an item is asked for when its row is read."""
+def trl_dataset(pairs):
+    """Pairs -> a `datasets.Dataset` in TRL's vision format; a pair is asked for when its row is read."""
     say = lambda role, text: [{"role": role, "content": text}]
 
     def load(columns):
-        rows = [items[i] for i in columns["index"]]
+        rows = [pairs[i] for i in columns["index"]]
+        prompt = lambda question: say("user", question) if isinstance(question, str) else question
         return {
-            "prompt": [say("user", row[0]) if isinstance(row[0], str) else row[0] for row in rows],
-            "chosen": [say("assistant", row[1]) for row in rows],
-            "rejected": [say("assistant", row[2]) for row in rows],
-            "images": [as_list(row[3]) for row in rows],
-            "rejected_images": [as_list(row[4]) for row in rows],
+            "prompt": [prompt(row.question) for row in rows],
+            "chosen": [say("assistant", row.chosen) for row in rows],
+            "rejected": [say("assistant", row.rejected) for row in rows],
+            "images": [[*row.images] for row in rows],
+            "rejected_images": [[*row.images_rejected] for row in rows],
         }
 
-    return datasets.Dataset.from_dict({"index": range(len(items))}).with_transform(load)
+    return datasets.Dataset.from_dict({"index": range(len(pairs))}).with_transform(load)
 
 
 class FirstEpoch(Pairs):

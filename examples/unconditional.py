@@ -8,6 +8,7 @@ when the image is taken away; what survives was learned from the words alone.
 
 import argparse
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -15,18 +16,18 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Pairs, make_batch, read_examples, to_device
+from data import BadInput, Pairs, make_batch, read_examples, run_command, to_device
 from examples.answer import load_tuned
 from mdpo import mdpo_loss, response_logps
 from train import quiet_libraries
 
 
 @torch.no_grad()
-def reward_margins(model, processor, items, beta=0.1, batch_size=8):
-    """Reward margins of a peft model over its base, a float each for [(question, chosen, rejected, image, None)]."""
+def reward_margins(model, processor, pairs, beta=0.1, batch_size=8):
+    """Reward margins of a peft model over its base, a float for each pair; no image is rejected."""
     margins = []
-    for at in tqdm(range(0, len(items), batch_size), leave=False, disable=None):
-        batch = make_batch(items[at : at + batch_size], processor, "plain", image_rejected=False)
+    for at in tqdm(range(0, len(pairs), batch_size), leave=False, disable=None):
+        batch = make_batch(pairs[at : at + batch_size], processor, "plain", ("chosen", "rejected"))
         batch = to_device(batch, model.device)
         policy_logps = response_logps(model, batch)
         with model.disable_adapter():
@@ -37,23 +38,23 @@ def reward_margins(model, processor, items, beta=0.1, batch_size=8):
 
 
 def diagnose(model, processor, examples, beta=0.1, batch_size=8):
-    """-> {"image": mean margin, "no_image": ..., "other_image": ..., and what share of the first each of
-    these is}.
+    """-> {"image": mean margin, "no_image": ..., "other_image": ..., and what share of the first each of these is}.
 
     Margins are in units of reward. The other image is that of the next example whose image is another file:
     in many data sets several questions in a row are about one image. Without a margin there are no shares of
-    it: they are nan. Raises BadInput if the data have but one image. """
+    it: they are nan. Raises BadInput if the data have but one image.
+    """
     others = [another_example(examples, index) for index in range(len(examples))]
-    items = [item[:4] for item in (Pairs(examples)["unconditional", i] for i in range(len(examples)))]
+    pairs = [Pairs(examples)["unconditional", i] for i in range(len(examples))]
     variants = {
-        "image": [(*item, None) for item in items],
-        "no_image": [(*item[:3], None, None) for item in items],
-        "other_image": [(*item[:3], items[other][3], None) for item, other in zip(items, others)],
+        "image": pairs,
+        "no_image": [pair._replace(images=()) for pair in pairs],
+        "other_image": [pair._replace(images=pairs[other].images) for pair, other in zip(pairs, others)],
     }
-    means = {}
-    for name, of_variant in variants.items():
-        margins = reward_margins(model, processor, of_variant, beta, batch_size)
-        means[name] = sum(margins) / len(margins)
+    means = {
+        name: statistics.fmean(reward_margins(model, processor, of_variant, beta, batch_size))
+        for name, of_variant in variants.items()
+    }
     share = lambda name: means[name] / means["image"] if means["image"] else float("nan")
     return means | {f"{name}_share": share(name) for name in ("no_image", "other_image")}
 
@@ -70,7 +71,7 @@ def another_example(examples, index):
     raise BadInput(f"example {name}: no other example has another image, which the data need for this")
 
 
-def main(argv=None):
+def run(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter", required=True, help="a run's folder")
@@ -80,19 +81,19 @@ def main(argv=None):
     parser.add_argument("--beta", type=float, default=0.1)
     args = parser.parse_args(argv)
     quiet_libraries()
-    try:
-        examples = read_examples(args.data, args.images, limit=args.limit, skip_bad=True)
-        model, processor = load_tuned(args.model, args.adapter)
-        result = diagnose(model, processor, examples, args.beta)
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    examples = read_examples(args.data, args.images, limit=args.limit, skip_bad=True)
+    model, processor = load_tuned(args.model, args.adapter)
+    result = diagnose(model, processor, examples, args.beta)
     share = lambda name: "n/a" if math.isnan(result[name]) else f"{result[name]:.1%} of it"
     print(f"reward margin over {len(examples)} pairs")
     print(f"  with the image     {result['image']:8.4f}")
     print(f"  without an image   {result['no_image']:8.4f}   {share('no_image_share'):>13}")
     print(f"  with another image {result['other_image']:8.4f}   {share('other_image_share'):>13}")
     return 0
+
+
+def main(argv=None):
+    return run_command(run, argv)
 
 
 if __name__ == "__main__":
