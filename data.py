@@ -1,4 +1,4 @@
-"""Preference data for mDPO: from an image pair and two responses to a batch of tokens; rejected images; file formats.
+"""Preference data for mDPO: rejected images, the batch of image pairs, file formats.
 
 `python data.py FILE [--images DIR]` checks a file without any model.
 """
@@ -28,10 +28,10 @@ class Example(NamedTuple):
     """One preference: `chosen` is better than `rejected` as an answer to `question` about the images."""
 
     id: str
-    question: str | list[dict]  # text; or chat messages up to the question: a system text, earlier turns, images between
+    question: str | list[dict]  # text, or chat messages: a system text, earlier turns, images between
     chosen: str
     rejected: str
-    images: tuple[str, ...]  # paths; none where the images are left out
+    images: tuple[str, ...]  # paths; empty if the images are left out
 
 
 class Pair(NamedTuple):
@@ -50,14 +50,14 @@ BUNNY_SYSTEM = (
 )
 
 
-# -------------------------------------------------------------------------------------------------- rejected images
+# -------------------------------------------------------------------------------------------- rejected images
 
 CROP = (0.01, 0.2)  # the paper's "0-20%": what its code keeps of the area
 
 
 def random_crop(image, rng, area=CROP, **_):
     """a part of the image, resized to the whole's size"""
-    # Area uniform in `area`, aspect log-uniform in 3/4..4/3. Where a long image has no room for it, the aspect gives way.
+    # Area uniform in `area`, aspect log-uniform in 3/4..4/3, or as near to it as a long image allows.
     width, height = image.size
     n_pixels = rng.uniform(*area) * width * height
     fits = lambda aspect: min(max(aspect, n_pixels / height**2), width**2 / n_pixels)  # box inside the image
@@ -95,16 +95,16 @@ def shift_hue(image, turn):
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-# How a rejected image is made (section 3.1 and Table 3): a function of the image and a `random.Random` -> an image of the
-# same size. It is called with more by name: area, the --crop; other, a function that opens another image of the data.
+# How a rejected image is made (section 3.1, Table 3): functions of an image and a `random.Random` that return
+# an image of the same size. Keyword arguments: area (--crop); other, which opens another image of the data.
 STRATEGIES = {"crop": random_crop, "random": another_image, "moco": moco_augment}
 
 
 class Pairs:
     """Examples with their images: `pairs[epoch, index]` -> `Pair`.
 
-    Rejected images are a pure function of (seed, epoch, index): policy and reference share them, and a resumed run meets
-    them again. "random" takes an image of `pool` (default: the examples') that is not among the example's.
+    Rejected images are a pure function of (seed, epoch, index): policy and reference share them, and resumed
+    runs see them again. "random" takes an image of `pool` (default: the examples) that the example lacks.
     """
 
     def __init__(self, examples, strategy="crop", crop=CROP, seed=0, pool=None):
@@ -137,12 +137,12 @@ def open_image(path):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             image = image.point(lambda value: value / 256).convert("L")
-        return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
+        return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------------------ batch
+# ------------------------------------------------------------------------------------------------------ batch
 
-# What each field of `LogPs` is the log-probability of: (images that are seen, response), by their names in `Pair`.
+# Each field of `LogPs` is the log-probability of a response given images: (images, response) in `Pair`.
 SCORED = {
     "chosen": ("images", "chosen"),
     "rejected": ("images", "rejected"),
@@ -154,23 +154,24 @@ LAYOUTS = ("packed", "plain")
 def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_length=2048):
     """Lay B pairs out as sequences of tokens, for `mdpo.response_logps`.
 
-    layout: "packed": the responses to the same images share a sequence, [m_w|q|y_w|y_l] and [m_l|q|y_w], and all
-        sequences lie end to end in R = 1 row; "plain": every response has a sequence, and every sequence a row, padded.
-    names: the fields of `LogPs` that are wanted. DPO needs no third.
-    max_length: tokens of prompt and one response; a longer response is cut on the right, the prompt never is.
-    Returns a dict. Example: one pair, m_w of two tokens (77), q = 5 6, y_w = 1 2 and y_l = 3, each with end-of-sequence 0:
+    layout: "packed": responses to the same images share a sequence, [m_w|q|y_w|y_l] and [m_l|q|y_w], and all
+        sequences lie end to end in one row (R = 1). "plain": a sequence and a padded row for each response.
+    names: the fields of `LogPs` to compute. DPO needs only two.
+    max_length: tokens of prompt and one response. A longer response is cut on the right, the prompt never is.
+    Returns a dict. For one pair, with m_w = 77 77, q = 5 6, y_w = 1 2, y_l = 3 and end-of-sequence 0, it is
 
         input_ids (R, T)      77 77  5  6 | 1  2  0 | 3  0 || 77 77  5  6 | 1  2  0
         position_ids (R, T)    0  1  2  3   4  5  6   4  5     0  1  2  3   4  5  6
-        lengths               [[4, 3, 2], [4, 3]]: tokens of each sequence's prefix and responses; None in plain rows
-        predictors (R, K)      3  4  5 | 3  7 | 12 13 14: positions whose logits predict a response token
-        targets (R, K)         1  2  0 | 3  0 |  1  2  0: these tokens, -100 in padding
-        n_targets             [3, 2, 3]: how many belong to each response: all `names[0]`, one for each pair, then the next
+        lengths               [[4, 3, 2], [4, 3]]: tokens of each sequence's prefix and of its responses
+                              (None in plain rows)
+        predictors (R, K)      3  4  5 | 3  7 | 12 13 14: the positions whose logits predict response tokens
+        targets (R, K)         1  2  0 | 3  0 |  1  2  0: those tokens, -100 in padding
+        n_targets             [3, 2, 3]: how many of each response: names[0] of each pair, then names[1], ...
         names                 as above
-        processor_keys        names of what else the processor returned; each is in the dict too: pixel_values, with the
-                              images of all sequences in order, and for some models grids, or token types (R, T)
+        processor_keys        names of what else the processor returned. Each is in the dict: pixel_values
+                              of all sequences in order and, for some models, grids, or token types (R, T)
 
-    Raises BadInput where a prompt leaves no room for a response, or where the processor does what rows cannot follow.
+    Raises BadInput if a prompt leaves no room for a response, or if rows cannot extend the processor output.
     """
     groups = {}  # names that share a sequence
     for name in names:
@@ -209,9 +210,9 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
 
 
 def lay_out(prefix, responses):
-    """One sequence: prefix and responses -> lists of numbers by name, and the positions that predict each response.
+    """One sequence: prefix, responses -> {name: list of numbers}, the positions that predict each response.
 
-    The prefix's last token predicts the first of each response, whose positions go on where the prefix ended.
+    The prefix's last token predicts the first token of each response, whose positions continue the prefix's.
     """
     n_prefix = len(prefix["input_ids"])
     ids, positions, predictors = [*prefix["input_ids"]], [*range(n_prefix)], []
@@ -219,60 +220,61 @@ def lay_out(prefix, responses):
         predictors.append([n_prefix - 1, *range(len(ids), len(ids) + len(response) - 1)])
         positions += range(n_prefix, n_prefix + len(response))
         ids += response
-    sequence = {name: values + [0] * (len(ids) - n_prefix) for name, values in prefix.items()}  # 0: the type of text
+    types = [0] * (len(ids) - n_prefix)  # of text
+    sequence = {name: values + types for name, values in prefix.items()}
     return sequence | {"input_ids": ids, "position_ids": positions}, predictors
 
 
 def expand_prefixes(processor, texts, images):
-    """B `Tokens` and their images -> what the responses of each share, and what the processor makes of all the images.
+    """Run the processor on prompts and images -> the prefix of each sequence, and the tensors of all images.
 
-    The first is a dict for each: input_ids, with the tokens of the images in place, and what else the processor says of
-    each token (its type). The second is a dict of tensors: pixel_values and, for some models, sizes or grids.
+    A prefix is a dict of lists: input_ids, with image tokens in place, and other values per token (its type).
+    The tensors are a dict: pixel_values and, for some models, sizes or grids.
     """
     encoded = encode_prompts(processor, [tokens.prompt for tokens in texts], images)
     masks = encoded.pop("attention_mask").bool()
     per_token = {name: values for name, values in encoded.items() if values.shape[:2] == masks.shape}
     for name, values in per_token.items():
         if values.ndim > 2:  # such as Mllama's cross-attention mask
-            raise BadInput(f"the processor returns {name} of shape {tuple(values.shape)}, which rows cannot extend")
+            shape = tuple(values.shape)
+            raise BadInput(f"the processor returns {name} of shape {shape}, which rows cannot extend")
     prefixes = []
     for i, tokens in enumerate(texts):
-        n_merged = len(tokens.prompt_ids) - tokens.n_shared  # last prompt tokens that merge with a response's first
+        n_merged = len(tokens.prompt_ids) - tokens.n_shared  # prompt tokens that merge with a response
         prefix = {name: values[i][masks[i]].tolist() for name, values in per_token.items()}
         prefixes.append({name: values[: len(values) - n_merged] for name, values in prefix.items()})
     return prefixes, {name: values for name, values in encoded.items() if name not in per_token}
 
 
 class Tokens(NamedTuple):
-    """The texts of a pair as tokens, an image as one placeholder."""
+    """The texts of a pair, tokenised, with one placeholder for an image."""
 
     prompt: str
     prompt_ids: list[int]
-    n_shared: int  # tokens that prompt, prompt + y_w and prompt + y_l begin with; responses are what follows
+    n_shared: int  # length of the common prefix of prompt, prompt + y_w and prompt + y_l, in tokens
     wholes: dict[str, str]  # "chosen", "rejected" -> prompt and response, up to its first end-of-sequence
-    responses: dict[str, list[int]]  # their tokens
+    responses: dict[str, list[int]]  # their tokens behind the common prefix
 
 
 def tokenize(processor, pair):
-    """A pair -> `Tokens`. Prompt and response are tokenised whole, since tokens may merge across the boundary."""
+    """A pair -> `Tokens`. Prompt and response are tokenised together, since tokens may merge across them."""
     tokenizer = processor.tokenizer
     messages = chat_messages(pair.question, len(pair.images))
     template = lambda messages, **options: processor.apply_chat_template(messages, tokenize=False, **options)
     prompt = template(messages, add_generation_prompt=True)
     stand_in = "\ue000"  # in place of the response, it shows what the template puts before it and after it
     assistant = {"role": "assistant", "content": [{"type": "text", "text": stand_in}]}
-    before, _, after = template([*messages, assistant]).rpartition(stand_in)  # the last: the question may hold it too
+    before, _, after = template([*messages, assistant]).rpartition(stand_in)  # the question may hold it, too
     ending = after.strip() or tokenizer.eos_token
     if prompt == template(messages) and before.startswith(prompt):
-        # A template without a generation prompt: what opens the answer is not to be learned. Tabs may be an image's token.
+        # A template without a generation prompt: what opens the answer is not learned. Tabs may be an image.
         prompt = before.rstrip(" \n")
     wholes = {}
     for name in ("chosen", "rejected"):
-        answer, end, _ = (getattr(pair, name) + ending).partition(tokenizer.eos_token)  # nothing behind it is generated
-        wholes[name] = before + answer + end
+        answer, eos, _ = (getattr(pair, name) + ending).partition(tokenizer.eos_token)
+        wholes[name] = before + answer + eos  # nothing after it is ever generated
 
-    special = {"add_special_tokens": not starts_with_bos(processor, prompt)}
-    prompt_ids, *whole_ids = (tokenizer(text, **special).input_ids for text in (prompt, *wholes.values()))
+    prompt_ids, *whole_ids = (tokenizer(text).input_ids for text in (prompt, *wholes.values()))
     n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of paths
     responses = {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)}
     return Tokens(prompt, prompt_ids, n_shared, wholes, responses)
@@ -281,7 +283,8 @@ def tokenize(processor, pair):
 def chat_messages(question, n_images):
     """A question, or chat messages up to one -> chat messages; without images where n_images is 0."""
     if isinstance(question, str):
-        return [{"role": "user", "content": [{"type": "image"}] * n_images + [{"type": "text", "text": question}]}]
+        text = {"type": "text", "text": question}
+        return [{"role": "user", "content": [{"type": "image"}] * n_images + [text]}]
     keep = lambda part: n_images or part["type"] != "image"
     return [{**message, "content": [*filter(keep, message["content"])]} for message in question]
 
@@ -305,7 +308,8 @@ def encode_prompts(processor, prompts, images):
 
 def room_for_response(prompt_length, max_length):
     if prompt_length >= max_length:
-        raise BadInput(f"image and question take {prompt_length} tokens of --max-length {max_length}: no room to answer")
+        taken = f"{prompt_length} tokens of --max-length {max_length}"
+        raise BadInput(f"image and question take {taken}: no room to answer")
     return max_length - prompt_length
 
 
@@ -314,24 +318,25 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with_images=True, skip_bad=False,
                   processor=None, max_length=2048, log=print):  # fmt: skip
     """Read a preference file of any known format (README, "Data") -> list of `Example`, each checked.
 
-    image_dir: where relative image paths begin (default: the file's folder); `merged_images/` in it is searched too.
+    image_dir: where relative image paths begin (default: the file's folder); also in its `merged_images/`.
     subset: keep the ids that begin so. limit: a sample of so many, drawn by `seed`.
     with_images: False leaves every image out, and needs none. skip_bad: drop bad records instead of raising.
-    processor, max_length: if given, also checks that prompts leave room for an answer and do not hold the image token.
+    processor, max_length: if given, prompts must leave room to answer, and texts hold no image token.
     Raises BadInput, listing bad records and their reasons, or if nothing is left.
     """
     folder = Path(image_dir or Path(path).parent)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such image folder")
     roots = [folder, folder / "merged_images"] if with_images else None
-    placeholders = {"<image>"} | {getattr(processor, name, None) for name in ("image_token", "boi_token")} - {None}
+    image_tokens = {getattr(processor, name, None) for name in ("image_token", "boi_token")}
+    placeholders = image_tokens - {None} | {"<image>"}
     found, problems, n_unpaired = [], [], 0
     for number, record in load_records(path):
         record, problem = attempt(f"record {number}", parse_json, record)
@@ -366,7 +371,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
         log(f"{path}: left out {n_unpaired} records whose best and worst rating are equal or missing")
     examples = [example for example, _ in checks if example]
     if not examples:
-        raise BadInput(f"{path}: no example is left to train on" + f" (with ids in {subset!r})" * bool(subset))
+        raise BadInput(f"{path}: no example is left" + (f" with an id in {subset!r}" if subset else ""))
     return examples
 
 
@@ -380,7 +385,7 @@ def attempt(where, function, *arguments):
 
 
 def image_checker(processor, max_length):
-    """-> a function that returns an example, or raises BadInput if its images do not decode or leave no room to answer."""
+    """-> a function that returns its example, or raises BadInput: images do not decode, or leave no room."""
 
     @cache
     def n_image_tokens(sizes):  # that images of these sizes add to their placeholders
@@ -400,7 +405,7 @@ def image_checker(processor, max_length):
 
 
 def load_records(path):
-    """A JSON list or JSON lines, told apart by the first character -> [(number from 1, record, or its line)]."""
+    """A JSON list or JSON lines, by the first character -> [(number from 1, record or its line)]."""
     with about(f"{path}: cannot be read"):
         text = Path(path).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
@@ -416,7 +421,7 @@ def parse_json(record):
 def parse_record(record, id, roots, placeholders):
     """One record of any known format -> `Example`, or None if it expresses no preference. Raises BadInput.
 
-    roots: the folders where relative image paths begin; None: images are left out. placeholders: what no text may hold.
+    roots: folders where relative image paths begin; None: no images. placeholders: no text may hold them.
     """
     field = next((field for field in FORMATS if record.get(field) is not None), None)
     if field is None:
@@ -433,7 +438,7 @@ def parse_record(record, id, roots, placeholders):
         if not text.strip():
             raise BadInput(f"'{name}' is empty")
         with about(f"'{name}'"):
-            text.encode()  # raises for half a character, a surrogate, which JSON can hold and a tokenizer cannot
+            text.encode()  # raises for a lone surrogate, which JSON can hold and a tokenizer cannot
         for placeholder in placeholders:
             if placeholder in text:
                 raise BadInput(f"'{name}' holds the image token {placeholder!r} in its text")
@@ -442,14 +447,14 @@ def parse_record(record, id, roots, placeholders):
     return Example(id, question, chosen, rejected, images)
 
 
-# ---------------------------------------------------------------------------------------------------------- formats
+# ---------------------------------------------------------------------------------------------------- formats
 #
-# A format is a function: record, id -> question, chosen response, rejected response, image path or paths; or None if the
-# record expresses no preference. The question is text or chat messages. Whatever is raised is a problem of the record.
+# A format is a function: record, id -> question, chosen, rejected, image path or paths; or None if the record
+# expresses no preference. The question is text or chat messages. Any exception marks the record as bad.
 
 
 def from_vlfeedback(record, id):
-    """VLFeedback (Silkie): of all completions the one with the highest mean rating against the one with the lowest."""
+    """VLFeedback (Silkie): the completion with the highest mean rating against the one with the lowest."""
     completions = record["completions"]
     if isinstance(completions, dict):  # exported through `datasets`: a dict of lists, at any depth
         completions = [row(completions, i) for i in range(len(completions["response"]))]
@@ -461,8 +466,11 @@ def from_vlfeedback(record, id):
     if not rated:
         return None
     (high, chosen), (low, rejected) = (best(rated, key=lambda pair: pair[0]) for best in (max, min))
-    chosen, rejected = (re.sub(r"【[^【】†]*†[^【】]*】", "", text) for text in (chosen, rejected))  # citation marks
-    return high > low and (record["prompt"], chosen, rejected, first(record, *IMAGE_FIELDS) or f"{id}.jpg") or None
+    if high == low:
+        return None
+    citation = r"【[^【】†]*†[^【】]*】"
+    chosen, rejected = (re.sub(citation, "", text) for text in (chosen, rejected))
+    return record["prompt"], chosen, rejected, first(record, *IMAGE_FIELDS) or f"{id}.jpg"
 
 
 def from_preference(record, id):
@@ -475,7 +483,8 @@ def from_preference(record, id):
             raise BadInput("has no field 'prompt' or 'question'")
         if question != rejected[:-1]:
             raise BadInput("'chosen' and 'rejected' differ before their last turn")
-    return question, answer_of(chosen, "chosen"), answer_of(rejected, "rejected"), first(record, *IMAGE_FIELDS)
+    chosen, rejected = answer_of(chosen, "chosen"), answer_of(rejected, "rejected")
+    return question, chosen, rejected, first(record, *IMAGE_FIELDS)
 
 
 FORMATS = {"completions": from_vlfeedback, "chosen": from_preference}  # by the field that tells a format
@@ -495,24 +504,24 @@ def find_images(value, roots):
     """A path, or a list of them -> paths of files that are there. Raises BadInput."""
     if not value:
         raise BadInput("has no image path ('img_path', 'image' or 'images')")
-    images = value if isinstance(value, list) else [value]
-    return tuple(find_image(image["path"] if isinstance(image, dict) else image, roots) for image in images)
-
-
-def find_image(image, roots):
-    if Path(os.path.normpath(image)).parts[:1] == ("..",):
-        raise BadInput(f"image path {image!r} climbs out of the image folder")
-    for root in roots:
-        if (root / image).is_file():  # an absolute path is taken as it is
-            return str(root / image)
-    raise BadInput(f"no image {image!r} in {' or '.join(map(str, roots))}")
+    paths = []
+    for image in value if isinstance(value, list) else [value]:
+        image = image["path"] if isinstance(image, dict) else image
+        if Path(os.path.normpath(image)).parts[:1] == ("..",):
+            raise BadInput(f"image path {image!r} climbs out of the image folder")
+        # An absolute path is taken as it is: root / path is the path.
+        found = [root / image for root in roots if (root / image).is_file()]
+        if not found:
+            raise BadInput(f"no image {image!r} in {' or '.join(map(str, roots))}")
+        paths.append(str(found[0]))
+    return tuple(paths)
 
 
 def read_question(question, n_images):
-    """Text or chat messages up to the question -> text, or messages with an image part where each image belongs.
+    """Text, or chat messages up to the question -> text, or messages with a part for each image.
 
-    n_images: how many the record has; None for any number. Where no message shows an image, the first of the user's
-    opens with all of them. A lone question after its images becomes text.
+    n_images: how many the record has; None for any number. If no message shows an image, the user's first
+    message opens with all of them. A single question after its images becomes text.
     """
     if isinstance(question, str):
         return bare_question(question, n_images)
@@ -520,7 +529,7 @@ def read_question(question, n_images):
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise BadInput(f"'prompt' has the roles {roles}: user and assistant must take turns, and the user ends")
+        raise BadInput(f"'prompt' has the roles {roles}: user and assistant must take turns, user last")
     n_shown = sum(part["type"] == "image" for message in messages for part in message["content"])
     check_shown(n_shown, n_images)
     if n_shown == 0 and n_images:
@@ -537,7 +546,7 @@ def check_shown(n_shown, n_images):
 
 
 def bare_question(prompt, n_images):
-    """The question alone, out of the authors' prompts, which hold Bunny's whole template, or of `<image>\\nquestion`."""
+    """The question alone, without `<image>` and, in the authors' prompts, without Bunny's template."""
     check_shown(prompt.count("<image>"), n_images)
     system, user, question = prompt.partition("USER: ")
     if user and question.rstrip().endswith(" ASSISTANT:"):
@@ -565,8 +574,8 @@ def read_message(message, name):
         if role not in ("system", "user", "assistant"):
             raise BadInput(f"role {role!r} is not system, user or assistant")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        as_part = lambda part: {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
-        parts = [*map(as_part, parts)]
+        image, text = {"type": "image"}, lambda part: {"type": "text", "text": part["text"]}
+        parts = [image if part["type"] == "image" else text(part) for part in parts]
         if not texts_of([{"content": parts}]):
             raise BadInput("a message without text")
     return {"role": role, "content": parts}
@@ -579,7 +588,7 @@ def texts_of(question):
     return [part["text"] for message in question for part in message["content"] if part["type"] == "text"]
 
 
-# ----------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 class BadInput(ValueError):
@@ -605,7 +614,7 @@ def about(what):
 
 
 def run_command(command, argv=None):
-    """Run command(argv) -> its exit status: 2 for `BadInput`, which is printed as one line unless argv has --debug."""
+    """Run command(argv) -> its exit status. `BadInput` is one line and status 2; --debug raises it."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         return command(argv)
@@ -623,14 +632,14 @@ def run_command(command, argv=None):
         return 2
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def check_file(argv):
     parser = argparse.ArgumentParser(description="Check a preference file and its images, without any model.")
     parser.add_argument("file")
-    parser.add_argument("--images", metavar="DIR", help="where relative image paths begin (default: the file's folder)")
-    parser.add_argument("--subset", metavar="PREFIX", help="only ids that begin so, e.g. llava (paper 4.1)")
+    parser.add_argument("--images", help="folder where relative image paths begin (default: the file's)")
+    parser.add_argument("--subset", help="only ids that begin so, e.g. llava (paper 4.1)")
     args = parser.parse_args(argv)
     examples = read_examples(args.file, args.images, subset=args.subset)
     n_images = len({image for example in examples for image in example.images})

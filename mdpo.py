@@ -15,13 +15,13 @@ The reward of a response is implicit in its log-probability (section 2.1):
     AncPO   -log sigmoid(r(m_w, q, y_w) - delta)               eq. 7   keep the chosen response likely
     mDPO    DPO_m + CoPO + AncPO                               eq. 8
 
-The paper does not number its equations; 5 to 8 are counted. CoPO works for any modality: read m_w and m_l as the context
-that supports y_w and a worse one.
+The paper does not number its equations; 5 to 8 are counted. CoPO works for any modality: read m_w as the
+context that supports y_w, and m_l as a worse one.
 
-Departures from the authors' code, which change no equation: policy and reference see the same m_l, made with the data;
-an example is two packed sequences in place of three padded ones (see "Speed" below).
+Two departures from the authors' code, which change no equation: policy and reference see the same m_l, which
+is made with the data; an example is two packed sequences instead of three padded ones (see "Speed" below).
 
-Only torch is imported here. To use the loss elsewhere, copy this file down to `mdpo_step`.
+This file imports only torch. To use the loss elsewhere, copy it down to `mdpo_step`.
 """
 
 import inspect
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 
 class LogPs(NamedTuple):
-    """Log-probabilities of whole responses, in nats: float tensors of shape (B,), summed over the response's tokens."""
+    """Log-probabilities of whole responses, summed over tokens, in nats: float tensors of shape (B,)."""
 
     chosen: torch.Tensor  # log pi(y_w | m_w, q)
     rejected: torch.Tensor  # log pi(y_l | m_w, q)
@@ -40,11 +40,11 @@ class LogPs(NamedTuple):
 
 
 def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, anchors=("chosen",)):
-    """mDPO (eq. 8) and its ablations: two `LogPs`, or plain tuples in that order, -> losses (B,) and metrics.
+    """mDPO (eq. 8) and its ablations: two `LogPs`, or plain tuples in that order -> losses (B,), metrics.
 
-    beta > 0 and delta: paper 4.1 has 0.1 and 0. conditional=False: Table 2, minus conditional. anchors: names of the
-    anchored rewards (Table 4); (): Table 2, minus anchored. With neither this is DPO. Half precision is raised to float32.
-    Metrics are detached, (B,) each: losses, rewards and margins in nats, accuracies 0 or 1.
+    beta, delta: 0.1 and 0 in the paper (4.1). conditional=False: Table 2, minus conditional.
+    anchors: names of the anchored rewards (Table 4); (): Table 2, minus anchored. With neither, this is DPO.
+    Half precision is raised to float32. Metrics are detached (B,) tensors, in nats; accuracies are 0 or 1.
     Raises ValueError that names the argument with a wrong value, shape or type.
     """
     needed = {"chosen", "rejected", "image_rejected"} if conditional else {"chosen", "rejected"}
@@ -53,8 +53,8 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     if conditional:
         terms["conditional"] = -F.logsigmoid(r["chosen"] - r["image_rejected"])  # eq. 6, CoPO
     if anchors:
-        distances = [r[name] - delta if name == "chosen" else delta - r[name] for name in r if name in anchors]
-        terms["anchor"] = sum(-F.logsigmoid(distance) for distance in distances)  # eq. 7, AncPO; more anchors: Table 4
+        above_delta = lambda name: r[name] - delta if name == "chosen" else delta - r[name]  # AncPO, Table 4
+        terms["anchor"] = sum(-F.logsigmoid(above_delta(name)) for name in r if name in anchors)  # eq. 7
     losses = sum(terms.values())  # eq. 8, mDPO
 
     metrics = {f"loss/{name}": term for name, term in terms.items()}
@@ -68,9 +68,9 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
 
 
 def rewards(policy_logps, ref_logps, beta, needed, anchors):
-    """Checks the arguments of `mdpo_loss` -> {name of a log-probability: its reward r, (B,), at least float32}.
+    """Check the arguments of `mdpo_loss` -> {name of a log-probability: its reward r (B,), at least float32}.
 
-    needed, with anchors: the names that must be there; others may be None on both sides, and are left out.
+    The names in `needed` and `anchors` must be there; others may be None on both sides, and are left out.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be above 0 and finite, got {beta}")
@@ -84,9 +84,10 @@ def rewards(policy_logps, ref_logps, beta, needed, anchors):
             if not (torch.is_tensor(logp) and logp.is_floating_point()):
                 raise ValueError(f"{side}.{name} must be a float tensor, got {getattr(logp, 'dtype', logp)}")
             if logp.ndim != 1 or len(logp) != len(policy_logps[0]):
-                raise ValueError(f"{side}.{name} must have shape (B,) as policy_logps.chosen, got {tuple(logp.shape)}")
+                shape = tuple(logp.shape)
+                raise ValueError(f"{side}.{name} must have shape (B,) as policy_logps.chosen, got {shape}")
         if ref.requires_grad:
-            raise ValueError(f"ref_logps.{name} requires grad, but the reference is frozen: are the two swapped?")
+            raise ValueError(f"ref_logps.{name} requires grad, the reference does not: are the two swapped?")
         dtype = torch.promote_types(policy.dtype, torch.float32)
         r[name] = beta * (policy.to(dtype) - ref.to(dtype))
     return r
@@ -95,7 +96,7 @@ def rewards(policy_logps, ref_logps, beta, needed, anchors):
 def sequence_logps(logits, labels):
     """Log-probabilities of whole responses: logits (B, T, V), labels (B, T) -> (B,) float32, in nats.
 
-    labels: the input ids, with -100 where nothing counts: prompt, image and padding. The end-of-sequence token counts.
+    labels: the input ids, with -100 in prompt, image and padding. The end-of-sequence token counts.
     """
     logps, labels = logits[:, :-1].float().log_softmax(-1), labels[:, 1:]  # position t predicts token t + 1
     logps = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # (B, T - 1)
@@ -103,7 +104,7 @@ def sequence_logps(logits, labels):
 
 
 def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
-    """One forward pass of mDPO: a batch of `data.make_batch` -> losses (B,), with gradient, and metrics (B,).
+    """One step's forward pass: a batch of `data.make_batch` -> losses (B,), with gradient, and metrics (B,).
 
     model: wrapped by peft. ref_model: the reference; by default `model` without its adapter.
     loss: any function of (policy_logps, ref_logps, **options) -> losses, metrics.
@@ -121,50 +122,52 @@ def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
 
 
 def response_logps(model, batch, inputs=None):
-    """Log-probabilities of the responses in a batch of `data.make_batch` -> `LogPs` of (B,) float32; gradients flow.
+    """Log-probabilities of the responses in a batch of `data.make_batch` -> `LogPs` of (B,) float32 tensors.
 
     model: an image-text-to-text model of transformers, plain or wrapped by peft.
-    inputs: `forward_inputs(model, batch)`, so that two passes can share them.
-    Raises ValueError for packed rows where the model's attention is not `packed_attention`.
+    inputs: `forward_inputs(model, batch)`, which two passes can share.
+    Raises ValueError for packed rows if the model's attention is not `packed_attention`.
     """
     inputs = forward_inputs(model, batch) if inputs is None else inputs
     logits = model(**inputs).logits.float()  # (R, K, V): only the positions that predict a response token
-    logps = -F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")  # 0 for target -100
+    targets = batch["targets"].flatten()  # (R * K,), -100 in padding
+    logps = -F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")  # (R * K,), 0 in padding
     sums = torch.stack([tokens.sum() for tokens in logps.split(batch["n_targets"])])
     return LogPs(**dict(zip(batch["names"], sums.view(len(batch["names"]), -1))))
 
 
-# --------------------------------------------------------------------------- Speed: the same numbers with less work
+# --------------------------------------------------------------------- Speed: the same numbers with less work
 #
-# 1. Policy and reference share the encoding of each image, since vision tower and projector are frozen.
-# 2. Most tokens are the image's. y_w and y_l share one prefix, so an example is two sequences in place of three.
-# 3. All sequences of a batch lie end to end in one row, without padding. Its attention is a list of blocks:
+# 1. Policy and reference share the features of each image, since vision tower and projector are frozen.
+# 2. Most tokens are image tokens. y_w and y_l share one prefix, so an example is two sequences, not three.
+# 3. All sequences of a batch lie end to end in one row, without padding. Attention runs block by block:
 #
-#        token       m_w m_w q   q   y_w y_w y_w y_l y_l m_l m_l q   q   y_w y_w y_w  m_w ...
-#        position    0   1   2   3   4   5   6   4   5   0   1   2   3   4   5   6    0  ...
-#        block       |---- causal ------------|       |  |---- causal -------------|
-#                                              |prefix + itself|
-# 4. Logits are computed only where a response token is predicted.
+#        token     m_w m_w q   q   y_w y_w y_w | y_l y_l | m_l m_l q   q   y_w y_w y_w | m_w ...
+#        position  0   1   2   3   4   5   6   | 4   5   | 0   1   2   3   4   5   6   | 0   ...
+#        block     causal                      | sees    | causal                      | causal
+#                                                m_w, q and itself
+#
+# 4. Logits are computed only at the positions that predict a response token.
 
 
 def forward_inputs(model, batch):
-    """What the model's forward pass is called with, for both passes over a batch."""
+    """The keyword arguments of the model's forward pass, for both passes over a batch."""
     inputs = {name: batch[name] for name in ("input_ids", *batch["processor_keys"])}
     inputs |= {"logits_to_keep": batch["predictors"], "use_cache": False}
     image_features = encode_images(model, batch)
     if image_features is not None:
         del inputs["pixel_values"]
         inputs["mm_encoder_outputs"] = {"image": image_features}
-    if batch["lengths"] is None:  # plain rows, padded on the right, where no token of a response looks: no mask is needed
+    if batch["lengths"] is None:  # plain rows: padding is on the right, so causal attention needs no mask
         return inputs
     implementation = unwrapped(model).config.get_text_config()._attn_implementation
     if implementation != "packed":
-        raise ValueError(f"packed rows need `use_packed_attention(model)`; its attention is {implementation!r}")
+        raise ValueError(f"packed rows need `use_packed_attention(model)`; attention is {implementation!r}")
     device, n_tokens = batch["input_ids"].device, batch["input_ids"].shape[1]
     return inputs | {
         "position_ids": packed_positions(model, batch),
         "blocks": attention_blocks(batch["lengths"], device),
-        # The library builds no mask of its own where it is given one in four dimensions. This is one number, expanded.
+        # Given a four-dimensional mask, the library builds none of its own. This one is a number, expanded.
         "attention_mask": torch.ones((), dtype=torch.bool, device=device).expand(1, 1, n_tokens, n_tokens),
     }
 
@@ -173,7 +176,7 @@ def encode_images(model, batch):
     """The output of the model's own `get_image_features` for all images of the batch.
 
     None if there are none, or if the model's forward pass does not accept precomputed features.
-    Raises ValueError if vision tower or projector are trained: their output could not be shared with the reference.
+    Raises ValueError if vision tower or projector are trained: the reference must not share their output.
     """
     model = unwrapped(model)
     if "pixel_values" not in batch or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
@@ -186,6 +189,7 @@ def encode_images(model, batch):
 
 
 def known_arguments(function, batch):
+    """What a batch holds of a function's arguments: models differ in what they take."""
     return {name: batch[name] for name in inspect.signature(function).parameters if name in batch}
 
 
@@ -195,7 +199,7 @@ def unwrapped(model):
 
 
 def use_packed_attention(model):
-    """Let the language model attend by `packed_attention`, which is SDPA for everything but packed rows."""
+    """Set the language model's attention to `packed_attention`, which is SDPA for all but packed rows."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -205,31 +209,32 @@ def use_packed_attention(model):
 
 
 def attention_blocks(lengths, device=None):
-    """lengths of `data.make_batch` -> [(number of tokens, number of prefix tokens that they see too, mask)].
+    """`lengths` of `data.make_batch` -> [(tokens in the block, prefix tokens that they see as well, mask)].
 
-    A sequence's prefix and first response are one causal block, which needs no mask. Each further response is a block of
-    its own: its tokens see the prefix and those of itself up to each, by a boolean mask (1, 1, n, prefix + n).
+    A sequence's prefix and first response are one causal block without a mask. Each further response is a
+    block of n tokens that see the prefix and, causally, each other: a boolean mask (1, 1, n, prefix + n).
     """
     blocks = []
     for prefix, first, *others in lengths:
         blocks.append((prefix + first, 0, None))
         for n in others:
-            blocks.append((n, prefix, torch.ones(1, 1, n, prefix + n, dtype=torch.bool, device=device).tril(prefix)))
+            ones = torch.ones(1, 1, n, prefix + n, dtype=torch.bool, device=device)
+            blocks.append((n, prefix, ones.tril(prefix)))
     return blocks
 
 
 def packed_attention(module, query, key, value, attention_mask, blocks=None, **options):
-    """Attention of a packed row, block by block: (1, H, N, D) -> (1, N, H, D). A function of `AttentionInterface`."""
+    """Attention of a packed row, block by block: (1, H, N, D) -> (1, N, H, D). For `AttentionInterface`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    # One split a tensor: its backward pass is one concatenation, where a slice's would be as long as the row.
+    # One split per tensor: its backward pass is one concatenation. Each slice's would write a whole row.
     queries, keys, values = (tensor.split([n for n, *_ in blocks], dim=2) for tensor in (query, key, value))
     outputs = []
     for i, (_, prefix, mask) in enumerate(blocks):
         if mask is None:
-            start, k, v = i, keys[i], values[i]  # the block that holds the prefix of those that follow
+            start, k, v = i, keys[i], values[i]  # the blocks that follow see the prefix in this one
         else:
             k, v = (torch.cat([side[start][:, :, :prefix], side[i]], dim=2) for side in (keys, values))
         outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **options)[0])
@@ -237,17 +242,19 @@ def packed_attention(module, query, key, value, attention_mask, blocks=None, **o
 
 
 def packed_positions(model, batch):
-    """Position ids of a packed row: (1, N), or (3, 1, N) for models that give image tokens positions in space (Qwen-VL).
+    """Position ids of a packed row: (1, N), or (3, 1, N) for models with positions in space (Qwen-VL).
 
-    Their own `get_rope_index` takes the row for one sequence. A sequence by itself has the same positions less that of its
-    first token. Where y_l is concerned: it stands as far behind the prefix as y_w does, whose positions it gets.
+    Those models' `get_rope_index` takes the row for one long sequence. A sequence by itself has the same
+    positions minus that of its first token; y_l has those of y_w, which follows the prefix as well.
     """
-    positions = batch["position_ids"]  # (1, N): counted from each sequence's start; y_l's from the prefix's end
+    positions = batch["position_ids"]  # (1, N): counted from the start of each sequence; y_l's as y_w's
     rope_index = getattr(unwrapped(model).base_model, "get_rope_index", None)
     if rope_index is None or "pixel_values" not in batch:
         return positions
-    of_row, _ = rope_index(**known_arguments(rope_index, batch), attention_mask=torch.ones_like(positions))  # (3, 1, N)
+    known = known_arguments(rope_index, batch)
+    of_row, _ = rope_index(**known, attention_mask=torch.ones_like(positions))  # (3, 1, N)
     n_tokens = torch.tensor([sum(sequence) for sequence in batch["lengths"]], device=positions.device)
-    starts = (n_tokens.cumsum(0) - n_tokens).repeat_interleave(n_tokens, output_size=positions.shape[1])  # (N,)
-    read = lambda index: of_row.gather(-1, index.expand_as(of_row))
-    return read(starts + positions) - read(starts)
+    starts = n_tokens.cumsum(0) - n_tokens  # where each sequence starts in the row
+    starts = starts.repeat_interleave(n_tokens, output_size=positions.shape[1])  # (N,)
+    at = lambda index: of_row.gather(-1, index.expand_as(of_row))
+    return at(starts + positions) - at(starts)

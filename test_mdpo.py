@@ -987,7 +987,7 @@ def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_sequence_may_be
 def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read(tmp_path, bunny, llava, monkeypatch):
     """The reason, in one line, and not after a download of gigabytes."""
     for name, config, reason in (
-        ("text", transformers.LlamaConfig(), "of type llama, .* is no model that takes images"),
+        ("text", transformers.LlamaConfig(), "has no image-text-to-text model of type llama"),
         ("florence", transformers.Florence2Config(), "is an encoder-decoder"),
     ):
         config.save_pretrained(tmp_path / name)
@@ -1546,7 +1546,7 @@ UNREADABLE = {
     "x: cannot be read: 'utf-8' codec can't decode": b"\xff\xfe[",
     "x: cannot be read: not valid JSON": b"[{},",
     "2 bad records:\n  record 1: not valid JSON": b"a table\nof text\n",
-    "no example is left to train on": b"[]",
+    "x: no example is left$": b"[]",
 }
 
 
@@ -1581,7 +1581,7 @@ def test_subset_and_limit(folder):
     assert ids == [e.id for e in read_examples(path, subset="llava", limit=5, seed=1)]
     assert ids != [e.id for e in read_examples(path, subset="llava", limit=5, seed=2)]
     assert len(read_examples(path, limit=100)) == len(read_examples(path, limit=40)) == 40
-    with pytest.raises(BadInput, match="no example is left to train on .with ids in 'vqa'"):
+    with pytest.raises(BadInput, match="no example is left with an id in 'vqa'"):
         read_examples(path, subset="vqa")
     (folder / "broken.png").write_bytes(b"")
     numbers = [authors(id=id, img_path="a.png" if id in (1, 12) else "none.png") for id in (1, 2, 12, 21)]
@@ -2408,11 +2408,29 @@ def test_ctrl_c_and_sigterm_save_before_leaving(finished, bunny, small, tmp_path
     assert stopped_at(3, monkeypatch, command(bunny, small, out), number) == 128 + number
     assert f"python train.py --resume {out}" in capsys.readouterr().out and signal.getsignal(number) == before
     assert [record["step"] for record in log_of(out)] == [1, 2, 3]
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["records"] == log_of(out)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
+    step, steps = train.mdpo_step, []
+    monkeypatch.setattr(train, "mdpo_step", lambda *args: steps.append(1) or step(*args))
     assert train.main(["--resume", str(out)]) == 0
+    assert len(steps) == 2  # the micro-batches of step 4 alone
     assert [record["step"] for record in log_of(out)] == [1, 2, 3, 4]
     assert all(torch.equal(v, adapter(finished)[k]) for k, v in adapter(out).items())
+
+
+def test_each_epoch_ends_in_a_checkpoint(bunny, small, tmp_path, monkeypatch):
+    """Without --save-every a power cut costs an epoch at most."""
+    log, out = train.log, tmp_path / "out"
+
+    def power_cut(out, records, record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+        log(out, records, record)
+
+    monkeypatch.setattr(train, "log", power_cut)
+    assert train.main(command(bunny, small, out)) == 130
+    assert [r["step"] for r in torch.load(out / "checkpoint.pt", weights_only=True)["records"]] == [1, 2]
 
 
 def test_a_run_that_ended_ends_in_a_checkpoint(finished, tmp_path, monkeypatch):
@@ -2552,14 +2570,14 @@ def text_model(bunny, folder):
 
 BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_path)
     "nowhere: cannot be loaded": lambda b, t: ["--model", t / "nowhere"],
-    "is no model that takes images and text": lambda b, t: ["--model", text_model(b, t / "text")],
+    "has no image-text-to-text model": lambda b, t: ["--model", text_model(b, t / "text")],
     "1 weights do not fit the model, such as lm_head.weight (missing_keys)": lambda b, t: [
         "--model", broken_model(b, t / "m", lambda w: w.pop("lm_head.weight"))],
     "1 weights do not fit the model, such as model.surprise (unexpected_keys)": lambda b, t: [
         "--model", broken_model(b, t / "m", lambda w: w.update({"model.surprise": torch.zeros(1)}))],
     "none.json: cannot be read": lambda b, t: ["--data", t / "none.json"],
     "no example is left": lambda b, t: ["--data", write(t / "x.json", [])],
-    "(with ids in 'llava')": lambda b, t: ["--subset", "llava"],
+    "no example is left with an id in 'llava'": lambda b, t: ["--subset", "llava"],
     "not valid JSON": lambda b, t: ["--data", write(t / "x.json", "[{]")],
     "2 bad records": lambda b, t: ["--data", write(t / "x.json", '{\n"a": 1}')],
     "'utf-8' codec can't decode": lambda b, t: ["--data", ROOT / Path(b) / "model-00001-of-00002.safetensors"],
@@ -2581,7 +2599,7 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "invalid choice": lambda b, t: ["--anchors", "cropped"],
     "invalid int value": lambda b, t: ["--epochs", "many"],
     "unrecognized arguments: --bata": lambda b, t: ["--bata", 1],
-    "leaves nothing of 7 examples": lambda b, t: ["--eval-size", 7],
+    "leaves none of 7": lambda b, t: ["--eval-size", 7],
     "no room to answer": lambda b, t: ["--max-length", 20],
     "is already there": lambda b, t: ["--out", b],
     "cannot be written to": lambda b, t: ["--out", write(t / "file", "") + "/out"],

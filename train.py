@@ -4,8 +4,8 @@
     python train.py --resume runs/Bunny-v1_0-3B-silkie-1
     python train.py --demo
 
-The policy is the model with a LoRA adapter; the reference is the same model with the adapter switched off, so there is
-no second copy of the weights. Vision tower and projector are frozen, and dropout is off everywhere.
+The policy is the model with a LoRA adapter. The reference is the same model with the adapter disabled, so
+there is no second copy of the weights. Vision tower and projector are frozen. Dropout is off everywhere.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # DataLoader workers are forked after the tokenizer was used
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn in each DataLoader worker
 
 import peft
 import torch
@@ -67,13 +67,15 @@ def run(args):
     out = claim_folder(args)
     try:
         processor = load_processor(args.model)
-        options = {name: getattr(args, name) for name in ("skip_bad", "subset", "limit", "seed", "max_length")}
-        examples = read_examples(args.data, args.images, with_images=not args.no_image, processor=processor, **options)
+        names = ("skip_bad", "subset", "limit", "seed", "max_length")
+        options = {name: getattr(args, name) for name in names} | {"with_images": not args.no_image}
+        examples = read_examples(args.data, args.images, processor=processor, **options)
         if args.eval_size >= len(examples):
-            raise BadInput(f"--eval-size {args.eval_size} leaves nothing of {len(examples)} examples to train on")
+            raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
         held = sorted(random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size))
         held_out, training = [examples[i] for i in held], [e for i, e in enumerate(examples) if i not in held]
-        pairs, held_out_pairs = (Pairs(e, args.reject, args.crop, args.seed, examples) for e in (training, held_out))
+        as_pairs = lambda part: Pairs(part, args.reject, args.crop, args.seed, pool=examples)
+        pairs, held_out_pairs = as_pairs(training), as_pairs(held_out)
 
         model, processor = load_model(args.model, args.device)
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
@@ -82,8 +84,10 @@ def run(args):
         if not args.no_checkpointing:
             enable_checkpointing(model)
         anchors = set(args.anchors) - {"none"}
-        loss = partial(mdpo_loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors)
-        # The log-probabilities that the loss needs; held-out examples are measured by all that their images allow.
+        loss = partial(
+            mdpo_loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors
+        )
+        # Training computes the log-probabilities that the loss needs, evaluation all that have images.
         all_names = [name for name, (images, _) in SCORED.items() if images == "images" or not args.no_image]
         unneeded = set() if args.conditional else {"image_rejected"} - anchors
         names = [name for name in all_names if name not in unneeded]
@@ -96,9 +100,11 @@ def run(args):
         schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup_steps, len(plan))
         write_arguments(out, args, examples)
         records = load_checkpoint(out, model, optimizer, schedule) if args.resume else []
-        write_atomically(out / "metrics.jsonl", lambda path: path.write_text("".join(map(as_line, records))))
-        print(f"{args.device}, {model.dtype}: {sum(map(torch.numel, parameters)):,} parameters train on {len(training)} "
-              f"examples, {len(held_out)} held out; {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
+        # Steps that were logged after the checkpoint come again.
+        (out / "metrics.jsonl").write_text("".join(map(as_line, records)))
+        n_parameters = sum(map(torch.numel, parameters))
+        print(f"{args.device}, {model.dtype}: {n_parameters:,} parameters train on {len(training)} examples, "
+              f"{len(held_out)} held out; {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
 
         collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
         keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
@@ -108,8 +114,8 @@ def run(args):
             log(out, records, {"step": 0, **evaluate_now()})
         keys = sum(plan[steps_done(records) :], [])
         batches = make_loader(pairs, keys, partial(collate, names=names), args.workers)
-        stopped_by = train(model, plan, batches, loss, optimizer, schedule, out, records, training, args.max_grad_norm,
-                           args.save_every, evaluate_now)  # fmt: skip
+        stopped_by = train(model, plan, batches, loss, optimizer, schedule, out, records, training,
+                           args.max_grad_norm, args.save_every, evaluate_now)  # fmt: skip
     finally:
         if not any(out.iterdir()):
             out.rmdir()
@@ -126,15 +132,16 @@ def run(args):
     return 0
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
-def train(model, plan, batches, loss, optimizer, schedule, out, records, examples, max_grad_norm=1.0, save_every=None,
-          evaluate=dict):  # fmt: skip
-    """The training loop: the steps of `plan` that are not in `records`. Returns the signal that stopped it, or 0.
+def train(model, plan, batches, loss, optimizer, schedule, out, records, examples, max_grad_norm=1.0,
+          save_every=None, evaluate=dict):  # fmt: skip
+    """The training loop: the steps of `plan` that `records` lacks -> the signal that stopped it, or 0.
 
-    plan: of `plan_steps`. batches: those of `make_batch` for each micro-batch of the steps to do. loss: as of `mdpo_step`.
-    out: the run's folder. records: its log so far. evaluate: -> metrics of held-out examples, called after each epoch.
+    plan: of `plan_steps`. batches: an iterator over the micro-batches of these steps, made by `make_batch`.
+    loss: as in `mdpo_step`. out: the run's folder. records: its log so far. examples: those of `plan`.
+    evaluate: a function that returns the metrics of held-out examples, called after each epoch.
     Raises BadInput that names the examples of a step whose loss or gradient is not finite.
     """
     batches, parameters, done = iter(batches), optimizer.param_groups[0]["params"], steps_done(records)
@@ -145,14 +152,14 @@ def train(model, plan, batches, loss, optimizer, schedule, out, records, example
             started, metrics, n_examples = time.perf_counter(), [], sum(map(len, micro_batches))
             for _ in micro_batches:  # gradient accumulation
                 losses, values = mdpo_step(model, to_device(next(batches), model.device), loss)
-                (losses.sum() / n_examples).backward()  # the mean of the whole batch, however large its micro-batches
+                (losses.sum() / n_examples).backward()  # the mean over the batch, not over micro-batches
                 metrics.append(values)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             record = {"step": step, "epoch": step / steps_per_epoch, **means(metrics)}  # waits for the device
             record |= {"lr": schedule.get_last_lr()[0], "grad_norm": grad_norm.item()}
             if not math.isfinite(record["loss"] + record["grad_norm"]):
                 ids = ", ".join(examples[i].id for keys in micro_batches for _, i in keys)
-                raise BadInput(f"step {step}: the loss or its gradient is not finite; examples of the batch: {ids}")
+                raise BadInput(f"step {step}: loss or gradient is not finite; examples of the batch: {ids}")
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -189,7 +196,7 @@ def means(metrics):
 def plan_steps(n_examples, batch_size, micro_batch_size, epochs, seed):
     """What each optimizer step sees: a list of its micro-batches, lists of (epoch, index).
 
-    A last, smaller batch is used, not dropped. A pure function of its arguments, so that a run can be resumed exactly.
+    A last, smaller batch is kept. A pure function of its arguments, so that a run can be resumed exactly.
     """
     plan = []
     for epoch in range(epochs):
@@ -216,12 +223,12 @@ def make_loader(pairs, micro_batches, collate, workers):
 
 
 def ignore_interrupts(worker_id):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the main one stops the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one stops these
 
 
 @contextmanager
 def stop_signals():
-    """Ctrl-C and SIGTERM are noted in the list that this yields, so that the step ends. A second one stops at once."""
+    """Ctrl-C and SIGTERM go into the list that this yields, and the step ends. A second one stops at once."""
     noted = []
 
     def note(number, frame):
@@ -238,7 +245,7 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-# -------------------------------------------------------------------------------------------------- the run's folder
+# ------------------------------------------------------------------------------------------- the run's folder
 
 
 def claim_folder(args):
@@ -257,7 +264,7 @@ def claim_folder(args):
 
 
 def write_arguments(out, args, examples):
-    """args.json: the run's arguments, versions and a hash of the data, which must be the same when it is resumed."""
+    """args.json: the run's arguments, versions, and a hash of the data, which a resumed run must share."""
     data_sha256 = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     if not args.resume:
         versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
@@ -276,8 +283,9 @@ def write_atomically(path, write):
 
 def save_checkpoint(out, records, model, optimizer, schedule):
     """All that a resumed run needs: order, crops and random images are pure functions of the seed."""
-    state = {"adapter": peft.get_peft_model_state_dict(model, save_embedding_layers=False), "records": records,
-             "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}  # fmt: skip
+    adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = {"adapter": adapter, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    state["records"] = records
     write_atomically(out / "checkpoint.pt", partial(torch.save, state))
 
 
@@ -306,7 +314,7 @@ def steps_done(records):
     return records[-1]["step"] if records else 0
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def number(kind, low, high):
@@ -343,14 +351,14 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     # loss
     "beta": (0.1, positive, "strength of the KL constraint (paper 4.1)"),
     "delta": (0.0, real, "the anchor, in units of reward (paper 4.1)"),
-    "anchors": ((), (*LogPs._fields, "none"), "anchored rewards: chosen is eq. 7 and the default, Table 4 has more; none is "
-        "Table 2, minus anchored"),
+    "anchors": ((), (*LogPs._fields, "none"), "anchored rewards: chosen is eq. 7 and the default, Table 4 "
+        "has more; none is Table 2, minus anchored"),
     # optimization
     "epochs": (3, whole, "passes over the data (paper 4.1)"),
     "batch-size": (32, whole, "examples an update (paper 4.1)"),
     "micro-batch-size": (4, whole, "examples at a time: for memory, not for the result"),
     "lr": (1e-5, positive, "peak learning rate (paper 4.1)"),
-    "warmup": (0.1, share, "share of the steps, rounded up, before a cosine to 0 (paper 4.1); a single step has none"),
+    "warmup": (0.1, share, "share of the steps, rounded up, before a cosine to 0 (paper 4.1)"),
     "betas": ((0.9, 0.98), decay, "of AdamW (the second: authors' config)"),
     "weight-decay": (0.05, not_negative, "of AdamW (authors' config)"),
     "max-grad-norm": (1.0, positive, "gradient clipping (the default of the authors' trainer)"),
@@ -359,15 +367,15 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "seed": (0, seed, "of adapter, order, samples and rejected images"),
     # system
     "device": (None, ("cuda", "cpu"), "cuda in bf16 or cpu in float32 (default: cuda if there is one)"),
-    "layout": (None, LAYOUTS, "two packed sequences an example, or three plain rows (default: packed where the first "
-        "examples show that it is exact for the model)"),
+    "layout": (None, LAYOUTS, "two packed sequences an example, or three plain rows (default: packed if the "
+        "first examples show that it is exact for the model)"),
     "workers": (4, count, "processes that decode images"),
     "save-every": (None, whole, "a checkpoint every so many steps, beside each epoch's"),
 }  # fmt: skip
 SWITCHES = {
     "skip-bad": "drop bad records instead of stopping",
-    "no-image": "the data without images, DPO (No Image) of Fig. 1: no conditional term, and no anchor unless "
-    "--anchors asks for one",
+    "no-image": "the data without images, DPO (No Image) of Fig. 1: no conditional term, and no anchor "
+    "unless --anchors asks for one",
     "no-conditional": "drop eq. 6 (Table 2, minus conditional)",
     "no-checkpointing": "keep activations: faster, more memory",
     "debug": "show the traceback of an error",
@@ -383,7 +391,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(names):
-    parser = Parser(description="Train a multimodal model with mDPO; --demo: a tiny one, on drawn data, in a minute.")
+    parser = Parser(description="Train a multimodal model with mDPO. --demo: a tiny one, on drawn data.")
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
     for name in names:
         if name in SWITCHES:
@@ -426,7 +434,7 @@ def resolve(args):
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------------- models
 
 
 def load_model(name_or_path, device="cpu", dtype=None):
@@ -462,8 +470,8 @@ def load_processor(name_or_path):
             return bunny_processor(name_or_path, config)
         config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            raise BadInput(f"is of type {config.model_type}, which in transformers {transformers.__version__} is no model "
-                           "that takes images and text and writes text")  # fmt: skip
+            kind, version = config.model_type, transformers.__version__
+            raise BadInput(f"transformers {version} has no image-text-to-text model of type {kind}")
         if config.is_encoder_decoder:
             raise BadInput("is an encoder-decoder, in which a response does not follow its prompt in a row")
         processor = transformers.AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
@@ -490,7 +498,7 @@ def quiet_libraries():
 
 
 def disable_dropout(model):
-    """Set every dropout to 0: modules, and rates that layers keep as numbers (Bunny's config asks for resid_pdrop 0.1)."""
+    """Set every dropout to 0: modules, and rates that layers keep as numbers, such as Bunny's resid_pdrop."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -506,10 +514,10 @@ def enable_checkpointing(model):
 
 
 class LoraLinear(peft.tuners.lora.Linear):
-    """peft's LoRA layer, y = W x + b + alpha / r * B A x, with the scaling and the sum left to the product with B.
+    """peft's LoRA layer, y = W x + b + alpha / r * B A x, where the product with B also scales and adds.
 
-    peft's own forward pass writes B A x, its scaled copy and the sum one after the other. The adapter may be float32
-    where the model is bf16: A and B are rounded as they are used, without autocast.
+    peft's own forward pass writes B A x, its scaled copy and the sum one after the other. The adapter may be
+    float32 in a bf16 model: A and B are rounded as they are used, without autocast.
     """
 
     def forward(self, x):
@@ -518,7 +526,8 @@ class LoraLinear(peft.tuners.lora.Linear):
         y = self.base_layer(x)  # (tokens, out)
         if not (self.disable_adapters or self.merged):
             (adapter,) = self.active_adapters
-            A, B = (side[adapter].weight.to(y.dtype) for side in (self.lora_A, self.lora_B))  # (r, in), (out, r)
+            weights = (lora[adapter].weight.to(y.dtype) for lora in (self.lora_A, self.lora_B))
+            A, B = weights  # (r, in), (out, r)
             y.addmm_(x.to(y.dtype) @ A.T, B.T, alpha=self.scaling[adapter])
         return y.view(*batch, -1)
 
@@ -527,12 +536,13 @@ def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
     """Wrap `model` with LoRA on every linear layer of its language model, and on nothing else.
 
     Rank and alpha are the paper's (4.1), the choice of layers is the authors' config.
-    layer: `LoraLinear`, or `peft.tuners.lora.Linear` for frameworks that shard weights and gather them module by module.
+    layer: `LoraLinear`, or `peft.tuners.lora.Linear` for frameworks that gather sharded weights by module.
     """
     decoder = model.get_decoder()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    linear = {name.rpartition(".")[2] for name, m in decoder.named_modules() if isinstance(m, torch.nn.Linear)}
-    pattern = rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(sorted(linear))})"
+    linear = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    pattern = rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(leaves)})"
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=pattern)
     model = peft.get_peft_model(model, config)
@@ -542,16 +552,16 @@ def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
     return model
 
 
-# ------------------------------------------------------------------------------------------------- layout, measured
+# ------------------------------------------------------------------------------------------- layout, measured
 
 # How far a response of n tokens may be off, in nats over the square root of n, as rounding errors add up.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 def choose_layout(model, processor, pairs, layout=None, max_length=2048):
-    """The layout to train in: packed rows where they are exact for this model, else plain ones. Raises BadInput.
+    """The layout to train in: packed rows if they are exact for this model, else plain ones. Raises BadInput.
 
-    Decided by measuring on a few pairs, not by what the model is called. layout: only this one is tried.
+    It is measured on a few pairs, and does not depend on the model's name. layout: try only this one.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     for candidate in [layout] if layout else LAYOUTS:
@@ -562,7 +572,8 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
                 error = layout_error(model, processor, pairs, candidate, max_length)
                 if error <= TOLERANCE[model.dtype]:
                     return candidate
-                reason = f"{error:.2g} nats off the library's own call, where {TOLERANCE[model.dtype]} is rounding"
+                bound = TOLERANCE[model.dtype]
+                reason = f"{error:.2g} nats off the library's own call, where up to {bound} is rounding"
             if layout or candidate == "plain":
                 raise BadInput(reason)
         print(f"packed rows are not exact for this model ({reason}): training on plain ones")
@@ -570,16 +581,19 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
 
 @torch.no_grad()
 def layout_error(model, processor, pairs, layout, max_length=2048):
-    """How far a layout is from the library's own call on one sequence at a time: the worst response, as in TOLERANCE."""
+    """How far a layout is from the library's call on one sequence at a time: the worst, as in TOLERANCE."""
     model.eval()
-    names = [name for name, (images, _) in SCORED.items() if images == "images" or any(p.images_rejected for p in pairs)]
-    ours = response_logps(model, to_device(make_batch(pairs, processor, layout, names, max_length), model.device))
+    rejected = any(pair.images_rejected for pair in pairs)
+    names = [name for name, (images, _) in SCORED.items() if images == "images" or rejected]
+    batch = make_batch(pairs, processor, layout, names, max_length)
+    ours = response_logps(model, to_device(batch, model.device))
     errors = []
     for i, pair in enumerate(pairs):
         for name in names:
             images, response = SCORED[name]
             tokens = tokenize(processor, pair)
-            whole = encode_prompts(processor, [tokens.wholes[response]], [getattr(pair, images)]).to(model.device)
+            whole = encode_prompts(processor, [tokens.wholes[response]], [getattr(pair, images)])
+            whole = whole.to(model.device)
             labels = whole["input_ids"].clone()
             labels[:, : -len(tokens.responses[response])] = labels[:, max_length:] = -100
             theirs = sequence_logps(model(**whole, use_cache=False).logits, labels)
@@ -587,25 +601,29 @@ def layout_error(model, processor, pairs, layout, max_length=2048):
     return torch.cat(errors).max().item()
 
 
-# ---------------------------------------------------------------------------------------------- Bunny's file format
+# ---------------------------------------------------------------------------------------- Bunny's file format
 #
-# BAAI/Bunny-v1_0-3B is a LLaVA (SigLIP tower -> Linear, GELU, Linear -> Phi-2) under names of its own. Its remote code
-# is for transformers 4.36; with these renames the library's own Llava loads it.
+# BAAI/Bunny-v1_0-3B is a LLaVA (SigLIP tower -> Linear, GELU, Linear -> Phi-2) under names of its own. Its
+# remote code is for transformers 4.36. With these renames, the library's own Llava classes load it.
 BUNNY_KEYS = {
     r"^model\.vision_tower\.vision_tower\.vision_model\.": "model.vision_tower.",
     r"^model\.mm_projector\.0\.": "model.multi_modal_projector.linear_1.",
     r"^model\.mm_projector\.2\.": "model.multi_modal_projector.linear_2.",
     r"^model\.(embed_tokens|layers|final_layernorm)": r"model.language_model.\1",
 }
-# Bunny's vocabulary has no image token and no spare row; a new row in lm_head would take probability from the others.
-# A token that never occurs in chat text stands for the image instead: the run of nine tabs.
+# Bunny's vocabulary has no image token, and a new row in lm_head would take probability from the others. So a
+# token that never occurs in chat text stands for the image: the run of nine tabs.
 BUNNY_IMAGE_TOKEN = "\t" * 9
 BUNNY_TEMPLATE = """
 {%- if messages[0].role != 'system' -%} {{- "SYSTEM" -}} {%- endif -%}
 {%- for message in messages -%}
-    {%- if message.role == 'user' -%} {{- 'USER: ' if messages[loop.index0 - 1].role == 'assistant' and not loop.first else ' USER: ' -}}
+    {%- if message.role == 'user' -%}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'assistant' -%} {{- ' ' -}} {%- endif -%}
+        {{- 'USER: ' -}}
     {%- elif message.role == 'assistant' -%} {{- ' ASSISTANT: ' -}} {%- endif -%}
-    {%- for part in message.content -%} {{- "IMAGE\\n" if part.type == 'image' else part.text -}} {%- endfor -%}
+    {%- for part in message.content -%}
+        {{- "IMAGE\\n" if part.type == 'image' else part.text -}}
+    {%- endfor -%}
     {%- if message.role == 'assistant' -%} {{- eos_token -}} {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%} {{- ' ASSISTANT:' -}} {%- endif -%}
@@ -617,8 +635,9 @@ def is_bunny(config):
 
 
 def bunny_config(name_or_path, config, processor):
-    """Bunny's config.json -> LlavaConfig. What it does not say of the vision tower is read off the weights."""
-    index = cached_file(name_or_path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    """Bunny's config.json -> LlavaConfig. Sizes of the vision tower that it lacks are the weights'."""
+    index = "model.safetensors.index.json"
+    index = cached_file(name_or_path, index, _raise_exceptions_for_missing_entries=False)
     if index:
         file_of = json.loads(Path(index).read_text())["weight_map"]
     else:
@@ -639,9 +658,9 @@ def bunny_config(name_or_path, config, processor):
         num_attention_heads=16, image_size=image_size, patch_size=patch_size, vision_use_head=False,
     )  # fmt: skip
     return transformers.LlavaConfig(
-        text_config=transformers.PhiConfig(**text_config), vision_config=vision_config, vision_feature_layer=-1,
-        vision_feature_select_strategy="full", image_token_index=processor.image_token_id,
-        image_seq_length=(image_size // patch_size) ** 2,
+        text_config=transformers.PhiConfig(**text_config), vision_config=vision_config,
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+        image_token_index=processor.image_token_id, image_seq_length=(image_size // patch_size) ** 2,
     )  # fmt: skip
 
 
@@ -674,11 +693,11 @@ def bunny_processor(name_or_path, config):
     )
 
 
-# -------------------------------------------------------------------------------------------------- without torchvision
+# ---------------------------------------------------------------------------------------- without torchvision
 
 if not transformers.utils.is_torchvision_available():
-    # The library's video processors need torchvision, and it refuses a whole processor for want of one. No video is
-    # processed here: a processor is made of its other parts.
+    # The library refuses a whole processor if its video processor needs torchvision. No video is processed
+    # here, so a processor is loaded without that part.
     every_part = transformers.ProcessorMixin.get_attributes.__func__
     transformers.ProcessorMixin.get_attributes = classmethod(
         lambda cls: [part for part in every_part(cls) if part != "video_processor"]
