@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """An `Example` with its images decoded and rejected: what `Pairs` yields and `make_batch` takes."""
+    """An `Example` with its images and a rejected one for each: `Pairs` yields it, `make_batch` takes it."""
 
     question: str | list[dict]  # q
     chosen: str  # y_w
@@ -52,7 +52,7 @@ BUNNY_SYSTEM = (
 
 # -------------------------------------------------------------------------------------------- rejected images
 
-CROP = (0.01, 0.2)  # the paper's "0-20%": what its code keeps of the area
+CROP = (0.01, 0.2)  # area that is kept: the paper says 0-20%, its code keeps 1-20%
 
 
 def random_crop(image, rng, area=CROP, **_):
@@ -104,7 +104,7 @@ class Pairs:
     """Examples with their images: `pairs[epoch, index]` -> `Pair`.
 
     Rejected images are a pure function of (seed, epoch, index): policy and reference share them, and resumed
-    runs see them again. "random" takes an image of `pool` (default: the examples) that the example lacks.
+    runs see them again. "random" takes an image of `pool` (default: the examples), but not of the example.
     """
 
     def __init__(self, examples, strategy="crop", crop=CROP, seed=0, pool=None):
@@ -267,12 +267,12 @@ def tokenize(processor, pair):
     before, _, after = template([*messages, assistant]).rpartition(stand_in)  # the question may hold it, too
     ending = after.strip() or tokenizer.eos_token
     if prompt == template(messages) and before.startswith(prompt):
-        # A template without a generation prompt: what opens the answer is not learned. Tabs may be an image.
+        # A template without a generation prompt. Tabs are not stripped: they are Bunny's image token.
         prompt = before.rstrip(" \n")
     wholes = {}
     for name in ("chosen", "rejected"):
         answer, eos, _ = (getattr(pair, name) + ending).partition(tokenizer.eos_token)
-        wholes[name] = before + answer + eos  # nothing after it is ever generated
+        wholes[name] = before + answer + eos  # text after the end-of-sequence is dropped
 
     prompt_ids, *whole_ids = (tokenizer(text).input_ids for text in (prompt, *wholes.values()))
     n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of paths
@@ -281,7 +281,7 @@ def tokenize(processor, pair):
 
 
 def chat_messages(question, n_images):
-    """A question, or chat messages up to one -> chat messages; without images where n_images is 0."""
+    """A question, or chat messages that end in one -> chat messages; without images if n_images is 0."""
     if isinstance(question, str):
         text = {"type": "text", "text": question}
         return [{"role": "user", "content": [{"type": "image"}] * n_images + [text]}]
@@ -341,7 +341,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
     for number, record in load_records(path):
         record, problem = attempt(f"record {number}", parse_json, record)
         id = str(record["id"] if isinstance(record, dict) and "id" in record else number)
-        if subset and not id.startswith(subset):
+        if subset and isinstance(record, dict) and not id.startswith(subset):
             continue
         where = f"record {number}" + f" (id {id})" * (id != str(number))
         if not problem:
@@ -385,7 +385,7 @@ def attempt(where, function, *arguments):
 
 
 def image_checker(processor, max_length):
-    """-> a function that returns its example, or raises BadInput: images do not decode, or leave no room."""
+    """-> a function that returns its example, or raises BadInput if images do not decode or leave no room."""
 
     @cache
     def n_image_tokens(sizes):  # that images of these sizes add to their placeholders
@@ -487,7 +487,7 @@ def from_preference(record, id):
     return question, chosen, rejected, first(record, *IMAGE_FIELDS)
 
 
-FORMATS = {"completions": from_vlfeedback, "chosen": from_preference}  # by the field that tells a format
+FORMATS = {"completions": from_vlfeedback, "chosen": from_preference}  # by the field that identifies it
 IMAGE_FIELDS = ("img_path", "image", "images", "image_path")
 
 
@@ -508,7 +508,7 @@ def find_images(value, roots):
     for image in value if isinstance(value, list) else [value]:
         image = image["path"] if isinstance(image, dict) else image
         if Path(os.path.normpath(image)).parts[:1] == ("..",):
-            raise BadInput(f"image path {image!r} climbs out of the image folder")
+            raise BadInput(f"image path {image!r} points outside the image folder")
         # An absolute path is taken as it is: root / path is the path.
         found = [root / image for root in roots if (root / image).is_file()]
         if not found:
@@ -577,7 +577,7 @@ def read_message(message, name):
         image, text = {"type": "image"}, lambda part: {"type": "text", "text": part["text"]}
         parts = [image if part["type"] == "image" else text(part) for part in parts]
         if not texts_of([{"content": parts}]):
-            raise BadInput("a message without text")
+            raise BadInput("a message has no text")
     return {"role": role, "content": parts}
 
 
@@ -643,7 +643,7 @@ def check_file(argv):
     args = parser.parse_args(argv)
     examples = read_examples(args.file, args.images, subset=args.subset)
     n_images = len({image for example in examples for image in example.images})
-    print(f"{args.file}: {len(examples)} examples with {n_images} different images, all good")
+    print(f"{args.file}: {len(examples)} examples with {n_images} different images, no problems found")
     return 0
 
 

@@ -1,6 +1,6 @@
 """mDPO: Conditional Preference Optimization for Multimodal Large Language Models (arXiv:2406.11839).
 
-    m_w   image, as the question is about it      y_w   chosen response
+    m_w   image that the question is about        y_w   chosen response
     m_l   rejected image: by default a crop of    y_l   rejected response
           m_w that keeps 1-20% of its area        q     question (prompt)
     pi    policy: the model with its adapter      pi_ref  reference: the same model without it
@@ -15,13 +15,13 @@ The reward of a response is implicit in its log-probability (section 2.1):
     AncPO   -log sigmoid(r(m_w, q, y_w) - delta)               eq. 7   keep the chosen response likely
     mDPO    DPO_m + CoPO + AncPO                               eq. 8
 
-The paper does not number its equations; 5 to 8 are counted. CoPO works for any modality: read m_w as the
-context that supports y_w, and m_l as a worse one.
+The paper does not number its equations; 5 to 8 is their order of appearance. CoPO works for any modality:
+read m_w as the context that supports y_w, and m_l as a worse one.
 
 Two departures from the authors' code, which change no equation: policy and reference see the same m_l, which
 is made with the data; an example is two packed sequences instead of three padded ones (see "Speed" below).
 
-This file imports only torch. To use the loss elsewhere, copy it down to `mdpo_step`.
+To use the loss elsewhere, copy this file down to `mdpo_step`: that part needs only torch.
 """
 
 import inspect
@@ -53,8 +53,8 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     if conditional:
         terms["conditional"] = -F.logsigmoid(r["chosen"] - r["image_rejected"])  # eq. 6, CoPO
     if anchors:
-        above_delta = lambda name: r[name] - delta if name == "chosen" else delta - r[name]  # AncPO, Table 4
-        terms["anchor"] = sum(-F.logsigmoid(above_delta(name)) for name in r if name in anchors)  # eq. 7
+        margin = lambda name: r[name] - delta if name == "chosen" else delta - r[name]  # the latter: Table 4
+        terms["anchor"] = sum(-F.logsigmoid(margin(name)) for name in r if name in anchors)  # eq. 7, AncPO
     losses = sum(terms.values())  # eq. 8, mDPO
 
     metrics = {f"loss/{name}": term for name, term in terms.items()}
@@ -70,7 +70,7 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
 def rewards(policy_logps, ref_logps, beta, needed, anchors):
     """Check the arguments of `mdpo_loss` -> {name of a log-probability: its reward r (B,), at least float32}.
 
-    The names in `needed` and `anchors` must be there; others may be None on both sides, and are left out.
+    The names in `needed` and `anchors` must be given; others may be None in both, and are skipped.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be above 0 and finite, got {beta}")
@@ -106,7 +106,7 @@ def sequence_logps(logits, labels):
 def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
     """One step's forward pass: a batch of `data.make_batch` -> losses (B,), with gradient, and metrics (B,).
 
-    model: wrapped by peft. ref_model: the reference; by default `model` without its adapter.
+    model: wrapped by peft, or any if ref_model is given. ref_model: by default `model` without its adapter.
     loss: any function of (policy_logps, ref_logps, **options) -> losses, metrics.
     """
     inputs = forward_inputs(model, batch)  # images are encoded once, for policy and reference
@@ -142,9 +142,9 @@ def response_logps(model, batch, inputs=None):
 # 2. Most tokens are image tokens. y_w and y_l share one prefix, so an example is two sequences, not three.
 # 3. All sequences of a batch lie end to end in one row, without padding. Attention runs block by block:
 #
-#        token     m_w m_w q   q   y_w y_w y_w | y_l y_l | m_l m_l q   q   y_w y_w y_w | m_w ...
-#        position  0   1   2   3   4   5   6   | 4   5   | 0   1   2   3   4   5   6   | 0   ...
-#        block     causal                      | sees    | causal                      | causal
+#        token     m_w m_w q   q   y_w y_w y_w | y_l y_l | m_l m_l q   q   y_w y_w y_w
+#        position  0   1   2   3   4   5   6   | 4   5   | 0   1   2   3   4   5   6
+#        block     causal                      | sees    | causal
 #                                                m_w, q and itself
 #
 # 4. Logits are computed only at the positions that predict a response token.
@@ -167,7 +167,7 @@ def forward_inputs(model, batch):
     return inputs | {
         "position_ids": packed_positions(model, batch),
         "blocks": attention_blocks(batch["lengths"], device),
-        # Given a four-dimensional mask, the library builds none of its own. This one is a number, expanded.
+        # A 4-D mask stops the library from building one. `packed_attention` ignores it: one True, expanded.
         "attention_mask": torch.ones((), dtype=torch.bool, device=device).expand(1, 1, n_tokens, n_tokens),
     }
 
@@ -189,7 +189,7 @@ def encode_images(model, batch):
 
 
 def known_arguments(function, batch):
-    """What a batch holds of a function's arguments: models differ in what they take."""
+    """The entries of the batch that a function accepts: models differ in them."""
     return {name: batch[name] for name in inspect.signature(function).parameters if name in batch}
 
 
@@ -234,9 +234,9 @@ def packed_attention(module, query, key, value, attention_mask, blocks=None, **o
     outputs = []
     for i, (_, prefix, mask) in enumerate(blocks):
         if mask is None:
-            start, k, v = i, keys[i], values[i]  # the blocks that follow see the prefix in this one
+            shared, k, v = i, keys[i], values[i]  # the block with the prefix that the next blocks see as well
         else:
-            k, v = (torch.cat([side[start][:, :, :prefix], side[i]], dim=2) for side in (keys, values))
+            k, v = (torch.cat([side[shared][:, :, :prefix], side[i]], dim=2) for side in (keys, values))
         outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **options)[0])
     return torch.cat(outputs, dim=1), None
 
@@ -244,8 +244,9 @@ def packed_attention(module, query, key, value, attention_mask, blocks=None, **o
 def packed_positions(model, batch):
     """Position ids of a packed row: (1, N), or (3, 1, N) for models with positions in space (Qwen-VL).
 
-    Those models' `get_rope_index` takes the row for one long sequence. A sequence by itself has the same
-    positions minus that of its first token; y_l has those of y_w, which follows the prefix as well.
+    Those models' `get_rope_index` treats the row as one sequence. A sequence by itself has the same positions
+    minus that of its first token. Token j of y_l gets the position found j tokens after the prefix: that is
+    text, of y_w or, past its end, of y_l, and in text positions rise by one.
     """
     positions = batch["position_ids"]  # (1, N): counted from the start of each sequence; y_l's as y_w's
     rope_index = getattr(unwrapped(model).base_model, "get_rope_index", None)

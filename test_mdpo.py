@@ -1451,7 +1451,7 @@ def test_an_image_is_looked_for_in_the_folder_then_in_merged_images(folder):
     assert Path(found(image="merged_images/../a.png")).samefile(folder / "a.png")
     for image in ("../a.png", "merged_images/../../a.png", "x/../../a.png"):
         noise(5).save(folder.parent / "a.png")
-        with pytest.raises(BadInput, match="climbs out of the image folder"):
+        with pytest.raises(BadInput, match="points outside the image folder"):
             read(image=image)
     with pytest.raises(BadInput, match="no image 'merged_images'"):
         read(image="merged_images")
@@ -1568,6 +1568,13 @@ def test_a_report_of_bad_records_ends_after_20_and_counts_the_rest(folder):
     assert lines[21].strip() == "... and 3 more" and "--skip-bad" in lines[0] and len(lines) == 22
 
 
+def test_a_broken_line_is_bad_whatever_the_subset(folder):
+    """A record that cannot be read has no id: dropped as if it were of another subset, it would be lost in silence."""
+    path = write(folder / "x.jsonl", json.dumps(VLFEEDBACK) + '\n{"id": "llava-2", "prom\n')
+    with pytest.raises(BadInput, match="record 2: not valid JSON"):
+        read_examples(path, subset="llava")
+
+
 def test_subset_and_limit(folder):
     """The paper's data is a sample of 10K among ids that begin with llava; the sample is the seed's alone."""
     records = [
@@ -1616,7 +1623,7 @@ BAD_RECORDS = {
     "no image 'b.png'": authors(img_path="b.png"),
     "cannot be decoded": authors(img_path="broken.png"),
     "has no image path": {"question": "Q", "chosen": "a", "rejected": "b"},
-    "climbs out of the image folder": authors(img_path="../a.png"),
+    "points outside the image folder": authors(img_path="../a.png"),
     "'chosen' holds the image token": authors(chosen="An <image>"),
     "'prompt' holds the image token": authors(prompt="Is <image> a picture?"),
     "shows 1 images, the record has 2": authors(img_path=None, images=["a.png", "a.png"]),
@@ -1628,7 +1635,7 @@ BAD_RECORDS = {
     | {"chosen": [{"role": "user", "content": "A cat."}]},
     "'rejected' must end in an assistant message": MESSAGES
     | {"rejected": [{"role": "assistant", "content": MESSAGES["prompt"][0]["content"]}]},
-    "message without text": MESSAGES | {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+    "a message has no text": MESSAGES | {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
     "differ before their last turn": {
         "image": "a.png",
         "chosen": [*MESSAGES["prompt"], *MESSAGES["chosen"]],
@@ -2037,7 +2044,7 @@ def test_data_command_counts_every_kind_of_record(folder, capsys):
     assert data.main([str(path_of), "--images", str(folder), "--subset", "llava"]) == 0
     out, err = capsys.readouterr()
     assert f"{path_of}: left out 1 records" in out and err == ""
-    assert f"{path_of}: 3 examples with 2 different images, all good" in out
+    assert f"{path_of}: 3 examples with 2 different images, no problems found" in out
     assert data.main([str(folder / "none.json")]) == data.main([path, "--images", str(folder / "none")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("error: ") == 2 and "none.json: cannot be read" in err and "no such image folder" in err
@@ -2419,6 +2426,34 @@ def test_ctrl_c_and_sigterm_save_before_leaving(finished, bunny, small, tmp_path
     assert all(torch.equal(v, adapter(finished)[k]) for k, v in adapter(out).items())
 
 
+def test_sigterm_to_the_whole_group_saves_too(finished, bunny, small, tmp_path, monkeypatch):
+    """Schedulers, and `timeout`, signal every process of a run: workers must not die before the step is saved."""
+    log, out = train.log, tmp_path / "out"
+
+    def stop(out, records, record):
+        log(out, records, record)
+        if record["step"] == 2:
+            os.killpg(0, signal.SIGTERM)
+
+    def run():
+        os.setpgrp()
+        return train.main(command(bunny, small, out, "--workers", 2))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "log", stop)
+        process = fork(run)
+        process.join(timeout=60)
+    assert process.exitcode == 128 + signal.SIGTERM and [record["step"] for record in log_of(out)] == [1, 2]
+    assert train.main(["--resume", str(out)]) == 0
+    assert all(torch.equal(v, adapter(finished)[k]) for k, v in adapter(out).items())
+
+
+def test_arguments_cannot_be_abbreviated(bunny, small, capsys):
+    """`--resum RUN` would start another run, or none, without a word."""
+    assert train.main(["--resum", "x", "--model", str(bunny), "--data", small]) == 2
+    assert "unrecognized arguments: --resum x" in capsys.readouterr().err
+
+
 def test_each_epoch_ends_in_a_checkpoint(bunny, small, tmp_path, monkeypatch):
     """Without --save-every a power cut costs an epoch at most."""
     log, out = train.log, tmp_path / "out"
@@ -2451,7 +2486,7 @@ def test_a_run_goes_on_with_its_own_data_only(bunny, small, tmp_path, monkeypatc
     write(mine, [records[0] | {"chosen": "Something else."}, *records[1:]])
     assert train.main(["--resume", str(out)]) == 2
     assert "are not those that the run began with" in capsys.readouterr().err
-    assert train.main(["--resume", str(out), "--data", small]) == 2  # the same texts, but other paths of images
+    assert train.main(["--resume", str(out), "--data", small]) == 0  # the same data, elsewhere
 
 
 def test_a_run_goes_on_with_its_own_arguments(finished, bunny, small, tmp_path, monkeypatch, capsys):
@@ -2546,7 +2581,7 @@ def test_a_run_is_never_replaced(bunny, small, tmp_path, capsys):
     before = {path: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
     assert train.main(command(bunny, small, out, "--seed", 1)) == 2
-    assert f"is already there; name a new folder, or go on with a run by --resume {out}" in capsys.readouterr().err
+    assert f"already exists; choose another --out, or continue the run by --resume {out}" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -2594,14 +2629,14 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "--eval-size: must be within 0 to 10000000, got -1": lambda b, t: ["--eval-size", -1],
     "--seed: must be within 0 to 9223372036854775807, got -1": lambda b, t: ["--seed", -1],
     "--crop: must be within 1e-06 to 1, got 0": lambda b, t: ["--crop", 0, 0.2],
-    "--anchors none stands alone": lambda b, t: ["--anchors", "none", "chosen"],
+    "--anchors none cannot be combined": lambda b, t: ["--anchors", "none", "chosen"],
     "--no-image leaves": lambda b, t: ["--no-image", "--anchors", "image_rejected"],
     "invalid choice": lambda b, t: ["--anchors", "cropped"],
     "invalid int value": lambda b, t: ["--epochs", "many"],
     "unrecognized arguments: --bata": lambda b, t: ["--bata", 1],
     "leaves none of 7": lambda b, t: ["--eval-size", 7],
     "no room to answer": lambda b, t: ["--max-length", 20],
-    "is already there": lambda b, t: ["--out", b],
+    "already exists; choose another --out": lambda b, t: ["--out", b],
     "cannot be written to": lambda b, t: ["--out", write(t / "file", "") + "/out"],
     "--device cuda: no CUDA": lambda b, t: ["--device", "cuda"],
 }  # fmt: skip

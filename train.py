@@ -87,7 +87,7 @@ def run(args):
         loss = partial(
             mdpo_loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors
         )
-        # Training computes the log-probabilities that the loss needs, evaluation all that have images.
+        # Training computes the log-probabilities that the loss needs, evaluation all that images allow.
         all_names = [name for name, (images, _) in SCORED.items() if images == "images" or not args.no_image]
         unneeded = set() if args.conditional else {"image_rejected"} - anchors
         names = [name for name in all_names if name not in unneeded]
@@ -103,8 +103,8 @@ def run(args):
         # Steps that were logged after the checkpoint come again.
         (out / "metrics.jsonl").write_text("".join(map(as_line, records)))
         n_parameters = sum(map(torch.numel, parameters))
-        print(f"{args.device}, {model.dtype}: {n_parameters:,} parameters train on {len(training)} examples, "
-              f"{len(held_out)} held out; {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
+        print(f"{args.device}, {model.dtype}: {n_parameters:,} trainable parameters, {len(plan)} steps of "
+              f"{args.batch_size}; {len(training)} examples, {len(held_out)} held out -> {out}")  # fmt: skip
 
         collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
         keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
@@ -120,7 +120,7 @@ def run(args):
         if not any(out.iterdir()):
             out.rmdir()
     if stopped_by:
-        print(f"stopped and saved; this goes on: python train.py --resume {out}")
+        print(f"stopped and saved; to continue: python train.py --resume {out}")
         return 128 + stopped_by
     model.save_pretrained(out, save_embedding_layers=False)
     processor.save_pretrained(out)
@@ -223,7 +223,8 @@ def make_loader(pairs, micro_batches, collate, workers):
 
 
 def ignore_interrupts(worker_id):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process, and the main one stops these
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the main process stops workers
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
@@ -257,7 +258,7 @@ def claim_folder(args):
         args.out = str(Path("runs", f"{stem}-{number}"))
     out = Path(args.out)
     if out.exists() and not args.resume and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out}: is already there; name a new folder, or go on with a run by --resume {out}")
+        raise BadInput(f"{out}: already exists; choose another --out, or continue the run by --resume {out}")
     with about(f"{out}: cannot be written to"):
         out.mkdir(parents=True, exist_ok=True)
     return out
@@ -265,7 +266,8 @@ def claim_folder(args):
 
 def write_arguments(out, args, examples):
     """args.json: the run's arguments, versions, and a hash of the data, which a resumed run must share."""
-    data_sha256 = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+    contents = [example._replace(images=[Path(path).name for path in example.images]) for example in examples]
+    data_sha256 = hashlib.sha256(json.dumps(contents).encode()).hexdigest()  # wherever the files are
     if not args.resume:
         versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
         text = json.dumps(vars(args) | {"data_sha256": data_sha256, "versions": versions}, indent=2)
@@ -275,7 +277,7 @@ def write_arguments(out, args, examples):
 
 
 def write_atomically(path, write):
-    """write(temporary path), then rename: the file is there whole, or as it was."""
+    """write(temporary path), then rename: the file is either complete or unchanged."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     os.replace(temporary, path)
@@ -341,7 +343,7 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "out": (None, str, "folder for adapter and log (default: a new one, runs/...-1, -2 and so on)"),
     "resume": (None, str, "go on with the run in this folder, exactly, with its own arguments"),
     # data
-    "subset": (None, str, "only ids that begin so; the paper's is llava (4.1)"),
+    "subset": (None, str, "only ids with this prefix; the paper's is llava (4.1)"),
     "limit": (None, whole, "a sample of so many examples; the paper's is 10000 (4.1)"),
     "eval-size": (0, count, "examples held out, never trained on"),
     "max-length": (2048, whole, "tokens of prompt and one response (authors' config)"),
@@ -355,7 +357,7 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
         "has more; none is Table 2, minus anchored"),
     # optimization
     "epochs": (3, whole, "passes over the data (paper 4.1)"),
-    "batch-size": (32, whole, "examples an update (paper 4.1)"),
+    "batch-size": (32, whole, "examples per optimizer step (paper 4.1)"),
     "micro-batch-size": (4, whole, "examples at a time: for memory, not for the result"),
     "lr": (1e-5, positive, "peak learning rate (paper 4.1)"),
     "warmup": (0.1, share, "share of the steps, rounded up, before a cosine to 0 (paper 4.1)"),
@@ -391,7 +393,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(names):
-    parser = Parser(description="Train a multimodal model with mDPO. --demo: a tiny one, on drawn data.")
+    description = "Train a multimodal model with mDPO. --demo: a tiny one, on drawn data."
+    parser = Parser(description=description, allow_abbrev=False)
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
     for name in names:
         if name in SWITCHES:
@@ -402,7 +405,7 @@ def make_parser(names):
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "+"
         options["required"] = name in ("model", "data") and len(names) > len(MAY_DIFFER)
-        text += f" (default: {default})" if default else ""
+        text += "" if default in (None, ()) else f" (default: {default})"
         parser.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"), **options)
     return parser
 
@@ -415,8 +418,9 @@ def parse_args(argv):
     if resuming:
         with about(f"{args.resume}: holds no run to resume"):
             parser.set_defaults(**json.loads(Path(args.resume, "args.json").read_text()))
-        args = parser.parse_args(argv)
-        args.out = args.resume
+            args = parser.parse_args(argv)
+            args.out = args.resume
+            return resolve(args)
     return resolve(args)
 
 
@@ -425,7 +429,7 @@ def resolve(args):
     args.conditional = not (args.no_conditional or args.no_image)
     args.anchors = [*args.anchors] or ["none" if args.no_image else "chosen"]
     if "none" in args.anchors and len(args.anchors) > 1:
-        raise BadInput("--anchors none stands alone")
+        raise BadInput("--anchors none cannot be combined with other anchors")
     if args.no_image and "image_rejected" in args.anchors:
         raise BadInput("--no-image leaves no rejected image to anchor")
     args.device = args.device or best_device()
@@ -492,7 +496,7 @@ def best_device():
 
 
 def quiet_libraries():
-    warnings.simplefilter("ignore", FutureWarning)  # the libraries' renames speak to us, not to who trains
+    warnings.simplefilter("ignore", FutureWarning)  # about the libraries' renames, which concern developers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -665,7 +669,7 @@ def bunny_config(name_or_path, config, processor):
 
 
 def bunny_patch_and_image_size(config):
-    """(14, 384) from `google/siglip-so400m-patch14-384`; no file of the checkpoint says it otherwise."""
+    """(14, 384) from `google/siglip-so400m-patch14-384`: no other field gives these sizes."""
     return map(int, re.search(r"patch(\d+)-(\d+)$", config["mm_vision_tower"]).groups())
 
 
