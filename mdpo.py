@@ -53,7 +53,7 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     if conditional:
         terms["conditional"] = -F.logsigmoid(r["chosen"] - r["image_rejected"])  # eq. 6, CoPO
     if anchors:
-        distance = lambda name: r[name] - delta if name == "chosen" else delta - r[name]  # the latter: Table 4
+        distance = lambda name: r[name] - delta if name == "chosen" else delta - r[name]  # last: Table 4
         terms["anchor"] = sum(-F.logsigmoid(distance(name)) for name in r if name in anchors)  # eq. 7, AncPO
     losses = sum(terms.values())  # eq. 8, mDPO
 
