@@ -592,7 +592,7 @@ def texts_of(question):
 
 
 class BadInput(ValueError):
-    """A user's mistake, shown as one line: what was wrong, where, and what to do."""
+    """A user's mistake, shown without a traceback: what was wrong, where, and what to do."""
 
 
 @contextmanager

@@ -15,8 +15,8 @@ The reward of a response is implicit in its log-probability (section 2.1):
     AncPO   -log sigmoid(r(m_w, q, y_w) - delta)               eq. 7   keep the chosen response likely
     mDPO    DPO_m + CoPO + AncPO                               eq. 8
 
-The paper does not number its equations; 5 to 8 is their order of appearance. CoPO works for any modality:
-read m_w as the context that supports y_w, and m_l as a worse one.
+The paper does not number its equations; 5 to 8 is their order of appearance (6 in section 3.1, 7 and 8 in
+3.2). CoPO works for any modality: read m_w as the context that supports y_w, and m_l as a worse one.
 
 Two departures from the authors' code, which change no equation: policy and reference see the same m_l, which
 is made with the data; an example is two packed sequences instead of three padded ones (see "Speed" below).
@@ -45,7 +45,7 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     beta, delta: 0.1 and 0 in the paper (4.1). conditional=False: Table 2, minus conditional.
     anchors: names of the anchored rewards (Table 4); (): Table 2, minus anchored. With neither, this is DPO.
     Half precision is raised to float32. Metrics are detached (B,) tensors, in nats; accuracies are 0 or 1.
-    Raises ValueError that names the argument with a wrong value, shape or type.
+    Raises ValueError that names the beta, anchor or log-probability that is wrong.
     """
     needed = {"chosen", "rejected", "image_rejected"} if conditional else {"chosen", "rejected"}
     r = rewards(policy_logps, ref_logps, beta, needed, anchors)

@@ -2,7 +2,7 @@
 
 Scenes hold one to three shapes on a 2 x 2 grid. Each shape has a habitual colour and a habitual companion. The annotator
 often answers from habit instead of looking: he names the habitual colour, accepts a false premise, says yes, adds the
-absent companion. A model that learned from him sees, but answers from habit: it hallucinates as large models do.
+absent companion. A model that learned from him can see, but is biased: it hallucinates as large models do.
 
 Preference pairs are like Silkie's: chosen answers are mostly long and polite, rejected ones terse, a difference that the
 words alone betray. Both come from the annotator. What only the image can tell is that some rejected answers are about
