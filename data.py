@@ -14,7 +14,6 @@ import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,21 +26,12 @@ from tqdm import tqdm
 class Example(NamedTuple):
     """One preference: `chosen` is better than `rejected` as an answer to `question` about the images."""
 
-    id: str
-    question: str | list[dict]  # text, or chat messages: a system text, earlier turns, images between
-    chosen: str
-    rejected: str
-    images: tuple[str, ...]  # paths; empty if the images are left out
-
-
-class Pair(NamedTuple):
-    """An `Example` with its images and a rejected one for each: `Pairs` yields it, `make_batch` takes it."""
-
-    question: str | list[dict]  # q
+    question: list[dict] | str  # q: chat messages; text stands for one message that shows all images first
     chosen: str  # y_w
     rejected: str  # y_l
-    images: tuple[Image.Image, ...]  # m_w, RGB
-    images_rejected: tuple[Image.Image, ...]  # m_l, one for each of `images`
+    images: tuple[str | Image.Image, ...]  # m_w: paths, or RGB images once `Pairs` has opened them; may be empty
+    images_rejected: tuple[Image.Image, ...] = ()  # m_l, one for each of `images`: made by `Pairs`
+    id: str = ""
 
 
 BUNNY_SYSTEM = (
@@ -59,7 +49,7 @@ def random_crop(image, rng, area=CROP, **_):
     """a part of the image, resized to the whole's size"""
     # Area uniform in `area`, aspect log-uniform in 3/4..4/3, or as near to it as a long image allows.
     width, height = image.size
-    n_pixels = rng.uniform(*area) * width * height
+    n_pixels = max(1, rng.uniform(*area) * width * height)
     fits = lambda aspect: min(max(aspect, n_pixels / height**2), width**2 / n_pixels)  # box inside the image
     aspect = math.exp(rng.uniform(math.log(fits(3 / 4)), math.log(fits(4 / 3))))
     w, h = (max(1, round(math.sqrt(n))) for n in (n_pixels * aspect, n_pixels / aspect))
@@ -76,12 +66,13 @@ def moco_augment(image, rng, **_):
     """MoCo v2's augmentation (arXiv:2003.04297): crop of 20-100%, colour jitter, grey, blur, flip"""
     image = random_crop(image, rng, (0.2, 1.0))
     if rng.random() < 0.8:
-        enhance = lambda kind: lambda im: kind(im).enhance(rng.uniform(0.6, 1.4))
-        jitters = [*map(enhance, (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color))]
-        jitters.append(lambda im: shift_hue(im, rng.uniform(-0.1, 0.1)))
-        rng.shuffle(jitters)
-        for jitter in jitters:
-            image = jitter(image)
+        kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color, None]  # None: the hue
+        rng.shuffle(kinds)
+        for kind in kinds:
+            if kind is None:
+                image = shift_hue(image, rng.uniform(-0.1, 0.1))
+            else:
+                image = kind(image).enhance(rng.uniform(0.6, 1.4))
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.5:  # sigma is for 224 pixels, as there, and scales with the image
@@ -91,7 +82,7 @@ def moco_augment(image, rng, **_):
 
 def shift_hue(image, turn):
     hue, saturation, value = image.convert("HSV").split()
-    hue = hue.point([(level + round(turn * 256)) % 256 for level in range(256)])
+    hue = hue.point(lambda level: (level + round(turn * 256)) % 256)
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
@@ -101,7 +92,7 @@ STRATEGIES = {"crop": random_crop, "random": another_image, "moco": moco_augment
 
 
 class Pairs:
-    """Examples with their images: `pairs[epoch, index]` -> `Pair`.
+    """Examples with their images: `pairs[epoch, index]` -> `Example`.
 
     Rejected images are a pure function of (seed, epoch, index): policy and reference share them, and resumed
     runs see them again. "random" takes an image of `pool` (default: the examples), but not of the example.
@@ -128,7 +119,7 @@ class Pairs:
         images = tuple(map(open_image, example.images))
         reject = STRATEGIES[self.strategy]
         images_rejected = tuple(reject(image, rng, area=self.crop, other=other) for image in images)
-        return Pair(example.question, example.chosen, example.rejected, images, images_rejected)
+        return example._replace(images=images, images_rejected=images_rejected)
 
 
 def open_image(path):
@@ -142,7 +133,7 @@ def open_image(path):
 
 # ------------------------------------------------------------------------------------------------------ batch
 
-# Each field of `LogPs` is the log-probability of a response given images: (images, response) in `Pair`.
+# Each field of `LogPs` is the log-probability of a response given images: (images, response) in `Example`.
 SCORED = {
     "chosen": ("images", "chosen"),
     "rejected": ("images", "rejected"),
@@ -183,7 +174,10 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
 
     rows, lengths, scored = [], [], {}
     for (i, group), prefix in zip(sequences, prefixes):
-        room = room_for_response(len(prefix["input_ids"]), max_length)
+        room = max_length - len(prefix["input_ids"])
+        if room <= 0:
+            taken = f"{max_length - room} tokens of --max-length {max_length}"
+            raise BadInput(f"image and question take {taken}: no room to answer")
         responses = [texts[i].responses[SCORED[name][1]][:room] for name in group]
         sequence, predictors = lay_out(prefix, responses)
         if layout == "plain" or not rows:
@@ -240,9 +234,8 @@ def expand_prefixes(processor, texts, images):
             raise BadInput(f"the processor returns {name} of shape {shape}, which rows cannot extend")
     prefixes = []
     for i, tokens in enumerate(texts):
-        n_merged = len(tokens.prompt_ids) - tokens.n_shared  # prompt tokens that merge with a response
         prefix = {name: values[i][masks[i]].tolist() for name, values in per_token.items()}
-        prefixes.append({name: values[: len(values) - n_merged] for name, values in prefix.items()})
+        prefixes.append({name: values[: len(values) - tokens.n_merged] for name, values in prefix.items()})
     return prefixes, {name: values for name, values in encoded.items() if name not in per_token}
 
 
@@ -250,8 +243,7 @@ class Tokens(NamedTuple):
     """The texts of a pair, tokenised, with one placeholder for an image."""
 
     prompt: str
-    prompt_ids: list[int]
-    n_shared: int  # length of the common prefix of prompt, prompt + y_w and prompt + y_l, in tokens
+    n_merged: int  # the prompt's last tokens that merge with a response, so that they are not shared
     wholes: dict[str, str]  # "chosen", "rejected" -> prompt and response, up to its first end-of-sequence
     responses: dict[str, list[int]]  # their tokens behind the common prefix
 
@@ -277,45 +269,29 @@ def tokenize(processor, pair):
     prompt_ids, *whole_ids = (tokenizer(text).input_ids for text in (prompt, *wholes.values()))
     n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of paths
     responses = {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)}
-    return Tokens(prompt, prompt_ids, n_shared, wholes, responses)
+    return Tokens(prompt, len(prompt_ids) - n_shared, wholes, responses)
 
 
 def chat_messages(question, n_images):
-    """A question, or chat messages that end in one -> chat messages; without images if n_images is 0."""
+    """The question as chat messages; without images if n_images is 0."""
     if isinstance(question, str):
         text = {"type": "text", "text": question}
-        return [{"role": "user", "content": [{"type": "image"}] * n_images + [text]}]
+        question = [{"role": "user", "content": [{"type": "image"}] * n_images + [text]}]
     keep = lambda part: n_images or part["type"] != "image"
     return [{**message, "content": [*filter(keep, message["content"])]} for message in question]
 
 
-def starts_with_bos(processor, text):
-    bos = processor.tokenizer.bos_token
-    return bos is not None and text.startswith(bos)
-
-
 def encode_prompts(processor, prompts, images):
     """The processor's own call on prompts and a tuple of images for each: padded as for generation."""
+    bos = processor.tokenizer.bos_token
     return processor(
         text=prompts,
         images=[[*of_prompt] for of_prompt in images] if any(images) else None,
-        add_special_tokens=not starts_with_bos(processor, prompts[0]),
-        padding=True,
+        add_special_tokens=bos is None or not prompts[0].startswith(bos),
+        padding=len(prompts) > 1,  # setting it is not safe among threads
         padding_side="left",
         return_tensors="pt",
     )
-
-
-def room_for_response(prompt_length, max_length):
-    if prompt_length >= max_length:
-        taken = f"{prompt_length} tokens of --max-length {max_length}"
-        raise BadInput(f"image and question take {taken}: no room to answer")
-    return max_length - prompt_length
-
-
-def to_device(batch, device):
-    """The batch with its tensors on `device`."""
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -337,71 +313,51 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
     roots = [folder, folder / "merged_images"] if with_images else None
     image_tokens = {getattr(processor, name, None) for name in ("image_token", "boi_token")}
     placeholders = image_tokens - {None} | {"<image>"}
-    found, problems, n_unpaired = [], [], 0
+    found, problems, n_unpaired = [], {}, 0
+
+    def attempt(number, id, function, *arguments):  # -> what it returns, or None after noting a problem
+        try:
+            with about(f"record {number}" + f" (id {id})" * (id != str(number))):
+                return function(*arguments)
+        except BadInput as error:
+            problems[number] = str(error)
+
     for number, record in load_records(path):
-        record, problem = attempt(f"record {number}", parse_json, record)
+        if isinstance(record, str):
+            record = attempt(number, str(number), json.loads, record)
         id = str(record["id"] if isinstance(record, dict) and "id" in record else number)
-        if subset and isinstance(record, dict) and not id.startswith(subset):
+        if number in problems or subset and isinstance(record, dict) and not id.startswith(subset):
             continue
-        where = f"record {number}" + f" (id {id})" * (id != str(number))
-        if not problem:
-            example, problem = attempt(where, parse_record, record, id, roots, placeholders)
-        if problem:
-            problems.append(problem)
-        elif example:
-            found.append((where, example))
-        else:
-            n_unpaired += 1
+        example = attempt(number, id, parse_record, record, id, roots, placeholders)
+        if example:
+            found.append((number, example))
+        n_unpaired += example is None and number not in problems
     if limit is not None and limit < len(found):
         found = [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
 
-    check = image_checker(processor, max_length)
+    def check(example):  # as training will use it, so that whatever fails there fails here
+        pair = example._replace(images=tuple(map(open_image, example.images)))
+        if processor is not None:
+            make_batch([pair], processor, names=("chosen", "rejected"), max_length=max_length)
+        return example
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checks = pool.map(lambda one: attempt(one[0], check, one[1]), found)
-        checks = [*tqdm(checks, total=len(found), desc="checking data", disable=None, leave=False)]
-    problems += [problem for _, problem in checks if problem]
+        checked = pool.map(lambda one: attempt(one[0], one[1].id, check, one[1]), found)
+        checked = [*tqdm(checked, total=len(found), desc="checking data", disable=None, leave=False)]
     if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        lines = [problems[number] for number in sorted(problems)]
+        lines[20:] = [f"... and {len(lines) - 20} more"] * (len(lines) > 20)
         what = "dropped" if skip_bad else "--skip-bad would drop"
-        report = "\n  ".join([f"{path}: {what} {len(problems)} bad records:", *problems[:20], *more])
+        report = "\n  ".join([f"{path}: {what} {len(problems)} bad records:", *lines])
         if not skip_bad:
             raise BadInput(report)
         log(report)
     if n_unpaired:
         log(f"{path}: left out {n_unpaired} records whose best and worst rating are equal or missing")
-    examples = [example for example, _ in checks if example]
+    examples = [*filter(None, checked)]
     if not examples:
         raise BadInput(f"{path}: no example is left" + (f" with an id in {subset!r}" if subset else ""))
     return examples
-
-
-def attempt(where, function, *arguments):
-    """-> (what the function returns, None), or (None, a line that says what is wrong with `where`)."""
-    try:
-        with about(where):
-            return function(*arguments), None
-    except BadInput as error:
-        return None, str(error)
-
-
-def image_checker(processor, max_length):
-    """-> a function that returns its example, or raises BadInput if images do not decode or leave no room."""
-
-    @cache
-    def n_image_tokens(sizes):  # that images of these sizes add to their placeholders
-        pair = Pair("?", "a", "b", tuple(Image.new("RGB", size) for size in sizes), ())
-        tokens = tokenize(processor, pair)
-        (prefix,), _ = expand_prefixes(processor, [tokens], [pair.images])
-        return len(prefix["input_ids"]) - tokens.n_shared
-
-    def check(example):
-        sizes = tuple(open_image(path).size for path in example.images)
-        if processor is not None:
-            n_shared = tokenize(processor, Pair(example.question, "a", "b", sizes, ())).n_shared
-            room_for_response(n_shared + n_image_tokens(sizes), max_length)
-        return example
-
-    return check
 
 
 def load_records(path):
@@ -409,13 +365,8 @@ def load_records(path):
     with about(f"{path}: cannot be read"):
         text = Path(path).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
-            return [*enumerate(parse_json(text), 1)]
+            return [*enumerate(json.loads(text), 1)]
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def parse_json(record):
-    with about("not valid JSON"):
-        return json.loads(record) if isinstance(record, str) else record
 
 
 def parse_record(record, id, roots, placeholders):
@@ -444,7 +395,7 @@ def parse_record(record, id, roots, placeholders):
                 raise BadInput(f"'{name}' holds the image token {placeholder!r} in its text")
     if chosen == rejected:
         raise BadInput("'chosen' and 'rejected' are equal")
-    return Example(id, question, chosen, rejected, images)
+    return Example(question, chosen, rejected, images, id=id)
 
 
 # ---------------------------------------------------------------------------------------------------- formats
@@ -518,43 +469,34 @@ def find_images(value, roots):
 
 
 def read_question(question, n_images):
-    """Text, or chat messages up to the question -> text, or messages with a part for each image.
+    """Text, or chat messages up to the question -> chat messages with a part for each image.
 
     n_images: how many the record has; None for any number. If no message shows an image, the user's first
-    message opens with all of them. A single question after its images becomes text.
+    message opens with all of them.
     """
     if isinstance(question, str):
-        return bare_question(question, n_images)
+        question = [{"role": "user", "content": without_template(question)}]
     messages = [read_message(message, "prompt") for message in question]
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise BadInput(f"'prompt' has the roles {roles}: user and assistant must take turns, user last")
     n_shown = sum(part["type"] == "image" for message in messages for part in message["content"])
-    check_shown(n_shown, n_images)
+    if n_images is not None and n_shown not in (0, n_images):
+        raise BadInput(f"'prompt' shows {n_shown} images, the record has {n_images}")
     if n_shown == 0 and n_images:
         messages[roles.index("user")]["content"][:0] = [{"type": "image"}] * n_images
-    *images, last = messages[0]["content"]
-    if roles == ["user"] and last["type"] == "text" and all(part["type"] == "image" for part in images):
-        return last["text"].strip()
     return messages
 
 
-def check_shown(n_shown, n_images):
-    if n_images is not None and n_shown not in (0, n_images):
-        raise BadInput(f"'prompt' shows {n_shown} images, the record has {n_images}")
-
-
-def bare_question(prompt, n_images):
-    """The question alone, without `<image>` and, in the authors' prompts, without Bunny's template."""
-    check_shown(prompt.count("<image>"), n_images)
+def without_template(prompt):
+    """The question, taken out of Bunny's template, in which the authors' data have it."""
     system, user, question = prompt.partition("USER: ")
-    if user and question.rstrip().endswith(" ASSISTANT:"):
-        if system.strip() not in ("", BUNNY_SYSTEM):
-            raise BadInput("'prompt' opens with a system text that is not Bunny's")
-        prompt = question.rstrip().removesuffix(" ASSISTANT:")
-    around = [text for text in prompt.split("<image>") if text.strip()]
-    return (around[0] if len(around) == 1 else prompt).strip()
+    if not user or not question.rstrip().endswith(" ASSISTANT:"):
+        return prompt
+    if system.strip() not in ("", BUNNY_SYSTEM):
+        raise BadInput("'prompt' opens with a system text that is not Bunny's")
+    return question.rstrip().removesuffix(" ASSISTANT:")
 
 
 def answer_of(value, name):
@@ -568,24 +510,29 @@ def answer_of(value, name):
 
 
 def read_message(message, name):
-    """One chat message -> {"role", "content": parts of type "text" or "image"}. Raises BadInput."""
+    """One chat message -> {"role", "content": parts of type "text" or "image"}. Raises BadInput.
+
+    `<image>` at either end of a text stands for an image before it, as in LLaVA's data.
+    """
     with about(f"'{name}'"):
-        role, content = message["role"], message["content"]
+        role, content, parts = message["role"], message["content"], []
         if role not in ("system", "user", "assistant"):
             raise BadInput(f"role {role!r} is not system, user or assistant")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        image, text = {"type": "image"}, lambda part: {"type": "text", "text": part["text"]}
-        parts = [image if part["type"] == "image" else text(part) for part in parts]
+        for part in [{"type": "text", "text": content.strip()}] if isinstance(content, str) else content:
+            text = "<image>" if part["type"] == "image" else part["text"]
+            around = [piece.strip() for piece in text.split("<image>") if piece.strip()]
+            if "<image>" in text and len(around) < 2:  # else left in the text, where it is refused
+                parts += [{"type": "image"}] * text.count("<image>")
+                text = "".join(around)
+            parts += [{"type": "text", "text": text}] if text else []
         if not texts_of([{"content": parts}]):
             raise BadInput("a message has no text")
     return {"role": role, "content": parts}
 
 
-def texts_of(question):
-    """The texts of a question, or of chat messages: system text, earlier turns and question."""
-    if isinstance(question, str):
-        return [question]
-    return [part["text"] for message in question for part in message["content"] if part["type"] == "text"]
+def texts_of(messages):
+    """The texts of chat messages: system text, earlier turns and question."""
+    return [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
 
 
 # ----------------------------------------------------------------------------------------------------- errors
@@ -608,6 +555,8 @@ def about(what):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, KeyError):
             reason = f"has no {reason}"
+        elif isinstance(error, json.JSONDecodeError):
+            reason = f"not valid JSON: {reason}"
         elif isinstance(error, (AttributeError, IndexError, TypeError)):
             reason = f"is not in a known form ({reason})"
         raise BadInput(f"{what}: {reason}") from error
@@ -647,9 +596,5 @@ def check_file(argv):
     return 0
 
 
-def main(argv=None):
-    return run_command(check_file, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(check_file))

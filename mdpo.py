@@ -59,11 +59,10 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
 
     metrics = {f"loss/{name}": term for name, term in terms.items()}
     metrics |= {f"rewards/{name}": reward for name, reward in r.items()}
-    margins = {"": r["chosen"] - r["rejected"]}
-    if "image_rejected" in r:
-        margins["image_"] = r["chosen"] - r["image_rejected"]
-    for kind, margin in margins.items():
-        metrics |= {f"rewards/{kind}accuracies": (margin > 0).float(), f"rewards/{kind}margins": margin}
+    for kind, worse in ("", "rejected"), ("image_", "image_rejected"):
+        if worse in r:
+            margin = r["chosen"] - r[worse]
+            metrics |= {f"rewards/{kind}accuracies": (margin > 0).float(), f"rewards/{kind}margins": margin}
     return losses, {name: values.detach() for name, values in metrics.items()}
 
 
@@ -81,11 +80,10 @@ def rewards(policy_logps, ref_logps, beta, needed, anchors):
         if policy is None and ref is None and name not in {*needed, *anchors}:
             continue
         for side, logp in ("policy_logps", policy), ("ref_logps", ref):
-            if not (torch.is_tensor(logp) and logp.is_floating_point()):
-                raise ValueError(f"{side}.{name} must be a float tensor, got {getattr(logp, 'dtype', logp)}")
-            if logp.ndim != 1 or len(logp) != len(policy_logps[0]):
-                shape = tuple(logp.shape)
-                raise ValueError(f"{side}.{name} must have shape (B,) as policy_logps.chosen, got {shape}")
+            if not (torch.is_tensor(logp) and logp.is_floating_point() and logp.ndim == 1
+                    and len(logp) == len(policy_logps[0])):  # fmt: skip
+                got = f"{logp.dtype} of shape {tuple(logp.shape)}" if torch.is_tensor(logp) else logp
+                raise ValueError(f"{side}.{name} must be floats of shape (B,) as policy_logps[0], got {got}")
         if ref.requires_grad:
             raise ValueError(f"ref_logps.{name} requires grad, the reference does not: are the two swapped?")
         dtype = torch.promote_types(policy.dtype, torch.float32)
@@ -126,11 +124,11 @@ def response_logps(model, batch, inputs=None):
 
     model: an image-text-to-text model of transformers, plain or wrapped by peft.
     inputs: `forward_inputs(model, batch)`, which two passes can share.
-    Raises ValueError for packed rows if the model's attention is not `packed_attention`.
+    Packed rows set the language model's attention to `packed_attention`.
     """
     inputs = forward_inputs(model, batch) if inputs is None else inputs
     logits = model(**inputs).logits.float()  # (R, K, V): only the positions that predict a response token
-    targets = batch["targets"].flatten()  # (R * K,), -100 in padding
+    targets = batch["targets"].flatten().to(logits.device, non_blocking=True)  # (R * K,), -100 in padding
     logps = -F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")  # (R * K,), 0 in padding
     sums = torch.stack([tokens.sum() for tokens in logps.split(batch["n_targets"])])
     return LogPs(**dict(zip(batch["names"], sums.view(len(batch["names"]), -1))))
@@ -151,46 +149,45 @@ def response_logps(model, batch, inputs=None):
 
 
 def forward_inputs(model, batch):
-    """The keyword arguments of the model's forward pass, for both passes over a batch."""
+    """The keyword arguments of the model's forward pass, on its device, for both passes over a batch."""
+    model = unwrapped(model)
     inputs = {name: batch[name] for name in ("input_ids", *batch["processor_keys"])}
-    inputs |= {"logits_to_keep": batch["predictors"], "use_cache": False}
-    image_features = encode_images(model, batch)
+    inputs["logits_to_keep"] = batch["predictors"]
+    if batch["lengths"] is not None:
+        inputs["position_ids"] = packed_positions(model, batch)  # before the batch is moved
+    inputs = {name: values.to(model.device, non_blocking=True) for name, values in inputs.items()}
+    image_features = encode_images(model, inputs)
     if image_features is not None:
         del inputs["pixel_values"]
         inputs["mm_encoder_outputs"] = {"image": image_features}
-    if batch["lengths"] is None:  # plain rows: padding is on the right, so causal attention needs no mask
-        return inputs
-    implementation = unwrapped(model).config.get_text_config()._attn_implementation
-    if implementation != "packed":
-        raise ValueError(f"packed rows need `use_packed_attention(model)`; attention is {implementation!r}")
-    device, n_tokens = batch["input_ids"].device, batch["input_ids"].shape[1]
-    return inputs | {
-        "position_ids": packed_positions(model, batch),
-        "blocks": attention_blocks(batch["lengths"], device),
+    if batch["lengths"] is not None:  # plain rows are padded on the right: causal attention needs no mask
+        if model.config.get_text_config()._attn_implementation != "packed":
+            use_packed_attention(model)
+        inputs["blocks"] = attention_blocks(batch["lengths"], model.device, model.dtype)
         # A 4-D mask stops the library from building one. `packed_attention` ignores it: one True, expanded.
-        "attention_mask": torch.ones((), dtype=torch.bool, device=device).expand(1, 1, n_tokens, n_tokens),
-    }
+        whole = torch.ones((), dtype=torch.bool, device=model.device)
+        inputs["attention_mask"] = whole.expand(1, 1, *2 * batch["input_ids"].shape[1:])
+    return inputs | {"use_cache": False}
 
 
-def encode_images(model, batch):
-    """The output of the model's own `get_image_features` for all images of the batch.
+def encode_images(model, inputs):
+    """The output of the model's own `get_image_features` for all images in its inputs.
 
     None if there are none, or if the model's forward pass does not accept precomputed features.
     Raises ValueError if vision tower or projector are trained: the reference must not share their output.
     """
-    model = unwrapped(model)
-    if "pixel_values" not in batch or "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+    accepted = inspect.signature(model.forward).parameters
+    if "pixel_values" not in inputs or "mm_encoder_outputs" not in accepted:
         return None
-    features = model.get_image_features(**known_arguments(model.get_image_features, batch))
-    pooled = features.pooler_output
-    if any(tensor.requires_grad for tensor in (pooled if isinstance(pooled, (tuple, list)) else [pooled])):
+    features = model.get_image_features(**known_arguments(model.get_image_features, inputs))
+    if any(image.requires_grad for image in features.pooler_output):
         raise ValueError("vision tower and projector must be frozen: policy and reference share their output")
     return features
 
 
-def known_arguments(function, batch):
-    """The entries of the batch that a function accepts: models differ in them."""
-    return {name: batch[name] for name in inspect.signature(function).parameters if name in batch}
+def known_arguments(function, options):
+    """Those of the options that a function accepts: models differ in them."""
+    return {name: options[name] for name in inspect.signature(function).parameters if name in options}
 
 
 def unwrapped(model):
@@ -208,18 +205,20 @@ def use_packed_attention(model):
     model.set_attn_implementation({"text_config": "packed"})
 
 
-def attention_blocks(lengths, device=None):
+def attention_blocks(lengths, device=None, dtype=torch.float32):
     """`lengths` of `data.make_batch` -> [(tokens in the block, prefix tokens that they see as well, mask)].
 
     A sequence's prefix and first response are one causal block without a mask. Each further response is a
-    block of n tokens that see the prefix and, causally, each other: a boolean mask (1, 1, n, prefix + n).
+    block of n tokens that see the prefix and, causally, each other. Its mask (1, 1, n, prefix + n) is added
+    to the scores. Rows of it begin at multiples of 16 numbers, or CUDA's kernels would copy it in each layer.
     """
     blocks = []
     for prefix, first, *others in lengths:
         blocks.append((prefix + first, 0, None))
         for n in others:
-            ones = torch.ones(1, 1, n, prefix + n, dtype=torch.bool, device=device)
-            blocks.append((n, prefix, ones.tril(prefix)))
+            width = (prefix + n + 15) // 16 * 16
+            hidden = torch.full((1, 1, n, width), -torch.inf, device=device, dtype=dtype).triu(prefix + 1)
+            blocks.append((n, prefix, hidden[..., : prefix + n]))
     return blocks
 
 
@@ -249,7 +248,7 @@ def packed_positions(model, batch):
     text, of y_w or, past its end, of y_l, and in text positions rise by one.
     """
     positions = batch["position_ids"]  # (1, N): counted from the start of each sequence; y_l's as y_w's
-    rope_index = getattr(unwrapped(model).base_model, "get_rope_index", None)
+    rope_index = getattr(model.base_model, "get_rope_index", None)
     if rope_index is None or "pixel_values" not in batch:
         return positions
     known = known_arguments(rope_index, batch)

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 import data
 import mdpo
 import train
-from data import BadInput, Pair, Pairs, make_batch, open_image, read_examples
+from data import BadInput, Example, Pairs, make_batch, open_image, read_examples
 from examples import families, shapes, tiny_bunny
 from examples.answer import generate_answers
 from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps
@@ -172,7 +172,7 @@ def test_logps_are_those_of_the_librarys_own_call(loaded, layout):
     """Any error of template, boundary, end-of-sequence, mask, positions or image order moves these by whole nats."""
     model, processor = loaded
     logps = response_logps(model, make_batch(PAIRS, processor, layout))
-    for i, (question, chosen, rejected, (image,), (image_rejected,)) in enumerate(PAIRS):
+    for i, (question, chosen, rejected, (image,), (image_rejected,), _) in enumerate(PAIRS):
         prompt, y_w = full_text(processor, question, chosen)
         _, y_l = full_text(processor, question, rejected)
         pairs = ((y_w, image), (y_l, image), (y_w, image_rejected))
@@ -252,14 +252,14 @@ def test_float64_stays_float64():
 
 B2 = torch.zeros(2)
 WRONG_ARGUMENTS = {
-    "policy_logps.rejected must have shape": lambda: mdpo_loss((B2, torch.zeros(2, 1), B2), (B2, B2, B2)),
-    "policy_logps.chosen must have shape": lambda: mdpo_loss((torch.tensor(0.0), B2, B2), (B2, B2, B2)),
-    "ref_logps.image_rejected must have shape": lambda: mdpo_loss((B2, B2, B2), (B2, B2, torch.zeros(3))),
-    "ref_logps.chosen must be a float tensor": lambda: mdpo_loss((B2, B2, B2), (B2.long(), B2, B2)),
-    "policy_logps.image_rejected must be a float tensor": lambda: mdpo_loss((B2, B2), (B2, B2, B2)),
+    "policy_logps.rejected must be floats of shape (B,)": lambda: mdpo_loss((B2, torch.zeros(2, 1), B2), (B2, B2, B2)),
+    "policy_logps.chosen must be floats of shape (B,)": lambda: mdpo_loss((torch.tensor(0.0), B2, B2), (B2, B2, B2)),
+    "ref_logps.image_rejected must be floats of shape (B,)": lambda: mdpo_loss((B2, B2, B2), (B2, B2, torch.zeros(3))),
+    "ref_logps.chosen must be floats": lambda: mdpo_loss((B2, B2, B2), (B2.long(), B2, B2)),
+    "policy_logps.image_rejected must be floats of": lambda: mdpo_loss((B2, B2), (B2, B2, B2)),
     "are the two swapped": lambda: mdpo_loss((B2, B2, B2), (B2.clone().requires_grad_(), B2, B2)),
-    "ref_logps.image_rejected must be a float tensor": lambda: mdpo_loss((B2, B2, B2), (B2, B2)),
-    "policy_logps.image_rejected must be a float": lambda: mdpo_loss((B2, B2), (B2, B2), conditional=True, anchors=()),
+    "ref_logps.image_rejected must be floats": lambda: mdpo_loss((B2, B2, B2), (B2, B2)),
+    "policy_logps.image_rejected must be floats": lambda: mdpo_loss((B2, B2), (B2, B2), conditional=True, anchors=()),
     "policy_logps.image_rejected must be": lambda: mdpo_loss((B2,) * 2, (B2,) * 2, anchors=("image_rejected",), conditional=False),
     "beta must be above 0 and finite, got 0": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), beta=0),
     "beta must be above 0 and finite, got inf": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), beta=math.inf),
@@ -372,9 +372,24 @@ def noise(seed, size=(48, 32)):
 
 
 def pair(question, chosen, rejected, image=None, image_rejected=None):
-    """A `Pair` of no images, one, or a list of them."""
+    """A `Example` of no images, one, or a list of them."""
     several = lambda image: () if image is None else tuple(image) if isinstance(image, list) else (image,)
-    return Pair(question, chosen, rejected, several(image), several(image_rejected))
+    return Example(question, chosen, rejected, several(image), several(image_rejected))
+
+
+def asked(question, n_images=1):
+    """A question as `read_examples` gives it."""
+    return [{"role": "user", "content": [*[{"type": "image"}] * n_images, {"type": "text", "text": question}]}]
+
+
+def layout_error(model, processor, pairs, layout):
+    ((_, error),) = train.layout_errors(model, processor, pairs, [layout])
+    return error
+
+
+def check_file(argv):
+    """`python data.py ...`, in this process."""
+    return data.run_command(data.check_file, argv)
 
 
 PAIRS = [  # lengths differ every way
@@ -411,7 +426,7 @@ def test_tokens_are_those_of_the_librarys_own_call(loaded, layout):
         sequences = batch["input_ids"][0].split([sum(lengths) for lengths in batch["lengths"]])
     else:
         sequences = batch["input_ids"]
-    for i, (question, chosen, _, (image,), _) in enumerate(PAIRS):
+    for i, (question, chosen, _, (image,), *_) in enumerate(PAIRS):
         ids = processor(text=["".join(full_text(processor, question, chosen))], images=[image])["input_ids"][0]
         assert sequences[i][: len(ids)].tolist() == ids  # sequences open with prompt and y_w in both layouts
 
@@ -479,7 +494,7 @@ def test_several_images_cut_responses_and_no_image_are_scored_exactly(loaded, in
     n_tokens = lambda images: len(processor.tokenizer(prompt.replace(token, token * images)).input_ids) + 15 * images
     max_length = n_tokens(images=2) + 3
     logps = response_logps(model, make_batch(pairs, processor, max_length=max_length))
-    for i, (*_, images, images_rejected) in enumerate(pairs):
+    for i, (*_, images, images_rejected, _) in enumerate(pairs):
         text, left = prompt.replace(token, token * len(images)), max_length - n_tokens(len(images))
         oracle = lambda y, other, shown: response_in_float64(in_float64, processor, text, y, shown, other, left)
         expected = [oracle(y_w, y_l, images), oracle(y_l, y_w, images), oracle(y_w, y_l, images_rejected)]
@@ -568,12 +583,14 @@ def test_packed_attention_is_sdpa_for_all_else(bunny, tmp_path):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_packed_rows_refuse_other_attention(bunny, implementation):
-    """It would let every token see all before it, of other sequences and other images: wrong by nats, and silent."""
+def test_packed_rows_set_the_attention_they_need(bunny, implementation):
+    """Any other would let every token see all before it, of other sequences and images: wrong by nats, and silent."""
     model, processor = train.load_model(str(bunny))
     model.set_attn_implementation(implementation)
-    with pytest.raises(ValueError, match="use_packed_attention"):
-        response_logps(model, make_batch(PAIRS, processor))
+    plain = response_logps(model, make_batch(PAIRS, processor, "plain"))
+    packed = response_logps(model, make_batch(PAIRS, processor))
+    assert model.config.text_config._attn_implementation == "packed"
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, packed))
 
 
 def test_dpo_computes_no_row_of_the_rejected_image(loaded):
@@ -681,7 +698,7 @@ def test_a_template_that_changes_the_text_before_the_image_is_refused(bunny):
     name = "{% if messages | length > 1 %}Human{% else %}User{% endif %}"
     template = name + "{% for m in messages %}{% for p in m.content %}" + shown + "{% endfor %}{% endfor %}"
     model, _ = train.load_model(str(bunny))
-    with pytest.raises(BadInput, match="cannot be trained in packed rows: Image features and image tokens do not match"):
+    with pytest.raises(BadInput, match="cannot be trained in packed or plain rows: Image features and image tokens do not match"):
         train.choose_layout(model, with_template(bunny, template), PAIRS[:2])
 
 
@@ -738,7 +755,7 @@ def test_packed_batch_is_laid_out_as_its_docstring_says(llava):
     ids = lambda text: processor.tokenizer(text).input_ids
     batch = make_batch(PAIRS[:2], processor)
     prefixes, responses, expected = [], [], {"input_ids": [], "position_ids": []}
-    for question, *answers, _, _ in PAIRS[:2]:
+    for question, *answers, _, _, _ in PAIRS[:2]:
         prompt, _ = full_text(processor, question, "")
         prefix = ids(prompt)
         responses.append([ids(prompt + full_text(processor, question, answer)[1])[len(prefix) :] for answer in answers])
@@ -795,12 +812,16 @@ def test_plain_rows_are_padded_on_the_right_and_padding_counts_for_nothing(llava
     assert pad != 0 and len(set(ends)) > 1
 
 
-def test_all_tensors_of_a_batch_move_to_the_device(bunny):
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+def test_all_inputs_of_the_model_are_on_its_device(bunny, layout):
     """One that stays behind stops the first step on a GPU."""
-    _, processor = train.load_model(str(bunny))
-    moved = data.to_device(make_batch(PAIRS[:1], processor), "meta")
-    assert {value.device.type for value in moved.values() if torch.is_tensor(value)} == {"meta"}
-    assert moved["pixel_values"].shape[0] == 2 and moved["names"] == ("chosen", "rejected", "image_rejected")
+    model, processor = train.load_model(str(bunny))
+    batch = make_batch(PAIRS[:1], processor, layout)
+    inputs = mdpo.forward_inputs(model.to("meta"), batch)
+    inputs |= {"features": inputs.pop("mm_encoder_outputs")["image"].pooler_output[0]}
+    inputs |= {"mask of y_l": inputs.pop("blocks")[1][2]} if layout == "packed" else {}
+    assert {value.device.type for value in inputs.values() if torch.is_tensor(value)} == {"meta"}
+    assert batch["input_ids"].device.type == "cpu" and len(inputs) == {"packed": 7, "plain": 4}[layout]
 
 
 def test_truncation_cuts_the_response_never_the_image(loaded):
@@ -839,8 +860,8 @@ def test_five_images_of_which_three_differ_stay_five(folder, loaded):
     path = write(folder / "x.json", [authors(img_path=None, images=names, prompt=question)])
     examples = read_examples(path)
     assert [Path(image).name for image in examples[0].images] == [Path(name).name for name in names]
-    text, _, _, images, images_rejected = one = Pairs(examples)[0, 0]
-    assert text == "Which is the odd one?"
+    question, _, _, images, images_rejected, _ = one = Pairs(examples)[0, 0]
+    assert question == asked("Which is the odd one?", 5)
     assert [image.size for image in images_rejected] == [image.size for image in images]
     assert len({image.tobytes() for image in images}) == 3 and len({image.tobytes() for image in images_rejected}) == 5
     batch = make_batch([one], processor)
@@ -867,7 +888,7 @@ SIZES = [  # images that differ in their number of tiles or tokens, within an ex
     pair("Describe the picture.", "There is a red circle.", "No.", noise(1, (60, 30)), noise(2, (30, 90))),
     pair("How many?", "One.", "There is a red square, and a blue one.", noise(3, (40, 40)), noise(4, (90, 90))),
 ]
-TWO_IMAGES = [Pair(*one[:3], (*one[3], noise(7, (50, 30))), (*one[4], noise(8, (50, 30)))) for one in PAIRS[:2]]
+TWO_IMAGES = [Example(*one[:3], (*one[3], noise(7, (50, 30))), (*one[4], noise(8, (50, 30)))) for one in PAIRS[:2]]
 CONVERSATION = [{"role": role, "content": [{"type": "text", "text": text}]}
                 for role, text in (("system", "Be brief."), ("user", " Hello. "), ("assistant", "Hello!"))]  # fmt: skip
 CONVERSATION.append({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it? "}]})
@@ -891,7 +912,7 @@ def test_each_family_trains_on_the_librarys_own_log_probabilities(family, pairs)
     folder, model, processor = family
     layout = train.choose_layout(model, processor, pairs)
     assert layout == ("plain" if folder.name == "gemma3" else "packed")
-    assert train.layout_error(model, processor, pairs, layout) < 1e-5
+    assert layout_error(model, processor, pairs, layout) < 1e-5
 
 
 def test_each_family_trains_in_bf16(family, tmp_path_factory):
@@ -931,9 +952,9 @@ def test_images_are_encoded_once_where_a_model_takes_them_encoded(family, monkey
     """Policy and reference share one encoding; a model whose forward pass has no room for it must still see its images."""
     folder, model, processor = family
     assert mdpo.encode_images(model, make_batch(PAIRS[:2], processor)) is not None
-    monkeypatch.setattr(mdpo, "encode_images", lambda model, batch: None)
+    monkeypatch.setattr(mdpo, "encode_images", lambda model, inputs: None)
     layout = "plain" if folder.name == "gemma3" else "packed"
-    assert train.layout_error(model, processor, SIZES, layout) < 1e-5
+    assert layout_error(model, processor, SIZES, layout) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
@@ -957,20 +978,20 @@ def test_what_is_not_exact_is_noticed(family, monkeypatch, capsys):
     _, model, processor = family
     with monkeypatch.context() as patch:
         patch.setattr(mdpo, "packed_positions", lambda model, batch: batch["position_ids"])
-        assert train.layout_error(model, processor, PAIRS[:2], "packed") > 1e-3
+        assert layout_error(model, processor, PAIRS[:2], "packed") > 1e-3
         assert train.choose_layout(model, processor, PAIRS[:2]) == "plain"
         assert "packed rows are not exact" in capsys.readouterr().out
         with pytest.raises(BadInput, match="cannot be trained in packed rows"):
             train.choose_layout(model, processor, PAIRS[:2], "packed")
     with monkeypatch.context() as patch:
         blocks = mdpo.attention_blocks  # in their place those of one response, y_w and y_l together
-        leaking = lambda lengths, device: blocks([[prefix, sum(responses)] for prefix, *responses in lengths], device)
+        leaking = lambda lengths, *where: blocks([[prefix, sum(responses)] for prefix, *responses in lengths], *where)
         patch.setattr(mdpo, "attention_blocks", leaking)
-        assert train.layout_error(model, processor, PAIRS[:2], "packed") > 1e-3
+        assert layout_error(model, processor, PAIRS[:2], "packed") > 1e-3
     make = data.make_batch
     rest = lambda keys: [key for key in keys if key != "mm_token_type_ids"]
     without = lambda batch: {key: batch[key] for key in rest(batch)} | {"processor_keys": rest(batch["processor_keys"])}
-    monkeypatch.setattr(train, "make_batch", lambda *args: without(make(*args)))
+    monkeypatch.setattr(train, "make_batch", lambda *args, **options: without(make(*args, **options)))
     with pytest.raises(BadInput, match="cannot be trained in plain rows"):
         train.choose_layout(model, processor, PAIRS[:2], "plain")
 
@@ -987,7 +1008,7 @@ def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_sequence_may_be
 def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read(tmp_path, bunny, llava, monkeypatch):
     """The reason, in one line, and not after a download of gigabytes."""
     for name, config, reason in (
-        ("text", transformers.LlamaConfig(), "has no image-text-to-text model of type llama"),
+        ("text", transformers.LlamaConfig(), "cannot be loaded: Unrecognized processing class"),
         ("florence", transformers.Florence2Config(), "is an encoder-decoder"),
     ):
         config.save_pretrained(tmp_path / name)
@@ -1030,7 +1051,7 @@ def test_turns_and_several_images_are_read_and_shown(folder, loaded):
     (example,) = examples = read_examples(write(folder / "x.json", [TURNS]), processor=processor)
     assert [message["role"] for message in example.question] == ["system", "user", "assistant", "user"]
     assert [Path(image).name for image in example.images] == ["a.png", "llava-1.jpg"]
-    *_, images, images_rejected = one = Pairs(examples)[0, 0]
+    *_, images, images_rejected, _ = one = Pairs(examples)[0, 0]
     assert [i.size for i in images] == [i.size for i in images_rejected]
     assert all(a.tobytes() != b.tobytes() for a, b in zip(images, images_rejected))
     (prefix, _), _ = sequences_of(make_batch([one], processor), processor)
@@ -1348,7 +1369,7 @@ TURNS = {  # a system text, an earlier turn, two images
 def test_every_format_gives_the_same_example(folder, record, name, form):
     """Formats are told apart by the records, not by the file's name."""
     (example,) = read_examples(write(folder / name, form.replace("{}", json.dumps(record))))
-    assert (example.question, example.chosen, example.rejected) == ("What is it?", "A cat.", "A dog.")
+    assert example[:3] == (asked("What is it?"), "A cat.", "A dog.")
     assert Path(example.images[0]).name == ("llava-1.jpg" if "completions" in record else "a.png")
 
 
@@ -1464,10 +1485,10 @@ def test_a_field_of_null_is_not_there(folder):
     others."""
     record = authors(img_path=None, image="a.png", question="And this?")
     (example,) = read_examples(write(folder / "x.json", [record | {"images": ["b.png"]} | {"images": None}]))
-    assert example.question == "What is it?" and Path(example.images[0]).name == "a.png"
+    assert example.question == asked("What is it?") and Path(example.images[0]).name == "a.png"
     record = authors(image="b.png", images="c.png", image_path="d.png", prompt=None, question="And this?")
     (example,) = read_examples(write(folder / "x.json", [record]))
-    assert example.question == "And this?" and Path(example.images[0]).name == "a.png"
+    assert example.question == asked("And this?") and Path(example.images[0]).name == "a.png"
 
 
 @pytest.mark.parametrize(
@@ -1484,20 +1505,23 @@ def test_the_bare_question_is_taken_out_of_its_prompt(folder, prompt):
     """What is left of a template, or of an image mark, would stand in the text that the model is trained
     on."""
     (example,) = read_examples(write(folder / "x.json", [authors(prompt=prompt)]))
-    assert example.question == "What?\nAnd why?"
+    assert example.question == asked("What?\nAnd why?")
 
 
 def test_messages_keep_their_parts_and_their_order(folder):
-    """A lone question is plain text only if it stands behind its images; what is dropped or moved changes the
-    prompt."""
+    """What is dropped or moved changes the prompt. `<image>` in a text is an image part before it, as in a plain
+    string; between two texts it is refused."""
     image, text = {"type": "image"}, lambda text: {"type": "text", "text": text}
     read = lambda *messages, **changes: read_examples(
         write(folder / "x.json", [MESSAGES | {"prompt": list(messages)} | changes])
     )[0]
     user = lambda *content: {"role": "user", "content": list(content)}
-    assert read(user(image, text(" What?\n"))).question == read(user(text("What?"))).question == "What?"
-    for content in ([text("What?"), image], [image, text("What?"), text("Why?")]):
+    for content in ([image, text("What?")], [text("What?"), image], [image, text(" What?\n"), text("Why?")]):
         assert read(user(*content)).question == [user(*content)]
+    for written in ([text("<image>\nWhat?")], [text("What? <image>")], [text("What?")], "<image> What?", "What?\n"):
+        assert read({"role": "user", "content": written}).question == [user(image, text("What?"))]
+    with pytest.raises(BadInput, match="'prompt' holds the image token '<image>' in its text"):
+        read(user(text("Is <image> it?")))
     # Where no message shows an image, the first of the user's opens with all of them.
     opening = [{"role": "system", "content": [text("Be brief.")]}, user(text("What?"))]
     more = [{"role": "assistant", "content": [text("A cat.")]}, user(text("And?"))]
@@ -1518,7 +1542,8 @@ def test_no_image_needs_no_images_and_no_pool(folder):
     examples = read_examples(write(folder / "x.json", records), with_images=False)
     for strategy in data.STRATEGIES:
         pairs = [Pairs(examples, strategy)[0, index] for index in range(3)]
-        assert pairs == [pair("What is it?", "A cat.", "A dog.")] * 3
+        assert [one[1:] for one in pairs] == [("A cat.", "A dog.", (), (), str(number)) for number in (1, 2, 3)]
+        assert all(data.chat_messages(one.question, 0) == asked("What is it?", 0) for one in pairs)
 
 
 def test_lines_are_numbered_as_an_editor_does(folder):
@@ -1829,7 +1854,7 @@ def test_rejected_image_is_a_pure_function_of_seed_epoch_and_index(tmp_path, str
     assert len({*drawn_once.values()}) == 27 if strategy != "random" else len({*drawn_once.values()}) > 12
     for changes in (((s, 0, 0) for s in range(9)), ((0, e, 0) for e in range(9)), ((0, 0, i) for i in range(9))):
         assert len({draw(*key) for key in changes}) > 5
-    *texts, (image,), (image_rejected,) = Pairs(examples, strategy)[0, 0]
+    *texts, (image,), (image_rejected,), _ = Pairs(examples, strategy)[0, 0]
     assert texts == [one.question, one.chosen, one.rejected]
     assert image.tobytes() == open_image(one.images[0]).tobytes() and image_rejected.size == image.size
 
@@ -2036,16 +2061,16 @@ def test_data_command_counts_every_kind_of_record(folder, capsys):
     ]
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
     path = write(folder / "elsewhere" / "x.json", kinds)
-    assert data.main([path, "--images", str(folder), "--subset", "llava"]) == 2
+    assert check_file([path, "--images", str(folder), "--subset", "llava"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"error: {path}: --skip-bad would drop 27 bad records:\n")
     assert "record 6 (id llava-bad-0): 'chosen' is empty" in err and "... and 7 more" in err
     write(path_of := folder / "good.json", kinds[:5])
-    assert data.main([str(path_of), "--images", str(folder), "--subset", "llava"]) == 0
+    assert check_file([str(path_of), "--images", str(folder), "--subset", "llava"]) == 0
     out, err = capsys.readouterr()
     assert f"{path_of}: left out 1 records" in out and err == ""
     assert f"{path_of}: 3 examples with 2 different images, no problems found" in out
-    assert data.main([str(folder / "none.json")]) == data.main([path, "--images", str(folder / "none")]) == 2
+    assert check_file([str(folder / "none.json")]) == check_file([path, "--images", str(folder / "none")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("error: ") == 2 and "none.json: cannot be read" in err and "no such image folder" in err
 
@@ -2605,10 +2630,10 @@ def text_model(bunny, folder):
 
 BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_path)
     "nowhere: cannot be loaded": lambda b, t: ["--model", t / "nowhere"],
-    "has no image-text-to-text model": lambda b, t: ["--model", text_model(b, t / "text")],
-    "1 weights do not fit the model, such as lm_head.weight (missing_keys)": lambda b, t: [
+    "its processor has no image token": lambda b, t: ["--model", text_model(b, t / "text")],
+    "1 weights are missing, such as lm_head.weight": lambda b, t: [
         "--model", broken_model(b, t / "m", lambda w: w.pop("lm_head.weight"))],
-    "1 weights do not fit the model, such as model.surprise (unexpected_keys)": lambda b, t: [
+    "1 weights are unexpected, such as model.surprise": lambda b, t: [
         "--model", broken_model(b, t / "m", lambda w: w.update({"model.surprise": torch.zeros(1)}))],
     "none.json: cannot be read": lambda b, t: ["--data", t / "none.json"],
     "no example is left": lambda b, t: ["--data", write(t / "x.json", [])],
@@ -2622,13 +2647,13 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "--beta: must be within 1e-12 to 1000000.0, got inf": lambda b, t: ["--beta", "inf"],
     "--lr: must be within 1e-12 to 1000000.0, got nan": lambda b, t: ["--lr", "nan"],
     "--delta: must be within -1000000.0 to 1000000.0, got -inf": lambda b, t: ["--delta", "-inf"],
-    "--weight-decay: must be within 0 to 1000000.0, got -1e-3": lambda b, t: ["--weight-decay", "-1e-3"],
+    "--weight-decay: must be within 0 to 1, got -1e-3": lambda b, t: ["--weight-decay", "-1e-3"],
     "--warmup: must be within 0 to 1, got 1.5": lambda b, t: ["--warmup", 1.5],
     "--betas: must be within 0 to 0.999999, got 1": lambda b, t: ["--betas", 0.9, 1],
     "--epochs: must be within 1 to 10000000, got 0": lambda b, t: ["--epochs", 0],
-    "--eval-size: must be within 0 to 10000000, got -1": lambda b, t: ["--eval-size", -1],
+    "--eval-size: must be within 0 to 9223372036854775807, got -1": lambda b, t: ["--eval-size", -1],
     "--seed: must be within 0 to 9223372036854775807, got -1": lambda b, t: ["--seed", -1],
-    "--crop: must be within 1e-06 to 1, got 0": lambda b, t: ["--crop", 0, 0.2],
+    "--crop: must be within 0 to 1, got -1": lambda b, t: ["--crop", -1, 0.2],
     "--anchors none cannot be combined": lambda b, t: ["--anchors", "none", "chosen"],
     "--no-image leaves": lambda b, t: ["--no-image", "--anchors", "image_rejected"],
     "invalid choice": lambda b, t: ["--anchors", "cropped"],
@@ -2638,7 +2663,7 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "no room to answer": lambda b, t: ["--max-length", 20],
     "already exists; choose another --out": lambda b, t: ["--out", b],
     "cannot be written to": lambda b, t: ["--out", write(t / "file", "") + "/out"],
-    "--device cuda: no CUDA": lambda b, t: ["--device", "cuda"],
+    "cannot be loaded: Torch not compiled with CUDA": lambda b, t: ["--device", "cuda"],
 }  # fmt: skip
 
 

@@ -47,10 +47,9 @@ from data import (
     make_batch,
     read_examples,
     run_command,
-    to_device,
     tokenize,
 )
-from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps, use_packed_attention
+from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps
 
 
 def main(argv=None):
@@ -67,9 +66,11 @@ def run(args):
     out = claim_folder(args)
     try:
         processor = load_processor(args.model)
-        names = ("skip_bad", "subset", "limit", "seed", "max_length")
-        options = {name: getattr(args, name) for name in names} | {"with_images": not args.no_image}
-        examples = read_examples(args.data, args.images, processor=processor, **options)
+        examples = read_examples(
+            args.data, args.images, subset=args.subset, limit=args.limit, seed=args.seed,
+            with_images=not args.no_image, skip_bad=args.skip_bad,
+            processor=processor, max_length=args.max_length,
+        )  # fmt: skip
         if args.eval_size >= len(examples):
             raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
         held = sorted(random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size))
@@ -88,9 +89,8 @@ def run(args):
             mdpo_loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors
         )
         # Training computes the log-probabilities that the loss needs, evaluation all that images allow.
-        all_names = [name for name, (images, _) in SCORED.items() if images == "images" or not args.no_image]
-        unneeded = set() if args.conditional else {"image_rejected"} - anchors
-        names = [name for name in all_names if name not in unneeded]
+        scored = [name for name in SCORED if name != "image_rejected" or not args.no_image]
+        names = [name for name in scored if name != "image_rejected" or args.conditional or name in anchors]
 
         plan = plan_steps(len(training), args.batch_size, args.micro_batch_size, args.epochs, args.seed)
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -108,8 +108,8 @@ def run(args):
 
         collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
         keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
-        held_out_batches = make_loader(held_out_pairs, keys, partial(collate, names=all_names), args.workers)
-        evaluate_now = partial(evaluate, model, held_out_batches, loss)
+        held_out_batches = make_loader(held_out_pairs, keys, partial(collate, names=scored), args.workers)
+        evaluate_now = partial(evaluate, model, held_out_batches, loss) if held_out else dict
         if held_out and not records:
             log(out, records, {"step": 0, **evaluate_now()})
         keys = sum(plan[steps_done(records) :], [])
@@ -151,7 +151,7 @@ def train(model, plan, batches, loss, optimizer, schedule, out, records, example
         for step, micro_batches in enumerate(plan[done:], done + 1):
             started, metrics, n_examples = time.perf_counter(), [], sum(map(len, micro_batches))
             for _ in micro_batches:  # gradient accumulation
-                losses, values = mdpo_step(model, to_device(next(batches), model.device), loss)
+                losses, values = mdpo_step(model, next(batches), loss)
                 (losses.sum() / n_examples).backward()  # the mean over the batch, not over micro-batches
                 metrics.append(values)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -182,15 +182,14 @@ def train(model, plan, batches, loss, optimizer, schedule, out, records, example
 @torch.no_grad()
 def evaluate(model, batches, loss):
     batches = tqdm(batches, desc="held out", leave=False, disable=None)
-    metrics = [mdpo_step(model, to_device(batch, model.device), loss)[1] for batch in batches]
+    metrics = [mdpo_step(model, batch, loss)[1] for batch in batches]
     return {f"eval/{name}": value for name, value in means(metrics).items()}
 
 
 def means(metrics):
     """[{name: (B,)}, ...] -> {name: mean over all examples}. Waits for the device, once."""
-    names = metrics[0] if metrics else ()
-    values = [torch.cat([batch[name] for batch in metrics]).double().mean() for name in names]
-    return dict(zip(names, torch.stack(values).tolist())) if values else {}
+    values = [torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]]
+    return dict(zip(metrics[0], torch.stack(values).tolist()))
 
 
 def plan_steps(n_examples, batch_size, micro_batch_size, epochs, seed):
@@ -216,7 +215,7 @@ def make_loader(pairs, micro_batches, collate, workers):
         pairs,
         batch_sampler=micro_batches,
         collate_fn=collate,
-        num_workers=min(workers, len(micro_batches), os.cpu_count() or 1),
+        num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_interrupts,
     )
@@ -272,7 +271,7 @@ def write_arguments(out, args, examples):
         versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
         text = json.dumps(vars(args) | {"data_sha256": data_sha256, "versions": versions}, indent=2)
         write_atomically(out / "args.json", lambda path: path.write_text(text))
-    elif json.loads((out / "args.json").read_text())["data_sha256"] != data_sha256:
+    elif args.data_sha256 != data_sha256:
         raise BadInput(f"{out}: the data of {args.data} are not those that the run began with")
 
 
@@ -332,9 +331,8 @@ def number(kind, low, high):
     return convert
 
 
-positive, not_negative, real = number(float, 1e-12, 1e6), number(float, 0, 1e6), number(float, -1e6, 1e6)
-share, part, decay = number(float, 0, 1), number(float, 1e-6, 1), number(float, 0, 1 - 1e-6)
-whole, count, seed = number(int, 1, 10**7), number(int, 0, 10**7), number(int, 0, 2**63 - 1)
+positive, real, share = number(float, 1e-12, 1e6), number(float, -1e6, 1e6), number(float, 0, 1)
+decay, whole, count = number(float, 0, 1 - 1e-6), number(int, 1, 10**7), number(int, 0, 2**63 - 1)
 
 ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes from)
     "model": (None, str, "folder or hub name: Bunny, or any image-text-to-text model of transformers"),
@@ -349,7 +347,7 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "max-length": (2048, whole, "tokens of prompt and one response (authors' config)"),
     "reject": ("crop", STRATEGIES, "how the rejected image is made (Table 3): " + "; ".join(
         f"{name}, {strategy.__doc__}" for name, strategy in STRATEGIES.items())),
-    "crop": (CROP, part, "least and most of the area that a crop keeps (Table 3)"),
+    "crop": (CROP, share, "least and most of the area that a crop keeps (Table 3)"),
     # loss
     "beta": (0.1, positive, "strength of the KL constraint (paper 4.1)"),
     "delta": (0.0, real, "the anchor, in units of reward (paper 4.1)"),
@@ -362,11 +360,11 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "lr": (1e-5, positive, "peak learning rate (paper 4.1)"),
     "warmup": (0.1, share, "share of the steps, rounded up, before a cosine to 0 (paper 4.1)"),
     "betas": ((0.9, 0.98), decay, "of AdamW (the second: authors' config)"),
-    "weight-decay": (0.05, not_negative, "of AdamW (authors' config)"),
+    "weight-decay": (0.05, share, "of AdamW (authors' config)"),
     "max-grad-norm": (1.0, positive, "gradient clipping (the default of the authors' trainer)"),
     "lora-rank": (64, whole, "of the adapter (paper 4.1)"),
     "lora-alpha": (128, whole, "of the adapter (paper 4.1)"),
-    "seed": (0, seed, "of adapter, order, samples and rejected images"),
+    "seed": (0, count, "of adapter, order, samples and rejected images"),
     # system
     "device": (None, ("cuda", "cpu"), "cuda in bf16 or cpu in float32 (default: cuda if there is one)"),
     "layout": (None, LAYOUTS, "two packed sequences an example, or three plain rows (default: packed if the "
@@ -392,11 +390,13 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the arguments)")
 
 
-def make_parser(names):
+def parse_args(argv):
+    """The command line -> a Namespace in which every argument has its final value. Raises BadInput."""
+    resuming = any(word.startswith("--resume") for word in argv)
     description = "Train a multimodal model with mDPO. --demo: a tiny one, on drawn data."
     parser = Parser(description=description, allow_abbrev=False)
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
-    for name in names:
+    for name in MAY_DIFFER if resuming else [*ARGUMENTS, *SWITCHES]:
         if name in SWITCHES:
             parser.add_argument(f"--{name}", action="store_true", help=SWITCHES[name])
             continue
@@ -404,24 +404,17 @@ def make_parser(names):
         options = {"type": kind} if callable(kind) else {"choices": kind}
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "+"
-        options["required"] = name in ("model", "data") and len(names) > len(MAY_DIFFER)
-        text += "" if default in (None, ()) else f" (default: {default})"
+        text += f" (default: {default})" if default else ""
+        options["required"] = name in ("model", "data") and not resuming
         parser.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"), **options)
-    return parser
-
-
-def parse_args(argv):
-    """The command line -> a Namespace in which every argument has its final value. Raises BadInput."""
-    resuming = any(word.startswith("--resume") for word in argv)
-    parser = make_parser(MAY_DIFFER if resuming else [*ARGUMENTS, *SWITCHES])
     args = parser.parse_args(argv)
-    if resuming:
-        with about(f"{args.resume}: holds no run to resume"):
-            parser.set_defaults(**json.loads(Path(args.resume, "args.json").read_text()))
-            args = parser.parse_args(argv)
-            args.out = args.resume
-            return resolve(args)
-    return resolve(args)
+    if not resuming:
+        return resolve(args)
+    with about(f"{args.resume}: holds no run to resume"):
+        parser.set_defaults(**json.loads(Path(args.resume, "args.json").read_text()))
+        args = parser.parse_args(argv)
+        args.out = args.resume
+        return resolve(args)
 
 
 def resolve(args):
@@ -433,8 +426,6 @@ def resolve(args):
     if args.no_image and "image_rejected" in args.anchors:
         raise BadInput("--no-image leaves no rejected image to anchor")
     args.device = args.device or best_device()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: no CUDA device was found")
     return args
 
 
@@ -445,7 +436,7 @@ def load_model(name_or_path, device="cpu", dtype=None):
     """Load Bunny, LLaVA or another image-text-to-text model, from a folder or the hub.
 
     dtype: default bf16 on "cuda", float32 on "cpu".
-    Returns (model, processor): the model frozen, without dropout, with `mdpo.packed_attention`.
+    Returns (model, processor): the model frozen and without dropout.
     Raises BadInput if it cannot be read, is of another kind, or has weights that are missing or unexpected.
     """
     processor = load_processor(name_or_path)
@@ -459,12 +450,11 @@ def load_model(name_or_path, device="cpu", dtype=None):
         model, loading = auto.from_pretrained(
             name_or_path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-        kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if wrong := [f"{key} ({kind})" for kind in kinds for key in loading[kind]]:
-            raise BadInput(f"{len(wrong)} weights do not fit the model, such as {min(wrong)}")
-    disable_dropout(model)
-    use_packed_attention(model)
-    return model.requires_grad_(False).to(device), processor
+        for kind in ("missing", "unexpected", "mismatched"):
+            if wrong := loading[f"{kind}_keys"]:
+                raise BadInput(f"{len(wrong)} weights are {kind}, such as {min(wrong)}")
+        disable_dropout(model)
+        return model.requires_grad_(False).to(device), processor
 
 
 def load_processor(name_or_path):
@@ -473,9 +463,6 @@ def load_processor(name_or_path):
         if is_bunny(config := read_config(name_or_path)):
             return bunny_processor(name_or_path, config)
         config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            kind, version = config.model_type, transformers.__version__
-            raise BadInput(f"transformers {version} has no image-text-to-text model of type {kind}")
         if config.is_encoder_decoder:
             raise BadInput("is an encoder-decoder, in which a response does not follow its prompt in a row")
         processor = transformers.AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
@@ -504,10 +491,8 @@ def quiet_libraries():
 def disable_dropout(model):
     """Set every dropout to 0: modules, and rates that layers keep as numbers, such as Bunny's resid_pdrop."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
+            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout)):
                 setattr(module, name, 0.0)
 
 
@@ -530,8 +515,7 @@ class LoraLinear(peft.tuners.lora.Linear):
         y = self.base_layer(x)  # (tokens, out)
         if not (self.disable_adapters or self.merged):
             (adapter,) = self.active_adapters
-            weights = (lora[adapter].weight.to(y.dtype) for lora in (self.lora_A, self.lora_B))
-            A, B = weights  # (r, in), (out, r)
+            A, B = (lora[adapter].weight.to(y.dtype) for lora in (self.lora_A, self.lora_B))
             y.addmm_(x.to(y.dtype) @ A.T, B.T, alpha=self.scaling[adapter])
         return y.view(*batch, -1)
 
@@ -567,42 +551,41 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
 
     It is measured on a few pairs, and does not depend on the model's name. layout: try only this one.
     """
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    for candidate in [layout] if layout else LAYOUTS:
-        with about(f"{model.name_or_path}: cannot be trained in {candidate} rows"):
-            if candidate == "packed" and window and window < max_length:
-                reason = f"its layers see {window} tokens back, fewer than --max-length {max_length}"
-            else:
-                error = layout_error(model, processor, pairs, candidate, max_length)
-                if error <= TOLERANCE[model.dtype]:
-                    return candidate
-                bound = TOLERANCE[model.dtype]
-                reason = f"{error:.2g} nats off the library's own call, where up to {bound} is rounding"
-            if layout or candidate == "plain":
-                raise BadInput(reason)
-        print(f"packed rows are not exact for this model ({reason}): training on plain ones")
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
+    problem = f"its layers see {window} tokens back, fewer than --max-length {max_length}"
+    layouts = LAYOUTS if window >= max_length else ["plain"]
+    layouts = [name for name in layouts if layout in (name, None)]
+    with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts)} rows"):
+        for chosen, error in layout_errors(model, processor, pairs, layouts, max_length):
+            if error <= TOLERANCE[model.dtype]:
+                break
+            bound = TOLERANCE[model.dtype]
+            problem = f"{error:.2g} nats off the library's own call, where up to {bound} is rounding"
+        else:
+            raise BadInput(problem)
+    if chosen != (layout or "packed"):
+        print(f"packed rows are not exact for this model ({problem}); plain rows take about twice as long")
+    return chosen
 
 
 @torch.no_grad()
-def layout_error(model, processor, pairs, layout, max_length=2048):
-    """How far a layout is from the library's call on one sequence at a time: the worst, as in TOLERANCE."""
+def layout_errors(model, processor, pairs, layouts=LAYOUTS, max_length=2048):
+    """Yield each layout with its worst distance from the library's call on one sequence, as in TOLERANCE."""
     model.eval()
-    rejected = any(pair.images_rejected for pair in pairs)
-    names = [name for name, (images, _) in SCORED.items() if images == "images" or rejected]
-    batch = make_batch(pairs, processor, layout, names, max_length)
-    ours = response_logps(model, to_device(batch, model.device))
-    errors = []
-    for i, pair in enumerate(pairs):
-        for name in names:
-            images, response = SCORED[name]
+    exact, n_tokens = [], []
+    for images, response in SCORED.values():
+        for pair in pairs:
             tokens = tokenize(processor, pair)
             whole = encode_prompts(processor, [tokens.wholes[response]], [getattr(pair, images)])
             whole = whole.to(model.device)
             labels = whole["input_ids"].clone()
             labels[:, : -len(tokens.responses[response])] = labels[:, max_length:] = -100
-            theirs = sequence_logps(model(**whole, use_cache=False).logits, labels)
-            errors.append((getattr(ours, name)[i] - theirs).abs() / (labels >= 0).sum().sqrt())
-    return torch.cat(errors).max().item()
+            exact.append(sequence_logps(model(**whole, use_cache=False).logits, labels))
+            n_tokens.append((labels >= 0).sum())
+    for layout in layouts:
+        logps = response_logps(model, make_batch(pairs, processor, layout, max_length=max_length))
+        errors = (torch.cat(logps) - torch.cat(exact)).abs()
+        yield layout, (errors / torch.stack(n_tokens).sqrt()).max().item()
 
 
 # ---------------------------------------------------------------------------------------- Bunny's file format

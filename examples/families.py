@@ -231,7 +231,7 @@ def layout_errors(folder, examples):
     errors = {}
     for layout in ("packed", "plain"):
         try:
-            errors[layout] = train.layout_error(model, processor, pairs, layout)
+            errors |= train.layout_errors(model, processor, pairs, [layout])
         except Exception:
             errors[layout] = float("nan")
     return errors

@@ -19,7 +19,7 @@ import transformers
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Pair, make_batch, run_command
+from data import BadInput, Example, make_batch, run_command
 from examples.answer import generate_answers
 from mdpo import response_logps
 from train import load_model, quiet_libraries, read_config
@@ -39,7 +39,7 @@ def merge(adapter, to):
     config = read_config(base)
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     images = (Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB"),)
-    pairs = [Pair(text, "I cannot tell from this picture.", "No.", images, images) for text in QUESTIONS]
+    pairs = [Example(text, "I cannot tell from this picture.", "No.", images, images) for text in QUESTIONS]
 
     def measure(model, processor):
         with torch.no_grad():

@@ -21,7 +21,7 @@ from PIL import Image
 
 import data
 import train
-from data import BadInput, Example, Pair, Pairs, make_batch, open_image, read_examples
+from data import BadInput, Example, Pairs, make_batch, open_image, read_examples, texts_of
 from examples import benchmarks, demo, families, merge, miniature, preview, shapes, throughput, tiny_bunny
 from examples import answer as answering
 from examples import unconditional
@@ -386,7 +386,7 @@ def test_pictures_of_the_pairs_are_of_their_scenes(tmp_path, monkeypatch):
         pixel = Image.open(*example.images).getpixel((8, 8))
         assert pixel == pytest.approx(shapes.COLOURS[colour], abs=40)
         assert (example.chosen, example.rejected) == (f"a {colour} square.", "a ring.")
-        assert example.question == "Describe the picture."
+        assert texts_of(example.question) == ["Describe the picture."]
 
 
 def test_exam_asks_five_questions_a_scene_and_habit_is_no_help(monkeypatch):
@@ -1092,7 +1092,7 @@ def test_unconditional_share_of_a_margin(bunny, tmp_path):
 
 
 def example(number, *images):
-    return Example(str(number), f"What is it{'?' * number}", "A red circle.", "No.", images)
+    return Example(f"What is it{'?' * number}", "A red circle.", "No.", images, id=str(number))
 
 
 def test_unconditional_margins_by_hand(bunny, tmp_path):
@@ -1114,7 +1114,7 @@ def test_unconditional_margins_by_hand(bunny, tmp_path):
         margins = []
         for one, path in zip(examples, images):
             images = (open_image(path),) if path else ()
-            pairs = [Pair(one.question, one.chosen, one.rejected, images, ())]
+            pairs = [Example(one.question, one.chosen, one.rejected, images, ())]
             batch = make_batch(pairs, processor, names=DPO_NAMES)
             policy = response_logps(model, batch)
             with model.disable_adapter():
@@ -1728,13 +1728,13 @@ def test_trl_trains_the_same(bunny, tmp_path):
 def test_layout_errors_are_each_layouts_own(tmp_path, monkeypatch):
     """`examples/families.py` prints them; a layout that a model refuses is no layout that is exact."""
 
-    def layout_error(model, processor, pairs, layout):
-        if layout == "packed":
+    def measured(model, processor, pairs, layouts):
+        if layouts == ["packed"]:
             raise ValueError("no such mask")
-        return 0.25 if len(pairs) == 2 else 0.5
+        return [(layout, 0.25 if len(pairs) == 2 else 0.5) for layout in layouts]
 
     monkeypatch.setattr(train, "load_model", lambda folder: (None, None))
-    monkeypatch.setattr(train, "layout_error", layout_error)
+    monkeypatch.setattr(train, "layout_errors", measured)
     errors = families.layout_errors("x", as_examples(tmp_path))
     assert errors == {"packed": pytest.approx(math.nan, nan_ok=True), "plain": 0.25}
 

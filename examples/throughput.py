@@ -48,9 +48,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import SCORED, Pair, Pairs, make_batch, read_examples, to_device
+from data import SCORED, Example, Pairs, make_batch, read_examples
 from examples import tiny_bunny
-from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps, unwrapped, use_packed_attention
+from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps, unwrapped
 
 WORDS = "there is a red circle and blue square here the picture of on in with small large near left right".split()
 LEARNING_RATE = 1e-4
@@ -101,7 +101,6 @@ def make_model(shape, device, dtype, rank):
     with torch.device(device):
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
     train.disable_dropout(model)
-    use_packed_attention(model)
     return train.add_lora(model.requires_grad_(False), rank, 2 * rank), processor
 
 
@@ -112,7 +111,11 @@ def make_pairs(n, seed=0):
     words = lambda mean: " ".join(rng.choices(WORDS, k=length(mean)))
     drawn = lambda detail: Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), detail).convert("RGB")
     images = lambda: (drawn(rng.randint(10, 90)),)
-    return [Pair(words(40), words(110), words(90), images(), images()) for _ in range(n)]
+    return [Example(words(40), words(110), words(90), images(), images()) for _ in range(n)]
+
+
+def to_device(batch, device):
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 def n_pairs(batch):
@@ -217,7 +220,7 @@ def all_logits_batch(pairs, processor):
     }
 
 
-class Unshared(Pair):
+class Unshared(Example):
     images_again = property(lambda self: self.images)
 
 
@@ -479,7 +482,7 @@ def follow(args, steps=20):
 @torch.no_grad()
 def check_equal(model, processor, pairs):
     """Both schemes on the same model and examples. Raises AssertionError if they do not compute the same."""
-    ours = response_logps(model, to_device(make_batch(pairs, processor), model.device))
+    ours = response_logps(model, make_batch(pairs, processor))
     theirs = authors_logps(model, to_device(plain_batch(pairs, processor), model.device))
     for name, a, b in zip(LogPs._fields, ours, theirs):
         difference = ((a - b).abs() / b.abs()).max().item()
@@ -491,7 +494,7 @@ def data_side(args, processor):
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         records = []
-        for i, (question, chosen, rejected, (image,), _) in enumerate(make_pairs(4 * args.items)):
+        for i, (question, chosen, rejected, (image,), *_) in enumerate(make_pairs(4 * args.items)):
             image.save(Path(folder) / f"{i}.jpg")
             records.append({"image": f"{i}.jpg", "question": question, "chosen": chosen, "rejected": rejected})
         (Path(folder) / "data.json").write_text(json.dumps(records))

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Pairs, make_batch, read_examples, run_command, to_device
+from data import BadInput, Pairs, make_batch, read_examples, run_command
 from examples.answer import load_tuned
 from mdpo import mdpo_loss, response_logps
 from train import quiet_libraries
@@ -28,7 +28,6 @@ def reward_margins(model, processor, pairs, beta=0.1, batch_size=8):
     margins = []
     for at in tqdm(range(0, len(pairs), batch_size), leave=False, disable=None):
         batch = make_batch(pairs[at : at + batch_size], processor, "plain", ("chosen", "rejected"))
-        batch = to_device(batch, model.device)
         policy_logps = response_logps(model, batch)
         with model.disable_adapter():
             ref_logps = response_logps(model, batch)
