@@ -22,6 +22,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from mdpo import known_arguments
+
 
 class Example(NamedTuple):
     """One preference: `chosen` is better than `rejected` as an answer to `question` about the images."""
@@ -29,8 +31,8 @@ class Example(NamedTuple):
     question: list[dict] | str  # q: chat messages; text stands for one message that shows all images first
     chosen: str  # y_w
     rejected: str  # y_l
-    images: tuple[str | Image.Image, ...]  # m_w: paths, or RGB images once `Pairs` has opened them; may be empty
-    images_rejected: tuple[Image.Image, ...] = ()  # m_l, one for each of `images`: made by `Pairs`
+    images: tuple[str | Image.Image, ...]  # m_w: paths, or RGB images once `Pairs` has opened them
+    images_rejected: tuple[str | Image.Image, ...] = ()  # m_l, one for each: the record's own, or of `Pairs`
     id: str = ""
 
 
@@ -45,7 +47,7 @@ BUNNY_SYSTEM = (
 CROP = (0.01, 0.2)  # area that is kept: the paper says 0-20%, its code keeps 1-20%
 
 
-def random_crop(image, rng, area=CROP, **_):
+def random_crop(image, rng, area=CROP):
     """a part of the image, resized to the whole's size"""
     # Area uniform in `area`, aspect log-uniform in 3/4..4/3, or as near to it as a long image allows.
     width, height = image.size
@@ -57,12 +59,12 @@ def random_crop(image, rng, area=CROP, **_):
     return image.resize(image.size, Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
 
 
-def another_image(image, rng, other, **_):
+def another_image(image, rng, other):
     """another image of the data, centred and fitted"""
     return ImageOps.fit(other(), image.size)
 
 
-def moco_augment(image, rng, **_):
+def moco_augment(image, rng):
     """MoCo v2's augmentation (arXiv:2003.04297): crop of 20-100%, colour jitter, grey, blur, flip"""
     image = random_crop(image, rng, (0.2, 1.0))
     if rng.random() < 0.8:
@@ -87,7 +89,7 @@ def shift_hue(image, turn):
 
 
 # How a rejected image is made (section 3.1, Table 3): functions of an image and a `random.Random` that return
-# an image of the same size. Keyword arguments: area (--crop); other, which opens another image of the data.
+# an image of the same size. They may take area (--crop), and other, which opens another image of the data.
 STRATEGIES = {"crop": random_crop, "random": another_image, "moco": moco_augment}
 
 
@@ -96,12 +98,14 @@ class Pairs:
 
     Rejected images are a pure function of (seed, epoch, index): policy and reference share them, and resumed
     runs see them again. "random" takes an image of `pool` (default: the examples), but not of the example.
+    An example's own rejected images take the place of the strategy.
     """
 
     def __init__(self, examples, strategy="crop", crop=CROP, seed=0, pool=None):
         self.examples, self.strategy, self.crop, self.seed = examples, strategy, crop, seed
         self.pool = sorted({image for example in pool or examples for image in example.images})
-        if strategy == "random" and any(0 < len(self.pool) <= len({*example.images}) for example in examples):
+        drawn = [example for example in examples if not example.images_rejected]
+        if strategy == "random" and any(0 < len(self.pool) <= len({*example.images}) for example in drawn):
             raise BadInput("rejected images of strategy 'random' need more different images in the data")
 
     def __len__(self):
@@ -117,8 +121,11 @@ class Pairs:
             return open_image(path)
 
         images = tuple(map(open_image, example.images))
-        reject = STRATEGIES[self.strategy]
-        images_rejected = tuple(reject(image, rng, area=self.crop, other=other) for image in images)
+        images_rejected = tuple(map(open_image, example.images_rejected))
+        if not images_rejected:
+            reject = STRATEGIES[self.strategy]
+            options = known_arguments(reject, {"area": self.crop, "other": other})
+            images_rejected = tuple(reject(image, rng, **options) for image in images)
         return example._replace(images=images, images_rejected=images_rejected)
 
 
@@ -336,9 +343,10 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
         found = [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
 
     def check(example):  # as training will use it, so that whatever fails there fails here
-        pair = example._replace(images=tuple(map(open_image, example.images)))
+        pairs = [Pairs([example])[0, 0]]
+        names = [name for name, (images, _) in SCORED.items() if images == "images" or example.images_rejected]
         if processor is not None:
-            make_batch([pair], processor, names=("chosen", "rejected"), max_length=max_length)
+            make_batch(pairs, processor, names=names, max_length=max_length)
         return example
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -382,6 +390,10 @@ def parse_record(record, id, roots, placeholders):
         return None
     question, chosen, rejected, images = preference
     images = find_images(images, roots) if roots else ()
+    own = first(record, "rejected_images", "rejected_image")
+    images_rejected = find_images(own, roots) if roots and own else ()
+    if images_rejected and len(images_rejected) != len(images):
+        raise BadInput(f"has {len(images)} images and {len(images_rejected)} rejected images")
     question = read_question(question, len(images) if roots else None)
     chosen, rejected = chosen.strip(), rejected.strip()
     texts = [("prompt", text) for text in texts_of(question)] + [("chosen", chosen), ("rejected", rejected)]
@@ -395,7 +407,7 @@ def parse_record(record, id, roots, placeholders):
                 raise BadInput(f"'{name}' holds the image token {placeholder!r} in its text")
     if chosen == rejected:
         raise BadInput("'chosen' and 'rejected' are equal")
-    return Example(question, chosen, rejected, images, id=id)
+    return Example(question, chosen, rejected, images, images_rejected, id)
 
 
 # ---------------------------------------------------------------------------------------------------- formats
@@ -592,7 +604,9 @@ def check_file(argv):
     args = parser.parse_args(argv)
     examples = read_examples(args.file, args.images, subset=args.subset)
     n_images = len({image for example in examples for image in example.images})
-    print(f"{args.file}: {len(examples)} examples with {n_images} different images, no problems found")
+    n_own = sum(example.images_rejected != () for example in examples)
+    print(f"{args.file}: {len(examples)} examples with {n_images} different images, no problems found; "
+          f"{n_own} examples have their own rejected images")  # fmt: skip
     return 0
 
 

@@ -1859,6 +1859,37 @@ def test_rejected_image_is_a_pure_function_of_seed_epoch_and_index(tmp_path, str
     assert image.tobytes() == open_image(one.images[0]).tobytes() and image_rejected.size == image.size
 
 
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+@pytest.mark.parametrize("record", [authors(), VLFEEDBACK, MESSAGES])
+def test_a_record_may_bring_its_own_rejected_image(folder, bunny, record, layout):
+    """It takes the place of the strategy, in every format, and reaches the model as log pi(y_w | m_l, q)."""
+    noise(9, (50, 20)).save(folder / "edited.png")
+    _, processor = train.load_model(str(bunny))
+    for field in ({"rejected_image": "edited.png"}, {"rejected_images": ["edited.png"]}):
+        (own,) = read_examples(write(folder / "x.json", [record | field]), processor=processor)
+        for strategy in data.STRATEGIES:
+            one = Pairs([own], strategy)[3, 0]
+            assert one.images_rejected[0].tobytes() == noise(9, (50, 20)).tobytes()
+    pixels = make_batch([one], processor, layout)["pixel_values"]
+    assert torch.equal(pixels[-1], processor.image_processor([noise(9, (50, 20))], return_tensors="pt")["pixel_values"][0])
+    assert Pairs(read_examples(write(folder / "x.json", [record])))[0, 0].images_rejected[0].size == one.images[0].size
+
+
+def test_own_rejected_images_are_checked_as_any_image(folder, bunny, capsys):
+    """One that is missing, broken, too large for the prompt or one too few stops the run before it starts."""
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    wrong = {"no.png": "no image 'no.png'", "broken.png": "broken.png cannot be decoded", "../a.png": "points outside"}
+    for path, message in wrong.items():
+        with pytest.raises(BadInput, match=message):
+            read_examples(write(folder / "x.json", [authors(rejected_image=path)]))
+    with pytest.raises(BadInput, match="has 1 images and 2 rejected images"):
+        read_examples(write(folder / "x.json", [authors(rejected_images=["a.png", "a.png"])]))
+    path = write(folder / "x.json", [authors(rejected_image="a.png"), authors()])
+    assert check_file([path]) == 0 and "1 examples have their own rejected images" in capsys.readouterr().out
+    (one, _) = read_examples(write(folder / "x.json", [authors(rejected_image="no.png"), authors()]), with_images=False)
+    assert one.images_rejected == ()  # DPO (No Image) needs none
+
+
 def test_rejected_images_are_the_same_in_another_process(tmp_path):
     """A resumed run is another process: what hangs on Python's own hash would differ in it."""
     examples = as_examples(tmp_path)

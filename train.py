@@ -52,15 +52,16 @@ from data import (
 from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps
 
 
-def main(argv=None):
+def main(argv=None, loss=mdpo_loss):
+    """The command line -> exit status. loss: any function with the arguments and results of `mdpo_loss`."""
     if "--demo" in (argv or sys.argv):
         from examples.demo import main
 
         return main(argv)
-    return run_command(lambda argv: run(parse_args(argv)), argv)
+    return run_command(lambda argv: run(parse_args(argv), loss), argv)
 
 
-def run(args):
+def run(args, loss):
     """One run, from its arguments to the saved adapter -> exit status."""
     quiet_libraries()
     out = claim_folder(args)
@@ -85,9 +86,8 @@ def run(args):
         if not args.no_checkpointing:
             enable_checkpointing(model)
         anchors = set(args.anchors) - {"none"}
-        loss = partial(
-            mdpo_loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors
-        )
+        write_arguments(out, args, examples, loss)
+        loss = partial(loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors)
         # Training computes the log-probabilities that the loss needs, evaluation all that images allow.
         scored = [name for name in SCORED if name != "image_rejected" or not args.no_image]
         names = [name for name in scored if name != "image_rejected" or args.conditional or name in anchors]
@@ -98,7 +98,6 @@ def run(args):
                                       fused=args.device == "cuda")  # fmt: skip
         warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # its first step has rate 0
         schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup_steps, len(plan))
-        write_arguments(out, args, examples)
         records = load_checkpoint(out, model, optimizer, schedule) if args.resume else []
         # Steps that were logged after the checkpoint come again.
         (out / "metrics.jsonl").write_text("".join(map(as_line, records)))
@@ -263,16 +262,18 @@ def claim_folder(args):
     return out
 
 
-def write_arguments(out, args, examples):
-    """args.json: the run's arguments, versions, and a hash of the data, which a resumed run must share."""
-    contents = [example._replace(images=[Path(path).name for path in example.images]) for example in examples]
-    data_sha256 = hashlib.sha256(json.dumps(contents).encode()).hexdigest()  # wherever the files are
+def write_arguments(out, args, examples, loss):
+    """args.json: the run's arguments, and what a resumed run must share: the loss, and a hash of the data."""
+    names = lambda paths: [Path(path).name for path in paths]  # wherever the files are
+    contents = [[*e[:3], names(e.images), names(e.images_rejected), e.id] for e in examples]
+    shared = {"data": hashlib.sha256(json.dumps(contents).encode()).hexdigest()}
+    shared["loss"] = getattr(loss, "__qualname__", type(loss).__qualname__)
     if not args.resume:
         versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-        text = json.dumps(vars(args) | {"data_sha256": data_sha256, "versions": versions}, indent=2)
+        text = json.dumps(vars(args) | {"shared": shared, "versions": versions}, indent=2)
         write_atomically(out / "args.json", lambda path: path.write_text(text))
-    elif args.data_sha256 != data_sha256:
-        raise BadInput(f"{out}: the data of {args.data} are not those that the run began with")
+    elif others := [name for name in shared if args.shared[name] != shared[name]]:
+        raise BadInput(f"{out}: the {' and '.join(others)} are not what the run began with")
 
 
 def write_atomically(path, write):
