@@ -4,6 +4,7 @@
 """
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -132,9 +133,11 @@ class Pairs:
 def open_image(path):
     """Decode a whole image file -> RGB, turned as its EXIF orientation says. Raises BadInput."""
     with about(f"image {path} cannot be decoded"), Image.open(path) as image:
+        if max(image.size) > 50 * min(image.size) or image.width * image.height > 100e6:
+            raise BadInput(f"{image.width} x {image.height} pixels are no photograph")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = image.point(lambda value: value / 256).convert("L")
+        if image.mode.startswith("I"):  # 16 bits
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
         return image.convert("RGB")
 
 
@@ -165,7 +168,7 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
         predictors (R, K)      3  4  5 | 3  7 | 12 13 14: the positions whose logits predict response tokens
         targets (R, K)         1  2  0 | 3  0 |  1  2  0: those tokens, -100 in padding
         n_targets             [3, 2, 3]: how many of each response: names[0] of each pair, then names[1], ...
-        names                 as above
+        names, ids            as above, and the ids of the examples
         processor_keys        names of what else the processor returned. Each is in the dict: pixel_values
                               of all sequences in order and, for some models, grids, or token types (R, T)
 
@@ -206,6 +209,7 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
     batch = {name: as_rows([row[name] for row in rows]) for name in rows[0]} | image_inputs
     batch["input_ids"] = as_rows([row["input_ids"] for row in rows], processor.tokenizer.pad_token_id)
     keys = [name for name in batch if name not in ("input_ids", "position_ids")]
+    batch["ids"] = [pair.id for pair in pairs]
     batch |= {"predictors": as_rows(predictors), "targets": as_rows(targets, -100), "n_targets": n_targets}
     return batch | {"lengths": lengths, "names": names, "processor_keys": keys}
 
@@ -327,12 +331,16 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
             with about(f"record {number}" + f" (id {id})" * (id != str(number))):
                 return function(*arguments)
         except BadInput as error:
+            cause = error.__cause__
+            full = getattr(cause, "errno", None) == errno.ENOSPC or "CUDA" in str(cause)
+            if full or isinstance(cause, MemoryError):  # no fault of the record
+                raise
             problems[number] = str(error)
 
     for number, record in load_records(path):
         if isinstance(record, str):
             record = attempt(number, str(number), json.loads, record)
-        id = str(record["id"] if isinstance(record, dict) and "id" in record else number)
+        id = str(number if not isinstance(record, dict) or record.get("id") is None else record["id"])
         if number in problems or subset and isinstance(record, dict) and not id.startswith(subset):
             continue
         example = attempt(number, id, parse_record, record, id, roots, placeholders)
@@ -556,41 +564,53 @@ class BadInput(ValueError):
 
 @contextmanager
 def about(what):
-    """Whatever is raised inside becomes a `BadInput` that begins with what it was about."""
+    """Whatever is raised inside becomes a `BadInput` of one line, which begins with what it was about."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except BadInput as error:
-        raise BadInput(f"{what}: {error}") from error
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, KeyError):
+        reason = str(error).strip() or type(error).__name__
+        if reason.startswith("Caught"):  # in a DataLoader worker: its traceback, then the message
+            reason = reason.splitlines()[-1].partition(": ")[2]
+        elif isinstance(error, KeyError):
             reason = f"has no {reason}"
         elif isinstance(error, json.JSONDecodeError):
             reason = f"not valid JSON: {reason}"
+        elif isinstance(error, torch.OutOfMemoryError):
+            reason = "out of GPU memory (a lower --max-length needs less, --device cpu none)"
         elif isinstance(error, (AttributeError, IndexError, TypeError)):
             reason = f"is not in a known form ({reason})"
-        raise BadInput(f"{what}: {reason}") from error
+        raise BadInput(f"{one_line(what, 300)}: {one_line(reason)}") from error.__cause__ or error
+
+
+def one_line(text, limit=1000):
+    """The text without line breaks and other control characters, and not longer than a terminal can show."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit]) + "..." * (len(text) > limit)
 
 
 def run_command(command, argv=None):
-    """Run command(argv) -> its exit status. `BadInput` is one line and status 2; --debug raises it."""
+    """Run command(argv) -> its exit status. An error is one line on stderr: status 2, or 1 if it is a fault of
+    this program. --debug raises it."""
     argv = sys.argv[1:] if argv is None else argv
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command(argv)
+        status = command(argv)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
-    except (BadInput, torch.OutOfMemoryError) as error:
+    except BrokenPipeError:  # as of `| head`
+        sys.stdout = None
+        return 141
+    except Exception as error:
         if "--debug" in argv:
             raise
-        message = str(error).strip()
+        message, status = str(error), 2
         if isinstance(error, torch.OutOfMemoryError):
             message = "out of GPU memory: a smaller --micro-batch-size needs less"
-        if message.startswith("Caught"):  # raised in a DataLoader worker: its traceback, then the message
-            message = message.splitlines()[-1].partition(": ")[2]
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        elif not isinstance(error, (BadInput, OSError, MemoryError)):
+            message, status = f"a fault of this program, please report what --debug shows: {error!r}", 1
+        print("error:", "\n  ".join(map(one_line, message.split("\n  "))), file=sys.stderr)
+        return status
 
 
 # ----------------------------------------------------------------------------------------------- command line

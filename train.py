@@ -9,7 +9,9 @@ there is no second copy of the weights. Vision tower and projector are frozen. D
 """
 
 import argparse
+import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,16 +21,17 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn in each DataLoader worker
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # shapes never repeat
 
 import peft
 import torch
 import transformers
-from safetensors import safe_open
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -41,6 +44,7 @@ from data import (
     SCORED,
     STRATEGIES,
     BadInput,
+    Example,
     Pairs,
     about,
     encode_prompts,
@@ -64,29 +68,30 @@ def main(argv=None, loss=mdpo_loss):
 def run(args, loss):
     """One run, from its arguments to the saved adapter -> exit status."""
     quiet_libraries()
-    out = claim_folder(args)
-    try:
+    with run_folder(args) as out:
+        say(f"reading and checking {args.data}")
         processor = load_processor(args.model)
-        examples = read_examples(
-            args.data, args.images, subset=args.subset, limit=args.limit, seed=args.seed,
-            with_images=not args.no_image, skip_bad=args.skip_bad,
-            processor=processor, max_length=args.max_length,
-        )  # fmt: skip
+        read = partial(read_examples, image_dir=args.images, with_images=not args.no_image, log=say,
+                       skip_bad=args.skip_bad, processor=processor, max_length=args.max_length)  # fmt: skip
+        examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
         if args.eval_size >= len(examples):
             raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
-        held = sorted(random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size))
-        held_out, training = [examples[i] for i in held], [e for i, e in enumerate(examples) if i not in held]
-        as_pairs = lambda part: Pairs(part, args.reject, args.crop, args.seed, pool=examples)
-        pairs, held_out_pairs = as_pairs(training), as_pairs(held_out)
+        held = {*random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size)}
+        held_out, training = ([e for i, e in enumerate(examples) if (i in held) is out] for out in (True, False))
+        held_out += read(args.eval_data) if args.eval_data else []
+        as_pairs = partial(Pairs, strategy=args.reject, crop=args.crop, seed=args.seed)
+        pairs, held_out_pairs = as_pairs(training, pool=examples), as_pairs(held_out, pool=examples + held_out)
 
-        model, processor = load_model(args.model, args.device)
+        say(f"loading {args.model}")
+        model, _ = load_model(args.model, args.device)
+        say(f"{model.num_parameters():,} parameters in {model.dtype} on {args.device}; checking the layout")
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         first = [pairs[0, i] for i in range(len(pairs))[:2]]
         args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
         if not args.no_checkpointing:
             enable_checkpointing(model)
+        write_arguments(out, args, training, held_out, loss)
         anchors = set(args.anchors) - {"none"}
-        write_arguments(out, args, examples, loss)
         loss = partial(loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors)
         # Training computes the log-probabilities that the loss needs, evaluation all that images allow.
         scored = [name for name in SCORED if name != "image_rejected" or not args.no_image]
@@ -94,71 +99,83 @@ def run(args, loss):
 
         plan = plan_steps(len(training), args.batch_size, args.micro_batch_size, args.epochs, args.seed)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, args.lr, args.betas, weight_decay=args.weight_decay,
+        groups = [{"params": parameters, "initial_lr": args.lr}]
+        optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay,
                                       fused=args.device == "cuda")  # fmt: skip
+        records = load_checkpoint(out, args, model, optimizer) if args.resume else []
+        with about(f"{out}/metrics.jsonl: cannot be written"):  # steps logged after the checkpoint come again
+            (out / "metrics.jsonl").write_text("".join(map(as_line, records)))
+        done = records[-1]["step"] if records else 0
         warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # its first step has rate 0
-        schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup_steps, len(plan))
-        records = load_checkpoint(out, model, optimizer, schedule) if args.resume else []
-        # Steps that were logged after the checkpoint come again.
-        (out / "metrics.jsonl").write_text("".join(map(as_line, records)))
-        n_parameters = sum(map(torch.numel, parameters))
-        print(f"{args.device}, {model.dtype}: {n_parameters:,} trainable parameters, {len(plan)} steps of "
-              f"{args.batch_size}; {len(training)} examples, {len(held_out)} held out -> {out}")  # fmt: skip
+        schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup_steps, len(plan), last_epoch=done - 1)
 
         collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
         keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
-        held_out_batches = make_loader(held_out_pairs, keys, partial(collate, names=scored), args.workers)
-        evaluate_now = partial(evaluate, model, held_out_batches, loss) if held_out else dict
+        load_held_out = partial(load_batches, held_out_pairs, keys, partial(collate, names=scored), args.workers)
+        evaluate_now = partial(evaluate, model, load_held_out, loss) if held_out else dict
+        batches = load_batches(pairs, sum(plan[done:], []), partial(collate, names=names), args.workers)
+        save = partial(save_checkpoint, out, args, records, model, optimizer)
+        say(f"training {sum(map(torch.numel, parameters)):,} parameters for {len(plan)} steps of {args.batch_size}; "
+            f"{len(training)} examples, {len(held_out)} held out -> {out}")  # fmt: skip
         if held_out and not records:
             log(out, records, {"step": 0, **evaluate_now()})
-        keys = sum(plan[steps_done(records) :], [])
-        batches = make_loader(pairs, keys, partial(collate, names=names), args.workers)
-        stopped_by = train(model, plan, batches, loss, optimizer, schedule, out, records, training,
-                           args.max_grad_norm, args.save_every, evaluate_now)  # fmt: skip
-    finally:
-        if not any(out.iterdir()):
-            out.rmdir()
-    if stopped_by:
-        print(f"stopped and saved; to continue: python train.py --resume {out}")
-        return 128 + stopped_by
-    model.save_pretrained(out, save_embedding_layers=False)
-    processor.save_pretrained(out)
-    if held_out:
-        print(f"\n{'held-out examples':34} before     after")
-        for name in [*records[0]][1:]:
-            print(f"  {name.removeprefix('eval/'):28} {records[0][name]:10.4f} {records[-1][name]:9.4f}")
-    print(f"\nadapter, log and arguments: {out}")
+        with closing(batches):
+            stopped_by = train(model, plan, batches, loss, optimizer, schedule, partial(log, out, records), save,
+                               evaluate_now, args.max_grad_norm, args.save_every)  # fmt: skip
+        if stopped_by:
+            say(f"stopped and saved; to continue: python train.py --resume {out}")
+            return 128 + stopped_by
+        with replacing(out) as new:
+            processor.save_pretrained(new)
+        say(f"\n{held_out_table(records)}\nadapter, log and arguments: {out}")
     return 0
+
+
+def say(text):
+    print(text, flush=True)  # so that a log file shows it at once
+
+
+def held_out_table(records):
+    """The held-out metrics before training and now, as text; empty if nothing was held out."""
+    evaluated = [record for record in records if "eval/loss" in record]
+    lines = [f"{'held-out examples':34} before     after"] if evaluated else []
+    for name in evaluated and [*evaluated[0]][1:]:
+        label = name.removeprefix("eval/")
+        lines.append(f"  {label:28} {evaluated[0][name]:10.4f} {evaluated[-1][name]:9.4f}")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------- training
 
 
-def train(model, plan, batches, loss, optimizer, schedule, out, records, examples, max_grad_norm=1.0,
-          save_every=None, evaluate=dict):  # fmt: skip
-    """The training loop: the steps of `plan` that `records` lacks -> the signal that stopped it, or 0.
+def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=dict, max_grad_norm=1.0,
+          save_every=None):  # fmt: skip
+    """The training loop: the steps of `plan` that `schedule` has not done -> the signal that stopped it, or 0.
 
     plan: of `plan_steps`. batches: an iterator over the micro-batches of these steps, made by `make_batch`.
-    loss: as in `mdpo_step`. out: the run's folder. records: its log so far. examples: those of `plan`.
-    evaluate: a function that returns the metrics of held-out examples, called after each epoch.
+    loss: as in `mdpo_step`. log: takes the record of a step. save: writes a checkpoint. evaluate: returns the
+    metrics of held-out examples, called after each epoch.
     Raises BadInput that names the examples of a step whose loss or gradient is not finite.
     """
-    batches, parameters, done = iter(batches), optimizer.param_groups[0]["params"], steps_done(records)
+    parameters, done = optimizer.param_groups[0]["params"], schedule.last_epoch
+    seconds = 0.1 if sys.stderr.isatty() else 10  # between two lines of the progress bar
     steps_per_epoch = sum(micro_batches[0][0][0] == 0 for micro_batches in plan)
     model.train()
-    with stop_signals() as stop, tqdm(total=len(plan), initial=done, desc="mDPO", dynamic_ncols=True) as bar:
+    with stop_signals() as stop, tqdm(total=len(plan), initial=done, desc="mDPO", mininterval=seconds) as bar:
         for step, micro_batches in enumerate(plan[done:], done + 1):
-            started, metrics, n_examples = time.perf_counter(), [], sum(map(len, micro_batches))
+            started, metrics, ids, n_examples = time.perf_counter(), [], [], sum(map(len, micro_batches))
             for _ in micro_batches:  # gradient accumulation
-                losses, values = mdpo_step(model, next(batches), loss)
+                with about("a process that loads data"):
+                    batch = next(batches)
+                losses, values = mdpo_step(model, batch, loss)
                 (losses.sum() / n_examples).backward()  # the mean over the batch, not over micro-batches
                 metrics.append(values)
+                ids += batch["ids"]
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             record = {"step": step, "epoch": step / steps_per_epoch, **means(metrics)}  # waits for the device
             record |= {"lr": schedule.get_last_lr()[0], "grad_norm": grad_norm.item()}
             if not math.isfinite(record["loss"] + record["grad_norm"]):
-                ids = ", ".join(examples[i].id for keys in micro_batches for _, i in keys)
-                raise BadInput(f"step {step}: loss or gradient is not finite; examples of the batch: {ids}")
+                raise BadInput(f"step {step}: loss or gradient is not finite; examples: {', '.join(ids)}")
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -168,20 +185,19 @@ def train(model, plan, batches, loss, optimizer, schedule, out, records, example
             end_of_epoch = step % steps_per_epoch == 0
             if end_of_epoch:
                 record |= evaluate()
-            log(out, records, record)
-            bar.set_postfix_str(f"loss {record['loss']:.3f}, reward {record['rewards/chosen']:.3f}")
+            log(record)
+            bar.set_postfix_str(f"loss {record['loss']:.3f}, reward {record['rewards/chosen']:.3f}", refresh=False)
             bar.update()
             if end_of_epoch or stop or step % (save_every or len(plan)) == 0:
-                save_checkpoint(out, records, model, optimizer, schedule)
+                save()
             if stop and step < len(plan):
                 return stop[0]
     return 0
 
 
 @torch.no_grad()
-def evaluate(model, batches, loss):
-    batches = tqdm(batches, desc="held out", leave=False, disable=None)
-    metrics = [mdpo_step(model, batch, loss)[1] for batch in batches]
+def evaluate(model, load, loss):
+    metrics = [mdpo_step(model, batch, loss)[1] for batch in load()]
     return {f"eval/{name}": value for name, value in means(metrics).items()}
 
 
@@ -208,16 +224,21 @@ def split(values, size):
     return [values[at : at + size] for at in range(0, len(values), size)]
 
 
-def make_loader(pairs, micro_batches, collate, workers):
-    """A DataLoader of `make_batch`'s results, one for each list of (epoch, index)."""
-    return DataLoader(
+def load_batches(pairs, micro_batches, collate, workers):
+    """Yield a batch of `make_batch` for each list of (epoch, index), made by so many processes ahead of time."""
+    loader = iter(DataLoader(
         pairs,
         batch_sampler=micro_batches,
         collate_fn=collate,
-        num_workers=min(workers, os.cpu_count() or 1),
+        num_workers=(workers := min(workers, os.cpu_count() or 1)),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=ignore_interrupts,
-    )
+        timeout=300 if workers else 0,  # a worker without shared memory would hang
+    ))  # fmt: skip
+    try:
+        yield from loader
+    finally:
+        getattr(loader, "_shutdown_workers", int)()  # deaf to signals, they would be waited for at the exit
 
 
 def ignore_interrupts(worker_id):
@@ -247,73 +268,138 @@ def stop_signals():
 # ------------------------------------------------------------------------------------------- the run's folder
 
 
-def claim_folder(args):
-    """The folder of this run, made; never one that holds something else. Raises BadInput."""
+@contextmanager
+def run_folder(args):
+    """The folder of this run: a new one, or that of --resume. Raises BadInput if anything else is there.
+
+    One process at a time holds it. It is removed again if the run ends before it wrote anything.
+    """
     if args.out is None:
         stem, number = f"{Path(args.model).name}-{Path(args.data).stem}", 1
         while Path("runs", f"{stem}-{number}").exists():
             number += 1
         args.out = str(Path("runs", f"{stem}-{number}"))
-    out = Path(args.out)
-    if out.exists() and not args.resume and (not out.is_dir() or any(out.iterdir())):
+    out, left_by_a_kill = Path(args.out), (".tmp", ".lock")
+    files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
+    if not args.resume and any(path.suffix not in left_by_a_kill for path in files):
         raise BadInput(f"{out}: already exists; choose another --out, or continue the run by --resume {out}")
     with about(f"{out}: cannot be written to"):
         out.mkdir(parents=True, exist_ok=True)
-    return out
+        lock = open(out / "run.lock", "a")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(f"{out}: another process is training there") from None
+    try:
+        yield out
+    finally:
+        lock.close()
+        if [*out.glob("*")] == [out / "run.lock"]:
+            (out / "run.lock").unlink()
+            out.rmdir()
 
 
-def write_arguments(out, args, examples, loss):
-    """args.json: the run's arguments, and what a resumed run must share: the loss, and a hash of the data."""
+@contextmanager
+def replacing(out):
+    """A folder for new files, which replace those of `out` when all are complete. Raises BadInput."""
+    new = out / "new.tmp"
+    with about(f"{out}: cannot be written to (its files are complete)"):
+        new.mkdir(exist_ok=True)
+        yield new
+        for file in new.iterdir():
+            os.replace(file, out / file.name)
+        new.rmdir()
+
+
+def write_arguments(out, args, training, held_out, loss):
+    """args.json: the run's arguments and versions, and what a resumed run must share. Raises BadInput."""
     names = lambda paths: [Path(path).name for path in paths]  # wherever the files are
-    contents = [[*e[:3], names(e.images), names(e.images_rejected), e.id] for e in examples]
-    shared = {"data": hashlib.sha256(json.dumps(contents).encode()).hexdigest()}
+    contents = [(*e[:3], names(e.images), names(e.images_rejected), e.id) for e in training + held_out]
+    shared = {"data": digest(contents), "weights": digest(weight_headers(args.model))}
     shared["loss"] = getattr(loss, "__qualname__", type(loss).__qualname__)
+    if others := [name for name in shared if args.resume and args.shared[name] != shared[name]]:
+        raise BadInput(f"{out}: the run began with other {' and '.join(others)}")
+    args.shared = shared
     if not args.resume:
         versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-        text = json.dumps(vars(args) | {"shared": shared, "versions": versions}, indent=2)
-        write_atomically(out / "args.json", lambda path: path.write_text(text))
-    elif others := [name for name in shared if args.shared[name] != shared[name]]:
-        raise BadInput(f"{out}: the {' and '.join(others)} are not what the run began with")
+        with replacing(out) as new:
+            (new / "args.json").write_text(json.dumps(vars(args) | {"versions": versions}, indent=2))
 
 
-def write_atomically(path, write):
-    """write(temporary path), then rename: the file is either complete or unchanged."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def save_checkpoint(out, records, model, optimizer, schedule):
-    """All that a resumed run needs: order, crops and random images are pure functions of the seed."""
+def identity(args):
+    """What a checkpoint shares with its run: all that decides the result, as text."""
+    decides = lambda name: name not in ("out", "argv") and name.replace("_", "-") not in MAY_DIFFER
+    return json.dumps({name: value for name, value in vars(args).items() if decides(name)}, indent=2)
+
+
+def seal(args, content):
+    """32 bytes that end a checkpoint: they tell whether it is whole, and of this run."""
+    return hashlib.sha256(identity(args).encode() + content).digest()
+
+
+def save_checkpoint(out, args, records, model, optimizer):
+    """The adapter, and what a resumed run needs; order and rejected images are pure functions of the seed."""
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    state = {"adapter": adapter, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    state["records"] = records
-    write_atomically(out / "checkpoint.pt", partial(torch.save, state))
+    if not all(weight.isfinite().all() for weight in adapter.values()):
+        raise BadInput(f"step {records[-1]['step']}: the update made a weight infinite; a lower --lr may help")
+    state, file = {"records": records, "adapter": adapter, "optimizer": optimizer.state_dict()["state"]}, io.BytesIO()
+    torch.save(state, file)
+    with replacing(out) as new:
+        (new / "checkpoint.pt").write_bytes(file.getvalue() + seal(args, file.getvalue()))
+        model.save_pretrained(new, save_embedding_layers=False)
+        (new / "README.md").write_text(model_card(args, records))
 
 
-def load_checkpoint(out, model, optimizer, schedule):
+def load_checkpoint(out, args, model, optimizer):
     """-> the log of the steps done, empty if the run was stopped before its first checkpoint."""
-    if not (out / "checkpoint.pt").exists():
+    path = out / "checkpoint.pt"
+    if not os.path.lexists(path):
         return []
-    state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    peft.set_peft_model_state_dict(model, state["adapter"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
+    with about(f"{path}: cannot be resumed from"):
+        content, end = path.read_bytes()[:-32], path.read_bytes()[-32:]
+        if end != seal(args, content):
+            raise BadInput("is damaged, or belongs to a run with other arguments, data or weights")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        peft.set_peft_model_state_dict(model, state["adapter"])
+        groups = optimizer.state_dict()["param_groups"]  # of this device, which may be another
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
     return state["records"]
+
+
+def model_card(args, records):
+    """README.md of the run's folder: what was trained, on what, how, and how it does on held-out examples."""
+    return f"""---
+base_model: {args.model}
+library_name: peft
+tags: [mdpo, lora]
+---
+
+# {args.model} after mDPO
+
+A LoRA adapter, trained with mDPO (arXiv:2406.11839) on {Path(args.data).name} for {records[-1]["step"]} steps.
+
+```text
+{held_out_table(records) or "No examples were held out."}
+```
+
+```json
+{identity(args)}
+```
+"""
 
 
 def log(out, records, record):
     records.append(record)
-    with open(out / "metrics.jsonl", "a") as file:
+    with about(f"{out}/metrics.jsonl: cannot be written"), open(out / "metrics.jsonl", "a") as file:
         file.write(as_line(record))
 
 
 def as_line(record):
     return json.dumps(record) + "\n"
-
-
-def steps_done(records):
-    return records[-1]["step"] if records else 0
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -345,6 +431,7 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "subset": (None, str, "only ids with this prefix; the paper's is llava (4.1)"),
     "limit": (None, whole, "a sample of so many examples; the paper's is 10000 (4.1)"),
     "eval-size": (0, count, "examples held out, never trained on"),
+    "eval-data": (None, str, "a preference file that is held out as well"),
     "max-length": (2048, whole, "tokens of prompt and one response (authors' config)"),
     "reject": ("crop", STRATEGIES, "how the rejected image is made (Table 3): " + "; ".join(
         f"{name}, {strategy.__doc__}" for name, strategy in STRATEGIES.items())),
@@ -391,13 +478,11 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the arguments)")
 
 
-def parse_args(argv):
-    """The command line -> a Namespace in which every argument has its final value. Raises BadInput."""
-    resuming = any(word.startswith("--resume") for word in argv)
+def make_parser(names):
     description = "Train a multimodal model with mDPO. --demo: a tiny one, on drawn data."
     parser = Parser(description=description, allow_abbrev=False)
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
-    for name in MAY_DIFFER if resuming else [*ARGUMENTS, *SWITCHES]:
+    for name in names:
         if name in SWITCHES:
             parser.add_argument(f"--{name}", action="store_true", help=SWITCHES[name])
             continue
@@ -406,20 +491,27 @@ def parse_args(argv):
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "+"
         text += f" (default: {default})" if default else ""
-        options["required"] = name in ("model", "data") and not resuming
+        options["required"] = name in ("model", "data") and "out" in names
         parser.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"), **options)
-    args = parser.parse_args(argv)
-    if not resuming:
-        return resolve(args)
-    with about(f"{args.resume}: holds no run to resume"):
-        parser.set_defaults(**json.loads(Path(args.resume, "args.json").read_text()))
-        args = parser.parse_args(argv)
-        args.out = args.resume
-        return resolve(args)
+    return parser
 
 
-def resolve(args):
+def parse_args(argv):
+    """The command line -> a Namespace in which every argument has its final value. Raises BadInput."""
+    parser = make_parser([*ARGUMENTS, *SWITCHES])
+    if not any(word.startswith("--resume") for word in argv):
+        return resolve(parser.parse_args(argv), argv)
+    out = make_parser(MAY_DIFFER).parse_args(argv).resume
+    with about(f"{out}: holds no run to resume"):
+        run = json.loads(Path(out, "args.json").read_text())
+        args = resolve(parser.parse_args(run["argv"] + argv), run["argv"])
+        args.out, args.shared = out, run["shared"]
+        return args
+
+
+def resolve(args, argv):
     """Fill in what depends on other arguments, and refuse what does not go together."""
+    args.argv = argv
     args.conditional = not (args.no_conditional or args.no_image)
     args.anchors = [*args.anchors] or ["none" if args.no_image else "chosen"]
     if "none" in args.anchors and len(args.anchors) > 1:
@@ -440,6 +532,7 @@ def load_model(name_or_path, device="cpu", dtype=None):
     Returns (model, processor): the model frozen and without dropout.
     Raises BadInput if it cannot be read, is of another kind, or has weights that are missing or unexpected.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and ours never repeat
     processor = load_processor(name_or_path)
     auto, options = transformers.AutoModelForImageTextToText, {"trust_remote_code": False}
     with about(f"{name_or_path}: cannot be loaded"):
@@ -470,9 +563,25 @@ def load_processor(name_or_path):
         for part in ("image_token", "image_processor", "chat_template"):
             if getattr(processor, part, None) is None:
                 raise BadInput(f"its processor has no {part.replace('_', ' ')}")
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        image = (Image.new("RGB", (336, 336)),)  # tokenizer, template or image processor may be broken
+        make_batch([Example("Is it?", "Yes.", "No.", image, image)], processor)
     return processor
+
+
+def weight_headers(name_or_path):
+    """{name of a safetensors file: (its size, its header: names, types and shapes as JSON)}; weights are not read."""
+    index = "model.safetensors.index.json"
+    index = cached_file(name_or_path, index, _raise_exceptions_for_missing_entries=False)
+    names = json.loads(Path(index).read_text())["weight_map"].values() if index else ["model.safetensors"]
+    headers = {}
+    for name in sorted({*names}):
+        path = cached_file(name_or_path, name)
+        with open(path, "rb") as file:
+            n_bytes = int.from_bytes(file.read(8), "little")
+            headers[name] = os.path.getsize(path), file.read(n_bytes).decode()
+    return headers
 
 
 def read_config(name_or_path):
@@ -486,7 +595,6 @@ def best_device():
 def quiet_libraries():
     warnings.simplefilter("ignore", FutureWarning)  # about the libraries' renames, which concern developers
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def disable_dropout(model):
@@ -624,19 +732,14 @@ def is_bunny(config):
 
 def bunny_config(name_or_path, config, processor):
     """Bunny's config.json -> LlavaConfig. Sizes of the vision tower that it lacks are the weights'."""
-    index = "model.safetensors.index.json"
-    index = cached_file(name_or_path, index, _raise_exceptions_for_missing_entries=False)
-    if index:
-        file_of = json.loads(Path(index).read_text())["weight_map"]
-    else:
-        with safe_open(cached_file(name_or_path, "model.safetensors"), "pt") as weights:
-            file_of = dict.fromkeys(weights.keys(), "model.safetensors")
+    weights = {}
+    for _, header in weight_headers(name_or_path).values():
+        weights |= json.loads(header)
     # One a layer. The hub's checkpoint holds 26: Bunny drops the last of SigLIP's 27.
-    layers = [name for name in file_of if "vision_tower" in name and name.endswith("mlp.fc1.weight")]
+    layers = [name for name in weights if "vision_tower" in name and name.endswith("mlp.fc1.weight")]
     if not layers:
         raise BadInput("holds no weights of a vision tower")
-    with safe_open(cached_file(name_or_path, file_of[layers[0]]), "pt") as weights:
-        intermediate_size, hidden_size = weights.get_slice(layers[0]).get_shape()
+    intermediate_size, hidden_size = weights[layers[0]]["shape"]
     patch_size, image_size = bunny_patch_and_image_size(config)
     text_config = {k: v for k, v in config.items() if k not in ("model_type", "auto_map") and v is not None}
     if text_config.get("hidden_act") == "gelu_new":

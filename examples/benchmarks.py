@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, open_image, run_command
 from examples.answer import generate_answers, load_tuned
-from train import quiet_libraries, write_atomically
+from train import quiet_libraries, replacing
 
 # ------------------------------------------------------------------------------- what each benchmark reads and writes
 
@@ -102,7 +102,8 @@ def answer_all(questions, ask, partial, identity, batch_size):
     if answers:
         print(f"{partial}: going on after {len(answers)} answers")
     kept = "".join(json.dumps(line) + "\n" for line in [identity, *answers])
-    write_atomically(partial, lambda path: path.write_text(kept))
+    with replacing(partial.parent) as new:
+        (new / partial.name).write_text(kept)
     with open(partial, "a", buffering=1) as file, tqdm(total=len(questions), initial=len(answers)) as bar:
         while len(answers) < len(questions):
             batch = [(load_image(image), text) for image, text in questions[len(answers) : len(answers) + batch_size]]
@@ -131,7 +132,8 @@ def answer_benchmark(args):
     ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
     partial = Path(f"{to}.partial")
     answers = answer_all(questions, ask, partial, identity, args.batch_size)
-    write_atomically(to, lambda path: path.write_text(write(answers)))
+    with replacing(to.parent) as new:
+        (new / to.name).write_text(write(answers))
     partial.unlink()
     words = statistics.mean(len(answer.split()) for answer in answers)
     empty = sum(not answer for answer in answers)

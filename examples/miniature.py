@@ -95,7 +95,8 @@ def in_folder(out, seed):
 
 
 def write_json(path, value):
-    train.write_atomically(path, lambda path: path.write_text(json.dumps(value, indent=1)))
+    with train.replacing(path.parent) as new:
+        (new / path.name).write_text(json.dumps(value, indent=1))
 
 
 def prepare_seed(out, seed, world=shapes.SMALL):

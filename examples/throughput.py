@@ -501,7 +501,7 @@ def data_side(args, processor):
         pairs = Pairs(read_examples(Path(folder) / "data.json"))
         keys = train.split([(epoch, i) for epoch in range(4) for i in range(len(pairs))], 4)
         for workers in [n for n in (0, 1, 2, 4, 8, 16) if n <= (os.cpu_count() or 1)]:
-            loader = iter(train.make_loader(pairs, keys, partial(make_batch, processor=processor), workers))
+            loader = train.load_batches(pairs, keys, partial(make_batch, processor=processor), workers)
             next(loader)  # the workers have started
             started, count = time.perf_counter(), sum(map(n_pairs, loader))
             rates[workers] = count / (time.perf_counter() - started)
