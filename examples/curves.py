@@ -2,7 +2,7 @@
 
     python examples/curves.py RUN [RUN ...] --to curves.png
 
-Each run has a colour. Lines are means over the examples of a step, points are held-out examples.
+A colour for each run. Lines are means over the examples of a step, points are of the held-out examples.
 """
 
 import json
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, run_command
 from train import Parser
 
-PANELS = {  # title: metrics, drawn in the order of STYLES
+PANELS = {  # title: metrics
     "loss": ("loss", "loss/dpo", "loss/conditional", "loss/anchor"),
     "rewards": ("rewards/chosen", "rewards/rejected", "rewards/image_rejected"),
     "margins": ("rewards/margins", "rewards/image_margins"),
@@ -27,26 +27,17 @@ PANELS = {  # title: metrics, drawn in the order of STYLES
     "gradient norm before clipping": ("grad_norm",),
     "examples per second": ("examples_per_second",),
 }
-STYLES = ("-", "--", ":", "-.")
 
 
 def read_log(run):
-    """metrics.jsonl of a run -> its records. A last line that is still being written is left out."""
+    """metrics.jsonl of a run -> its records, without a last line that is still being written."""
     path = Path(run, "metrics.jsonl")
     with about(f"{path}: cannot be read"):
         lines = path.read_text().split("\n")
-        if not lines[-1].endswith("}"):
-            lines.pop()
-        records = [json.loads(line) for line in lines]
+        records = [json.loads(line) for line in (lines if lines[-1].endswith("}") else lines[:-1])]
         if not records:
             raise BadInput("holds no step yet")
     return records
-
-
-def curve(records, name):
-    """-> the steps at which a metric was logged, and its values."""
-    points = [(record["step"], record[name]) for record in records if name in record]
-    return [*zip(*points)] or [(), ()]
 
 
 def draw(logs):
@@ -54,30 +45,28 @@ def draw(logs):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 4, figsize=(18, 8), layout="constrained")
-    *axes, legend = axes.flat
-    for axis, (title, names) in zip(axes, PANELS.items()):
+    for axis, (title, names) in zip(axes.flat, PANELS.items()):
         axis.set(title=title, xlabel="step")
-        for name, style in zip(names, STYLES):
-            if len(names) > 1:
-                axis.plot([], [], "k" + style, label=name.rpartition("/")[2])
+        for name, style in zip(names, ("-", "--", ":", "-.")):
+            axis.plot([], [], "k" + style, label=name)
             for number, records in enumerate(logs.values()):
-                colour = f"C{number % 10}"
-                axis.plot(*curve(records, name), style, color=colour, linewidth=1)
-                axis.plot(*curve(records, f"eval/{name}"), style, color=colour, marker="o", alpha=0.5)
-        if len(names) > 1:
-            axis.legend()
+                for key, marker in ((name, ""), (f"eval/{name}", "o")):
+                    logged = [record for record in records if key in record]
+                    steps, values = [record["step"] for record in logged], [record[key] for record in logged]
+                    axis.plot(steps, values, f"C{number % 10}{marker}{style}", linewidth=1)
+        axis.legend()
     for number, run in enumerate(logs):
-        legend.plot([], [], color=f"C{number % 10}", label=run)
-    legend.plot([], [], "ko", alpha=0.5, label="held out")
-    legend.axis("off")
-    legend.legend(loc="upper left")
+        axes[1, 3].plot([], [], f"C{number % 10}", label=run)
+    axes[1, 3].plot([], [], "ko", label="held out")
+    axes[1, 3].legend(loc="upper left")
+    axes[1, 3].axis("off")
     return figure
 
 
 def run(argv):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--to", required=True, metavar="FILE", help="a picture (.png, .svg, .pdf); replaced")
+    parser.add_argument("--to", required=True, metavar="FILE", help="a picture, .png or .svg; overwritten")
     args = parser.parse_args(argv)
     if matplotlib is None:
         raise BadInput("curves.py needs one more package: pip install matplotlib")
@@ -85,8 +74,6 @@ def run(argv):
     logs = {run: read_log(run) for run in args.runs}
     with about(f"{args.to}: cannot be drawn"):
         draw(logs).savefig(args.to, dpi=90)
-    for run, records in logs.items():
-        print(f"{run}: {records[-1]['step']} steps")
     return 0
 
 

@@ -50,17 +50,14 @@ def score_margins(model, processor, examples, beta=0.1, batch_size=8, max_length
     loss, margins = partial(mdpo_loss, beta=beta, conditional=False, anchors=()), {}
     for name, paths in shown.items():
         pair_of = lambda i: Pair(*examples[i][1:4], tuple(map(open_image, paths[i])), ())
-        indices = [i for i, of_one in enumerate(paths) if of_one is not None]
+        indices = [i for i in range(len(examples)) if paths[i] is not None]
         options = ("chosen", "rejected"), loss, batch_size, max_length
         margins[name] = score(model, processor, pair_of, indices, *options)["rewards/margins"]
     return margins
 
 
 def another_image(examples, index):
-    """The images of the next example, round and round, that has as many, in other files -> paths, or None.
-
-    In many data sets several questions in a row are about one image.
-    """
+    """The images of the next example, round and round, that has as many, in other files -> paths, or None."""
     own, files = examples[index].images, lambda paths: set(map(os.path.realpath, paths))
     for other in examples[index + 1 :] + examples[:index]:
         if own and len(other.images) == len(own) and not files(other.images) & files(own):
@@ -97,10 +94,7 @@ def make_parser(doc, needs_adapter=True):
 
 
 def load(args):
-    """-> what the run was trained with, examples, their `Pairs`, model, processor.
-
-    An adapter without args.json counts as trained with the defaults of train.py.
-    """
+    """-> what the run was trained with (or train.py's defaults), examples, `Pairs`, model, processor."""
     train.quiet_libraries()
     trained, path = train.parse_args(["--model", "?", "--data", "?"]), Path(args.adapter or "", "args.json")
     if args.adapter and path.is_file():
@@ -114,32 +108,28 @@ def load(args):
 
 
 def line(title, values, note=""):
-    if not values:
-        return f"  {title:28}        n/a"
     low, high = bootstrap(values)
-    return f"  {title:28} {statistics.fmean(values):10.4f} {low:11.4f} to {high:7.4f}   {note}".rstrip()
+    return f"  {title:26} {statistics.fmean(values):10.4f} {low:11.4f} to {high:7.4f}   {note}".rstrip()
 
 
 def run(argv):
-    parser = make_parser(__doc__)
-    parser.add_argument("--batch-size", type=train.whole, default=8, help="examples at a time (default: 8)")
-    args = parser.parse_args(argv)
+    args = make_parser(__doc__).parse_args(argv)
     trained, examples, pairs, model, processor = load(args)
     names, anchors, conditional = tuple(SCORED), set(trained.anchors) - {"none"}, trained.conditional
     if args.no_image:  # less the terms that need a rejected image
         names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False
     options = {"beta": trained.beta, "delta": trained.delta, "conditional": conditional, "anchors": anchors}
-    sizes, pair_of = (args.batch_size, trained.max_length), lambda i: pairs["held out", i]
-    loss = partial(mdpo_loss, **options)
-    metrics = score(model, processor, pair_of, range(len(pairs)), names, loss, *sizes)
-    margins = score_margins(model, processor, examples, trained.beta, *sizes)
+    loss, sizes = partial(mdpo_loss, **options), {"max_length": trained.max_length}
+    pair_of = lambda i: pairs["held out", i]
+    metrics = score(model, processor, pair_of, range(len(pairs)), names, loss, **sizes)
+    margins = score_margins(model, processor, examples, trained.beta, **sizes)
     print(f"{len(examples)} examples: means, and bootstrap intervals of level {LEVEL:.0%}")
-    print("\n".join(line(name, values) for name, values in metrics.items()) + "\nreward margin")
-    result, titles = diagnose(margins), ("with the image", "without an image", "with another's image")
-    for title, (name, values) in zip(titles, margins.items()):
-        share = result.get(f"{name}_share", math.nan)
-        note = "" if math.isnan(share) else f"{share:.1%} of the first"
-        print(line(title, values, note + f" ({len(values)} examples)" * (len(values) < len(examples))))
+    print("\n".join(line(name, values) for name, values in metrics.items()))
+    shares = diagnose(margins)
+    for name, values in margins.items():
+        note = f"{shares[f'{name}_share']:.1%} of it" if name != "image" and shares["image"] else ""
+        note += f" ({len(values)} examples)" * (len(values) < len(examples))
+        print(line(f"margin, {name}".replace("_", " "), values, note) if values else f"  margin, {name}  n/a")
     return 0
 
 
