@@ -53,10 +53,10 @@ def draw(logs):
                 for key, marker in ((name, ""), (f"eval/{name}", "o")):
                     logged = [record for record in records if key in record]
                     steps, values = [record["step"] for record in logged], [record[key] for record in logged]
-                    axis.plot(steps, values, f"C{number % 10}{marker}{style}", linewidth=1)
+                    axis.plot(steps, values, style, color=f"C{number % 10}", marker=marker, linewidth=1)
         axis.legend()
     for number, run in enumerate(logs):
-        axes[1, 3].plot([], [], f"C{number % 10}", label=run)
+        axes[1, 3].plot([], [], color=f"C{number % 10}", label=run)
     axes[1, 3].plot([], [], "ko", label="held out")
     axes[1, 3].legend(loc="upper left")
     axes[1, 3].axis("off")

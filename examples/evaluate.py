@@ -108,6 +108,8 @@ def load(args):
 
 
 def line(title, values, note=""):
+    if not values:
+        return f"  {title:26}        n/a"
     low, high = bootstrap(values)
     return f"  {title:26} {statistics.fmean(values):10.4f} {low:11.4f} to {high:7.4f}   {note}".rstrip()
 
@@ -127,9 +129,10 @@ def run(argv):
     print("\n".join(line(name, values) for name, values in metrics.items()))
     shares = diagnose(margins)
     for name, values in margins.items():
-        note = f"{shares[f'{name}_share']:.1%} of it" if name != "image" and shares["image"] else ""
+        share = shares.get(f"{name}_share", math.nan)
+        note = "" if math.isnan(share) else f"{share:.1%} of the first"
         note += f" ({len(values)} examples)" * (len(values) < len(examples))
-        print(line(f"margin, {name}".replace("_", " "), values, note) if values else f"  margin, {name}  n/a")
+        print(line("margin, " + name.replace("_", " "), values, note))
     return 0
 
 

@@ -5,9 +5,9 @@
 
 Blue: likelier with the image; red: likelier with the rejected one. Without --adapter: the base model alone.
 
-The study asks this in the world of `shapes.py`. For the base, DPO and mDPO of `miniature.py --quick`, it takes
-the tokens of y_w of 200 held-out pairs: mean difference of colour and shape words, and of all other tokens.
-m_l is a crop, as in training, or another image, which no training saw.
+The study asks this in the world of `shapes.py`. For the base, DPO and mDPO of `miniature.py --quick`, it
+takes the tokens of y_w of 200 held-out pairs: mean difference of colour and shape words, and of all other
+tokens. m_l is a crop, as in training, or another image, which no training saw.
 
 Predicted before any run of it, for each seed:
 1. The base can see: its colour and shape words are above its other tokens, with either m_l.
