@@ -1194,11 +1194,11 @@ def test_another_image_is_another_file(tmp_path):
     for level, path in enumerate((a, b, c)):
         grey(level).save(path)
     Path(link).symlink_to(a)
-    images = ((a,), (link,), (a, b), (b, c), (b,), (a,), ())
+    images = ((a,), (link,), (a, b), (b, c), (b,), (a,), (), ())
     examples = [example(number, *of_one) for number, of_one in enumerate(images)]
-    found = [evaluate.another_image(examples, index) for index in range(7)]
-    # The only other one of two images shares one with example 2, and the last has no image to exchange.
-    assert found == [(b,), (b,), None, None, (a,), (b,), None]
+    found = [evaluate.another_image(examples, index) for index in range(8)]
+    # The only other one of two images shares one with example 2, and texts have no image to exchange.
+    assert found == [(b,), (b,), None, None, (a,), (b,), None, None]
 
 
 def test_bootstrap_interval_by_hand():
@@ -2037,3 +2037,23 @@ def test_a_base_is_trained_and_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_bunny, "learn_to_see", lambda *args: None)
     folder = tiny_bunny.write_base(tmp_path / "base", 3, False, shapes.World(2, 3, base_steps=2))
     assert train.load_model(str(folder))[0].config.image_seq_length == 16
+
+
+def test_readme_of_the_study_of_words_says_what_its_table_shows():
+    """Four predictions held in all seeds, and by how much DPO's words rise, too."""
+    text = (ROOT / "examples" / "README.md").read_text()
+    table = {  # (seed, model): crop's colours and shapes, its other tokens, another image's likewise
+        (seed, model): [*map(float, numbers.split("|"))]
+        for seed, model, numbers in re.findall(r"^\| (\d) \| (\w+) \| (.*) \|$", text, re.MULTILINE)
+    }
+    at = lambda model, column: [table[seed, model][column] for seed in "012"]
+    rise = lambda model, column: [high - low for high, low in zip(at(model, column), at("base", column))]
+    lead = lambda column: [high - low for high, low in zip(at("mDPO", column), at("DPO", column))]
+    assert len(table) == 9 and all(row[0] > row[1] and row[2] > row[3] for row in table.values())
+    assert min(lead(0) + lead(2)) > 0
+    assert all(things > others for things, others in zip(lead(2), lead(3)))
+    assert all(abs(dpo) < abs(mdpo) / 2 for dpo, mdpo in zip(rise("DPO", 0), rise("mDPO", 0)))
+    numbers = [*map(float, re.findall(r"\d\.\d\d", text.split("But DPO's words light up")[1].split("\n\n")[0]))]
+    assert numbers == pytest.approx(
+        rise("DPO", 2) + rise("mDPO", 2) + rise("DPO", 0)[1:2] + lead(0) + lead(2), abs=0.001
+    )
