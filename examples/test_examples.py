@@ -2053,7 +2053,8 @@ def test_readme_of_the_study_of_words_says_what_its_table_shows():
     assert min(lead(0) + lead(2)) > 0
     assert all(things > others for things, others in zip(lead(2), lead(3)))
     assert all(abs(dpo) < abs(mdpo) / 2 for dpo, mdpo in zip(rise("DPO", 0), rise("mDPO", 0)))
-    numbers = [*map(float, re.findall(r"\d\.\d\d", text.split("But DPO's words light up")[1].split("\n\n")[0]))]
+    paragraph = text.split("But DPO's words light up")[1].split("\n\n")[0]
+    numbers = [*map(float, re.findall(r"\d\.\d\d", paragraph))]
     assert numbers == pytest.approx(
         rise("DPO", 2) + rise("mDPO", 2) + rise("DPO", 0)[1:2] + lead(0) + lead(2), abs=0.001
     )
