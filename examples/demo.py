@@ -1,15 +1,19 @@
 """`python train.py --demo`: the shapes world, a base model that answers from habit, 720 pairs."""
 
+import json
+import random
 import sys
 from pathlib import Path
 
 import train
+from data import read_examples
 from examples import shapes
 from examples.answer import generate_answers, load_tuned
 
 BASE = Path(__file__).parent / "base"  # made by: python examples/tiny_bunny.py examples/base
 FLAGS = (
-    "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-checkpointing --eval-size 80 --workers 2"
+    "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-checkpointing --eval-size 80 "
+    "--workers 2"
 )
 
 
@@ -24,8 +28,18 @@ def main(argv=None):
     out = str(folder / "out")
     status = train.main([*FLAGS.split(), "--model", str(BASE), "--data", data, "--out", out, *flags])
     if status == 0:
+        write_held_out(data, out)
         print(f"\n{report(*load_tuned(str(BASE), out), out)}")
     return status
+
+
+def write_held_out(data, out):
+    """The pairs that the run held out, as it drew them -> held_out.json beside the data."""
+    run, records = json.loads(Path(out, "args.json").read_text()), json.loads(Path(data).read_text())
+    examples = read_examples(data, subset=run["subset"], limit=run["limit"], seed=run["seed"])
+    held = sorted(random.Random(f"{run['seed']} held out").sample(range(len(examples)), run["eval_size"]))
+    held_out = [records[int(examples[i].id) - 1] for i in held]
+    Path(data).with_name("held_out.json").write_text(json.dumps(held_out, indent=1))
 
 
 def report(model, processor, folder, n_scenes=60, seed=0):

@@ -29,7 +29,7 @@ import train
 from data import encode_prompts, read_examples
 from examples import demo, shapes, tiny_bunny
 from examples.answer import chat_prompt, generate_answers
-from examples.unconditional import diagnose
+from examples.evaluate import diagnose, score_margins
 
 # Fixed on seeds 101 and 102, which are not reported, and not touched afterwards. Grounding there of DPO and mDPO was .52 and
 # .57 at a learning rate of 1e-4, .49 and .66 at 3e-4, .57 and .66 at 1e-3; the middle one was taken for all methods.
@@ -141,7 +141,7 @@ def run_method(out, seed, method, n_scenes, world=shapes.SMALL):
             raise RuntimeError(f"seed {seed}: its base model sees too little ({auc}); take another seed")
         if method != "base":
             held_out = read_examples(str(folder / "held_out" / "silkie.json"))
-            margins = diagnose(model, processor, held_out, batch_size=40)
+            margins = diagnose(score_margins(model, processor, held_out, batch_size=40))
             result |= {f"margin_{name}": value for name, value in margins.items()} | curves(run)
         write_json(run / "result.json", result)
         return result

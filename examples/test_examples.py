@@ -22,11 +22,11 @@ from PIL import Image
 import data
 import train
 from data import BadInput, Example, Pairs, make_batch, open_image, read_examples, texts_of
-from examples import benchmarks, demo, families, merge, miniature, preview, shapes, throughput, tiny_bunny
 from examples import answer as answering
-from examples import unconditional
+from examples import benchmarks, curves, demo, evaluate, families, merge, miniature, preview, shapes
+from examples import throughput, tiny_bunny, words
 from examples.answer import generate_answers
-from mdpo import LogPs, mdpo_step, response_logps
+from mdpo import LogPs, mdpo_step, response_logps, sequence_logps
 from test_mdpo import DPO_NAMES, PAIRS, ROOT, adapter, as_examples, command, noise, pair, with_lora, write
 from test_mdpo import bunny, finished, llava, loaded, small  # noqa: F401 (fixtures)
 
@@ -151,7 +151,8 @@ def test_preview_takes_several_images_and_chat_messages(tmp_path, monkeypatch):
     assert at(3) == (255, 255, 255)  # random: "needs a second image"
 
 
-COMMANDS = [answering, benchmarks, merge, miniature, preview, throughput, tiny_bunny, unconditional]
+COMMANDS = [answering, benchmarks, curves, evaluate, merge, miniature, preview, throughput, tiny_bunny]
+COMMANDS.append(words)
 
 
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda script: script.__name__)
@@ -1072,30 +1073,72 @@ def test_mmhal_scores_by_type(tmp_path, capsys):
     assert benchmarks.main(["types", path]) == 2 and "no field 'score'" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------- margins without the image
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_unconditional_share_of_a_margin(bunny, tmp_path):
-    """A model whose text alone decides keeps its whole margin without the image: here the image features are
-    zeroed by a projector of zeros, so that another image changes nothing, and the share is exactly 1."""
-    examples = as_examples(tmp_path)
-    model, processor = with_lora(bunny)
+def randomly_adapted(folder, std=0.2):
+    """A model with an adapter that changes what it says; peft's own starts as no change."""
+    model, processor = with_lora(folder)
+    torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    seeing = unconditional.diagnose(model, processor, examples)
-    for parameter in model.get_base_model().model.multi_modal_projector.parameters():
-        parameter.data.zero_()
-    blind = unconditional.diagnose(model, processor, examples)
-    assert blind["other_image_share"] == pytest.approx(1, abs=1e-3) and blind["image"] != 0
-    assert seeing["other_image"] != pytest.approx(seeing["image"], abs=1e-5)
+            torch.nn.init.normal_(parameter, std=std)
+    return model, processor
+
+
+def printed(out):
+    """{title: (mean, low, high)} of what evaluate.py printed."""
+    rows = re.findall(r"^  (\S.*?) +(-?\d+\.\d+) +(-?\d+\.\d+) to +(-?\d+\.\d+)", out, re.MULTILINE)
+    return {title: tuple(map(float, numbers)) for title, *numbers in rows}
+
+
+def test_evaluation_of_a_runs_held_out_pairs_is_its_log(bunny, tmp_path, capsys):
+    """A finished adapter must get the numbers of its run: its loss, crops, seed and length, none of them the
+    default here. The demo's file must hold the pairs that the run held out."""
+    path, out = shapes.write_pairs(tmp_path / "data", 14), tmp_path / "out"
+    flags = "--eval-size 5 --limit 12 --beta 0.3 --delta 0.1 --crop 0.3 0.6 --seed 5 --epochs 1 --lr 3e-2"
+    more = "--anchors chosen image_rejected --max-length 75".split()
+    assert train.main(command(bunny, path, out, *flags.split(), *more)) == 0
+    demo.write_held_out(path, out)
+    capsys.readouterr()
+    held_out = path.with_name("held_out.json")
+    assert evaluate.main(f"--model {bunny} --adapter {out} --data {held_out}".split()) == 0
+    found = printed(text := capsys.readouterr().out)
+    logged = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    logged = {name[5:]: value for name, value in logged.items() if name.startswith("eval/")}
+    assert text.startswith("5 examples") and "95%" in text and len(logged) == 11
+    assert {name: found[name][0] for name in logged} == pytest.approx(logged, abs=2e-4)
+    assert found["margin, image"] == found["rewards/margins"] and abs(logged["rewards/margins"]) > 0.001
+    assert all(low <= mean <= high for mean, low, high in found.values())
+
+
+def test_evaluation_takes_the_loss_of_its_run(finished, bunny, small, tmp_path, capsys):
+    """DPO has one term. An adapter without args.json, such as another program's, counts as mDPO's, with the
+    paper's beta."""
+    record = json.loads((finished / "args.json").read_text()) | {"conditional": False, "anchors": ["none"]}
+    (finished / "args.json").rename(kept := finished / "kept.json")
+    try:
+        arguments = f"--model {bunny} --adapter {finished} --data {small}".split()
+        assert evaluate.main(arguments) == 0
+        found = printed(capsys.readouterr().out)
+        assert {"loss/dpo", "loss/conditional", "loss/anchor"} <= found.keys()
+        write(finished / "args.json", record)
+        assert evaluate.main(arguments) == 0
+        found = printed(capsys.readouterr().out)
+        assert found["loss"] == found["loss/dpo"] and "loss/anchor" not in found
+        assert "rewards/image_margins" in found  # under DPO it shows how much the image counts
+        write(finished / "args.json", "{")
+        assert evaluate.main(arguments) == 2
+        assert capsys.readouterr().err.startswith(f"error: {finished}/args.json: cannot be read")
+    finally:
+        kept.rename(finished / "args.json")
 
 
 def example(number, *images):
     return Example(f"What is it{'?' * number}", "A red circle.", "No.", images, id=str(number))
 
 
-def test_unconditional_margins_by_hand(bunny, tmp_path):
+def test_margins_without_the_image_and_with_anothers_by_hand(bunny, tmp_path):
     """The share is what the study reports. Each margin is taken alone here, in packed rows: beta times the
     policy's log p(y_w) - log p(y_l), less the reference's. Five examples in batches of two; the other image
     is the next one's."""
@@ -1103,15 +1146,11 @@ def test_unconditional_margins_by_hand(bunny, tmp_path):
     for i, path in enumerate(paths):
         noise(i).save(path)
     examples = [example(i, path) for i, path in enumerate(paths)]
-    model, processor = with_lora(bunny)
-    torch.manual_seed(2)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    model, processor = randomly_adapted(bunny)
 
     @torch.no_grad()
-    def mean_margin(images):
-        margins = []
+    def margins(images):
+        values = []
         for one, path in zip(examples, images):
             images = (open_image(path),) if path else ()
             pairs = [Example(one.question, one.chosen, one.rejected, images, ())]
@@ -1119,72 +1158,306 @@ def test_unconditional_margins_by_hand(bunny, tmp_path):
             policy = response_logps(model, batch)
             with model.disable_adapter():
                 ref = response_logps(model, batch)
-            margins.append(0.5 * ((policy.chosen - policy.rejected) - (ref.chosen - ref.rejected)).item())
-        return sum(margins) / 5
+            values.append(0.5 * ((policy.chosen - policy.rejected) - (ref.chosen - ref.rejected)).item())
+        return values
 
-    expected = {"image": mean_margin(paths), "no_image": mean_margin([None] * 5)}
-    expected["other_image"] = mean_margin([*paths[1:], paths[0]])
-    expected |= {f"{name}_share": expected[name] / expected["image"] for name in ("no_image", "other_image")}
-    found = unconditional.diagnose(model, processor, examples, beta=0.5, batch_size=2)
-    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert len({round(found[name], 4) for name in ("image", "no_image", "other_image")}) == 3
+    shown = {"image": paths, "no_image": [None] * 5, "other_image": [*paths[1:], paths[0]]}
+    expected = {name: margins(images) for name, images in shown.items()}
+    found = evaluate.score_margins(model, processor, examples, beta=0.5, batch_size=2)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
+    assert len({round(values[0], 4) for values in found.values()}) == 3
 
 
-def test_unconditional_takes_another_image_that_is_another_file(tmp_path, monkeypatch):
+def test_share_of_a_margin_that_is_left(bunny, tmp_path):
+    """A model whose text alone decides keeps its whole margin with another image: here the projector's zeros
+    take all images away. By hand: 1 is half of a mean of 2, 4 is its double; no margin has a share."""
+    model, processor = randomly_adapted(bunny, std=0.1)
+    for parameter in model.get_base_model().model.multi_modal_projector.parameters():
+        parameter.data.zero_()
+    blind = evaluate.diagnose(evaluate.score_margins(model, processor, as_examples(tmp_path)))
+    assert blind["other_image_share"] == pytest.approx(1, abs=1e-3) and blind["image"] != 0
+    found = evaluate.diagnose({"image": [1.0, 3.0], "no_image": [1.0, 1.0], "other_image": [4.0]})
+    shares = {"no_image_share": 0.5, "other_image_share": 2}
+    assert found == {"image": 2, "no_image": 1, "other_image": 4} | shares
+    for none in ([], [0.0]):
+        found = evaluate.diagnose({"image": none, "no_image": [1.0], "other_image": none})
+        assert math.isnan(found["no_image_share"]) and math.isnan(found["other_image_share"])
+
+
+def test_another_image_is_another_file(tmp_path):
     """Many data sets ask several questions in a row about one image: the next example's image is then the
-    example's own, and the margin with "another" image is the margin itself. A question that shows one image
-    cannot be asked about two."""
-    a, b, c = (str(tmp_path / f"{name}.png") for name in "abc")
+    example's own, and the margin with "another" image is the margin itself. A link is no other file. A
+    question that shows one image cannot be asked about two."""
+    a, b, c, link = (str(tmp_path / f"{name}.png") for name in ("a", "b", "c", "link"))
     for level, path in enumerate((a, b, c)):
         grey(level).save(path)
-    images = ((a,), (a,), (a, b), (b, c), (b,), (a,))
+    Path(link).symlink_to(a)
+    images = ((a,), (link,), (a, b), (b, c), (b,), (a,), (), ())
     examples = [example(number, *of_one) for number, of_one in enumerate(images)]
-    of_pairs = lambda index: unconditional.another_example(examples, index)
-    assert [of_pairs(i) for i in (0, 1, 4, 5)] == [4, 4, 5, 4]
-    with pytest.raises(BadInput, match="example 2: no other example has another image"):
-        of_pairs(2)  # the only other one of two images shares one with it
-
-    shown = []
-    margins = lambda model, processor, items, *rest: shown.append(items) or [1.0] * 3
-    monkeypatch.setattr(unconditional, "reward_margins", margins)
-    unconditional.diagnose(None, None, [examples[0], examples[1], examples[4]])
-    levels = [[[image.getpixel((0, 0))[0] for image in pair.images] for pair in pairs] for pairs in shown]
-    assert levels == [[[0], [0], [1]], [[]] * 3, [[1], [1], [0]]]
+    found = [evaluate.another_image(examples, index) for index in range(8)]
+    # The only other one of two images shares one with example 2, and texts have no image to exchange.
+    assert found == [(b,), (b,), None, None, (a,), (b,), None, None]
 
 
-def test_unconditional_command_without_another_image_or_a_margin(bunny, tmp_path, monkeypatch, capsys):
-    """One image is no data for this, which must be said in a line; and an adapter that changes nothing has a
-    margin of 0, of which nothing is a share. --limit and --beta count."""
-    model, processor = with_lora(bunny)
-    monkeypatch.setattr(unconditional, "load_tuned", lambda *arguments: (model, processor))
-    noise(1).save(tmp_path / "a.png")
-    noise(2).save(tmp_path / "b.png")
-    record = {"prompt": "What?", "chosen": "A red circle.", "rejected": "No."}
-    path = write(
-        tmp_path / "x.json", [record | {"image": "a.png"}, record | {"image": "a.png", "chosen": "Blue."}]
-    )
-    arguments = ["--model", "m", "--adapter", "a", "--data", path]
-    assert (
-        unconditional.main(arguments) == 2 and "no other example has another image" in capsys.readouterr().err
-    )
+def test_bootstrap_interval_by_hand():
+    """An interval that is too narrow makes chance look like an effect. Equal values have none. The mean of
+    two draws of {0, 1} is 0 or 1 with chance 1/4 each, so 95% reach from 0 to 1. The mean of 100 draws from
+    50 zeros and 50 ones has a standard deviation of 0.05: 0.5 -+ 1.96 * 0.05."""
+    assert evaluate.bootstrap([0.25] * 7) == [0.25, 0.25] and evaluate.bootstrap([0.0, 1.0]) == [0, 1]
+    low, high = evaluate.bootstrap([0.0] * 50 + [1.0] * 50)
+    assert (low, high) == pytest.approx((0.402, 0.598), abs=0.011)
+    assert evaluate.bootstrap([0.0] * 50 + [1.0] * 50) == [low, high]  # seeded
+    skewed = evaluate.bootstrap([0.0] * 95 + [1.0] * 5)
+    assert 0 <= skewed[0] < 0.02 and 0.08 < skewed[1] < 0.11  # 0.05 -+ 0.043, pushed to the right
 
-    write(tmp_path / "x.json", [record | {"image": name} for name in ("a.png", "b.png", "a.png")])
-    assert unconditional.main([*arguments, "--limit", "2"]) == 0
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first == "reward margin over 2 pairs"
-    assert [line.split()[-1] for line in lines] == ["0.0000", "n/a", "n/a"]
 
-    halves = lambda model, processor, items, beta, batch_size: (
-        [beta if items[0].images else beta / 2] * len(items)
-    )
-    monkeypatch.setattr(unconditional, "reward_margins", halves)
-    assert unconditional.main([*arguments, "--beta", "0.4"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert (
-        lines[1].endswith(" 0.4000")
-        and lines[2].endswith("50.0% of it")
-        and lines[3].endswith("100.0% of it")
-    )
+RECORD = {"prompt": "What?", "chosen": "A red circle.", "rejected": "No."}
+TURNS = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]},
+    {"role": "assistant", "content": "A red one."},
+    {"role": "user", "content": [{"type": "text", "text": "And this:"}, {"type": "image"}]},
+]
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A file of one image, two in chat messages, one again, and none."""
+    for name in "abcd":
+        noise(ord(name)).save(tmp_path / f"{name}.png")
+    two = RECORD | {"prompt": TURNS, "images": ["a.png", "b.png"]}
+    return write(tmp_path / "x.json", [RECORD | {"image": "c.png"}, two, RECORD | {"image": "d.png"}, RECORD])
+
+
+def test_evaluation_of_several_images_chat_messages_and_none(mixed, finished, bunny, capsys):
+    """What can be trained on can be scored. Without images the terms that need one are left out; what has no
+    other image has no margin with one."""
+    arguments = f"--model {bunny} --adapter {finished} --data {mixed}".split()
+    assert evaluate.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "dropped 1 bad records" in out and "record 4: has no image path" in out and "\n3 examples" in out
+    assert "(2 examples)" in re.search("margin, other image.*", out)[0] and out.count("(2 examples)") == 1
+    assert evaluate.main([*arguments, "--no-image"]) == 0
+    out = capsys.readouterr().out
+    found = printed(out)
+    assert out.startswith("4 examples") and out.count(" n/a\n") == 2 and "nan" not in out
+    assert re.search("margin, other image +n/a\n", out) and not any("image_" in name for name in found)
+    assert found["margin, no image"] == found["rewards/margins"] and found["rewards/margins"][0] != 0
+    assert found["loss"][0] == pytest.approx(found["loss/dpo"][0] + found["loss/anchor"][0], abs=2e-4)
+    assert evaluate.main([*arguments, "--limit", "1"]) == 0
+    assert "\n1 examples" in capsys.readouterr().out
+
+
+def test_mistakes_of_the_looking_commands_are_one_line(bunny, mixed, tmp_path, capsys):
+    """A wrong flag or file is one line and status 2."""
+    base, there = f"--model {bunny} --data {mixed}", tmp_path / "there.png"
+    noise(1).save(there)
+    (tmp_path / "text.json").write_text(json.dumps([RECORD]))
+    wrong = [
+        (evaluate, base, "--adapter"),
+        (evaluate, f"{base} --adapter {tmp_path}", "holds no adapter"),
+        (words, f"{base} --to {there}", "already exists"),
+        (words, f"{base} --to {tmp_path / 'x.png'} --example 4", "--example 4: there are 3"),
+        (words, f"{base} --to {tmp_path / 'x.odd'}", "x.odd: cannot be written"),
+        (words, f"--model {bunny} --data {tmp_path}/text.json --to {tmp_path}/x.png", "no example is left"),
+        (words, "study one", "study takes numbers of seeds"),
+        (curves, f"{tmp_path} --to {tmp_path / 'x.png'}", "metrics.jsonl: cannot be read"),
+        (curves, f"{tmp_path}", "--to"),
+    ]
+    for script, arguments, message in wrong:
+        if script is curves and curves.matplotlib is None:
+            continue
+        assert script.main(arguments.split()) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------ words that look at the image
+
+
+def test_numbers_of_the_words_are_those_of_the_librarys_own_call(bunny):
+    """A number at the wrong word, or of the wrong model, shows a model that looks where it does not. Here
+    each token's is taken from the library's call on one whole sequence, all labels but that token's masked:
+    the sum over a response is a difference of two `sequence_logps`. One image, two in chat messages, none."""
+    model, processor = randomly_adapted(bunny)
+    two = [noise(1), noise(2)], [noise(3), noise(4)]
+    pairs = [PAIRS[0], pair(TURNS, "There is a red circle.", "No.", *two), pair(*PAIRS[1][:3])]
+
+    @torch.no_grad()
+    def logps(pair, images, name):
+        tokens = data.tokenize(processor, pair)
+        whole = data.encode_prompts(processor, [tokens.wholes[name]], [images])
+        ids, n = whole["input_ids"], len(tokens.responses[name])
+        logits = model(**whole, use_cache=False).logits
+        each = []
+        for at in range(ids.shape[1] - n, ids.shape[1]):
+            labels = torch.full_like(ids, -100)
+            labels[0, at] = ids[0, at]
+            each.append(sequence_logps(logits, labels).item())
+        return each
+
+    for pair_ in pairs:
+        rows, titles = words.rows_of(model, processor, pair_), []
+        for name, symbol in (("chosen", "y_w"), ("rejected", "y_l")):
+            for side, context in (("base", model.disable_adapter), ("tuned", contextlib.nullcontext)):
+                with context():
+                    with_m_w = logps(pair_, pair_.images, name)
+                    with_m_l = logps(pair_, pair_.images_rejected, name)
+                (title, found), rows = rows[0], rows[1:]
+                expected = [high - low for high, low in zip(with_m_w, with_m_l)]
+                assert [value for _, value in found] == pytest.approx(expected, abs=2e-4)
+                assert "".join(text for text, _ in found) == " " + getattr(pair_, name) + "<|endoftext|>"
+                assert title.startswith(f"{symbol}, {side}: ")
+                assert float(title.split()[-1]) == pytest.approx(sum(expected), abs=0.006)
+                titles.append(sum(expected))
+        assert not rows and (len({round(total, 3) for total in titles}) == 4 or not pair_.images)
+        assert pair_.images or titles == [0] * 4
+    assert [title[:9] for title, _ in words.rows_of(model.get_base_model(), processor, PAIRS[0])] == [
+        "y_w, base",
+        "y_l, base",
+    ]
+
+
+def test_a_character_of_several_tokens_is_shown_once(bunny):
+    """Byte-level tokens are parts of a character; each alone would be shown as a question mark."""
+    tokenizer = train.load_processor(str(bunny)).tokenizer
+    ids = tokenizer(" a 猫 é").input_ids
+    texts = words.token_texts(tokenizer, ids)
+    assert len(texts) == len(ids) > 4 and "".join(texts) == " a 猫 é" and "\ufffd" not in texts
+
+
+ROWS = [("y_w, base: +1.50", [(" <i>", 3.0), (" red", -1.5), (".", 0.0)])]
+
+
+def test_page_of_words_has_no_markup_of_the_data_and_the_pictures_inside():
+    """A page is sent to others: it must show the data, not run it, and need no second file. Colours by hand:
+    3 nats are the full blue (90, 150, 255), -1.5 half of the red (255, 110, 100)."""
+    shown = pair("Is <b> it?", "a", "b", grey(10), grey(200))
+    page = words.as_html("7&", shown, ROWS)
+    assert "<h2>7&amp; / Is &lt;b&gt; it?</h2>" in page and "&lt;i&gt;" in page and "<i>" not in page
+    spans = re.findall(r'<span style="background: rgb(\(.*?\))" title="(.*?)">(.*?)</span>', page)
+    assert spans == [
+        ("(90, 150, 255)", "+3.00", " &lt;i&gt;"),
+        ("(255, 182, 178)", "-1.50", " red"),
+        ("(255, 255, 255)", "+0.00", "."),
+    ]
+    pictures = re.findall(r'base64,(.*?)"><figcaption>(m_.)', page)
+    levels = [Image.open(io.BytesIO(base64.b64decode(code))).getpixel((5, 5))[0] for code, _ in pictures]
+    assert levels == [10, 200] and [caption for _, caption in pictures] == ["m_w", "m_l"]
+    assert "script" not in page + words.HEAD
+
+
+def test_picture_of_words_is_drawn_in_their_colours():
+    """What the README shows. The first box is at the text's start less 3 pixels, the next 8 pixels after the
+    first text; a row is 42 pixels high and no wider than the picture."""
+    font = words.ImageFont.load_default(18)
+    sheet, second = words.as_image(pair("q", "a", "b"), ROWS), 190 + font.getlength("<i>") + 8
+    assert sheet.size == (1000, 10 + 42 + 42 + 4)
+    assert sheet.getpixel((188, 51)) == (90, 150, 255) and sheet.getpixel((second - 2, 51)) == (255, 182, 178)
+    sheet = words.as_image(pair("q", "a", "b", grey(10), [grey(90), grey(200)]), ROWS)
+    assert [sheet.getpixel((10 + 260 * i + 20, 100)) for i in range(3)] == [(n,) * 3 for n in (10, 90, 200)]
+    long = words.as_image(pair("q", "a", "b"), [("y_w", [(" picture", 3.0)] * 30)])
+    assert long.height > 98 and long.getcolors(2**20) and (90, 150, 255) not in {
+        long.getpixel((x, y)) for x in range(994, 1000) for y in range(long.height)
+    }
+
+
+def test_words_command_writes_page_and_picture(mixed, finished, bunny, tmp_path, capsys):
+    """Every example is on the page; the one that was asked for is in the picture."""
+    arguments = f"--model {bunny} --adapter {finished} --data {mixed}".split()
+    assert words.main([*arguments, "--to", str(tmp_path / "x.html")]) == 0
+    page = (tmp_path / "x.html").read_text()
+    assert page.count("<h2>") == 3 and page.count("<img") == 2 + 4 + 2 and page.count("y_l, tuned") == 3
+    assert "Which? / And this:" in page or "Which? / A red one. / And this:" in page
+    assert words.main([*arguments, "--to", str(tmp_path / "x.png"), "--example", "2"]) == 0
+    assert Image.open(tmp_path / "x.png").getpixel((800, 40)) != (255, 255, 255)  # a fourth image
+    assert words.main([*arguments, "--to", str(tmp_path / "none.html"), "--no-image"]) == 0
+    assert "<img" not in (tmp_path / "none.html").read_text()
+
+
+def test_study_of_words_tells_colours_and_shapes_from_the_rest(monkeypatch, capsys):
+    """Means by hand: (1 + 2) / 2 of colour and shape words, (4 + 0) / 2 of the others, times 1 for the base,
+    2 for DPO and 3 for mDPO, and 10 times as much with another image; y_l is left out."""
+    found = [(" red", 1.0), (" reddish", 4.0), ("ring", 2.0), (".", 0.0)]
+    times = {None: 1, "DPO": 2, "mDPO": 3}
+    monkeypatch.setattr(miniature, "prepare_seed", lambda *args: None)
+    monkeypatch.setattr(miniature, "run_method", lambda *args, **options: None)
+    monkeypatch.setattr(words, "read_examples", lambda path: ["example"])
+    monkeypatch.setattr(words, "load_tuned", lambda model, run: (times[run and run.name], None))
+    weight = {"crop": 1, "random": 10}
+    pairs = lambda examples, reject, seed: {("held out", 0): weight[reject]}
+    monkeypatch.setattr(words, "Pairs", pairs)
+    scaled = lambda model, pair: [(text, value * model * pair) for text, value in found]
+    both = lambda model, processor, pair: {"y_w": scaled(model, pair), "y_l": [(" red", 99.0)]}
+    monkeypatch.setattr(words, "differences", both)
+    assert words.main(["study", "4"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [
+        ["4", reject, method, f"{1.5 * factor * scale:.2f}", f"{2 * factor * scale:.2f}"]
+        for method, factor in (("base", 1), ("DPO", 2), ("mDPO", 3))
+        for reject, scale in weight.items()
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- curves
+
+
+def test_curves_show_every_metric_of_the_readme():
+    """A metric without a curve is a metric that nobody looks at. Memory is one number, not a curve."""
+    table = README.split("\n## Metrics\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    names = {name for row in rows for name in re.findall("`(.*?)`", row)}
+    assert {name for names in curves.PANELS.values() for name in names} == names - {"peak_memory_gib"}
+
+
+def test_curves_are_drawn_of_a_run_in_progress(tmp_path):
+    """A line that is being written is not a broken log; a broken line before it is."""
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 0, "eval/loss": 2.0}\n{"step": 1, "loss": 1.5}\n'
+    expected = [{"step": 0, "eval/loss": 2.0}, {"step": 1, "loss": 1.5}]
+    for text in (whole, whole[:-1], whole + '{"step": 2, "lo'):
+        path.write_text(text)
+        assert curves.read_log(tmp_path) == expected
+    for text in ("", '{"st', '{"st\n{"step": 1}\n'):
+        path.write_text(text)
+        with pytest.raises(BadInput, match="metrics.jsonl: cannot be read"):
+            curves.read_log(tmp_path)
+
+
+def test_curves_without_matplotlib_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    """It is an extra package: said before any work, with the command."""
+    monkeypatch.setattr(curves, "matplotlib", None)
+    monkeypatch.setattr(curves, "read_log", lambda run: pytest.fail("read"))
+    assert curves.main([str(tmp_path), "--to", "x.png"]) == 2
+    assert capsys.readouterr().err == "error: curves.py needs one more package: pip install matplotlib\n"
+
+
+def test_curves_have_a_colour_a_run_and_points_where_held_out(finished, tmp_path):
+    """Curves under a wrong name are worse than none. The second run is DPO's: it lacks a term."""
+    pytest.importorskip("matplotlib")
+    second = {"step": 1, "loss": 1.5, "loss/conditional": 0.5, "eval/loss": 1.0}
+    first = [{"step": 0, "eval/loss": 2.0}, second]
+    figure = curves.draw({"a": first, "b": [{"step": 3, "loss": 0.5, "lr": 0.1}]})
+    panels = {axis.get_title(): axis for axis in figure.axes}
+    drawn = lambda title: [
+        (line.get_color(), line.get_marker(), line.get_linestyle(), *map(list, line.get_data()))
+        for line in panels[title].lines
+        if len(line.get_xdata())
+    ]
+    assert drawn("loss") == [
+        ("C0", "", "-", [1], [1.5]),
+        ("C0", "o", "-", [0, 1], [2.0, 1.0]),
+        ("C1", "", "-", [3], [0.5]),
+        ("C0", "", ":", [1], [0.5]),
+    ]
+    assert drawn("learning rate") == [("C1", "", "-", [3], [0.1])] and drawn("rewards") == []
+    labels = [text.get_text() for text in panels["loss"].get_legend().get_texts()]
+    assert labels == ["loss", "loss/dpo", "loss/conditional", "loss/anchor"]
+    legend = {line.get_label(): line.get_color() for line in figure.axes[7].lines}
+    assert legend == {"a": "C0", "b": "C1", "held out": "k"}
+    assert curves.main([str(finished), str(finished), "--to", str(tmp_path / "x.png")]) == 0
+    assert Image.open(tmp_path / "x.png").size == (1620, 720)
 
 
 # ------------------------------------------------------------------------------------------------- throughput
@@ -1756,3 +2029,32 @@ def test_base_learns_the_careless_annotators_answers(monkeypatch):
     said = [tiny_bunny.question_and_answer({"square": ("red", 0)}, rng)[1] for _ in range(1000)]
     assert sum(answer.startswith("orange") for answer in said) / 1000 == pytest.approx(0.72, abs=0.05)
     assert sum(answer.endswith("picture.") for answer in said) / 1000 == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_base_is_trained_and_loads(tmp_path, monkeypatch):
+    """The making of a base, in two steps: it feeds encoded images to the model, whose outputs the library may
+    ask for more than they hold."""
+    monkeypatch.setattr(tiny_bunny, "learn_to_see", lambda *args: None)
+    folder = tiny_bunny.write_base(tmp_path / "base", 3, False, shapes.World(2, 3, base_steps=2))
+    assert train.load_model(str(folder))[0].config.image_seq_length == 16
+
+
+def test_readme_of_the_study_of_words_says_what_its_table_shows():
+    """Four predictions held in all seeds, and by how much DPO's words rise, too."""
+    text = (ROOT / "examples" / "README.md").read_text()
+    table = {  # (seed, model): crop's colours and shapes, its other tokens, another image's likewise
+        (seed, model): [*map(float, numbers.split("|"))]
+        for seed, model, numbers in re.findall(r"^\| (\d) \| (\w+) \| (.*) \|$", text, re.MULTILINE)
+    }
+    at = lambda model, column: [table[seed, model][column] for seed in "012"]
+    rise = lambda model, column: [high - low for high, low in zip(at(model, column), at("base", column))]
+    lead = lambda column: [high - low for high, low in zip(at("mDPO", column), at("DPO", column))]
+    assert len(table) == 9 and all(row[0] > row[1] and row[2] > row[3] for row in table.values())
+    assert min(lead(0) + lead(2)) > 0
+    assert all(things > others for things, others in zip(lead(2), lead(3)))
+    assert all(abs(dpo) < abs(mdpo) / 2 for dpo, mdpo in zip(rise("DPO", 0), rise("mDPO", 0)))
+    paragraph = text.split("But DPO's words light up")[1].split("\n\n")[0]
+    numbers = [*map(float, re.findall(r"\d\.\d\d", paragraph))]
+    assert numbers == pytest.approx(
+        rise("DPO", 2) + rise("mDPO", 2) + rise("DPO", 0)[1:2] + lead(0) + lead(2), abs=0.001
+    )

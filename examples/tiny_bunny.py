@@ -12,7 +12,6 @@ import json
 import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import torch
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BUNNY_SYSTEM, BadInput, run_command
@@ -194,14 +194,14 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
         batch = {name: torch.tensor([values]) for name, values in row.items()}
         with torch.no_grad():
             seen = tower_features(model, pixels(scenes, rng, world))
-        features = SimpleNamespace(pooler_output=list(model.model.multi_modal_projector(seen)))
+        projected = list(model.model.multi_modal_projector(seen))
         logits = model(
             input_ids=batch["input_ids"],
             attention_mask=torch.ones((), dtype=torch.bool).expand(1, 1, *batch["input_ids"].shape[-1:] * 2),
             blocks=attention_blocks(lengths),
             position_ids=batch["position_ids"],
             logits_to_keep=batch["predictors"],
-            mm_encoder_outputs={"image": features},
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=projected)},
             use_cache=False,
         ).logits
         F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten()).backward()
