@@ -23,6 +23,7 @@ import peft
 import torch
 import transformers
 from huggingface_hub import ModelCardData
+from torch.distributed.fsdp import register_fsdp_forward_method
 from trl import DPOConfig, DPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -120,7 +121,10 @@ class MDPOTrainer(DPOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's share of the loss, times the number of processes, which average gradients."""
         inner, n_examples = self.accelerator.unwrap_model(model), inputs["n_examples"]
-        shared = forward_inputs(inner, inputs)
+        if not hasattr(inner, "forward_inputs"):
+            inner.forward_inputs = partial(forward_inputs, inner)
+            register_fsdp_forward_method(inner, "forward_inputs")  # FSDP2 gathers the weights for it, too
+        shared = inner.forward_inputs(inputs)
         policy_logps = response_logps(model, inputs, shared)  # first: FSDP2 notes here which weights train
         with torch.no_grad(), inner.disable_adapter():
             ref_logps = response_logps(inner, inputs, shared)
