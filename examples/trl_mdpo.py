@@ -1,129 +1,99 @@
 """mDPO on many GPUs: the numbers of train.py from TRL's DPOTrainer (needs trl, written for 1.16).
 
-    python examples/trl_mdpo.py --model llava-hf/llava-1.5-7b-hf --data silkie.json --output_dir OUT
-    torchrun --nproc_per_node 8 examples/trl_mdpo.py ...            # DDP; with --fsdp or --deepspeed, sharded
-    accelerate launch --config_file CONFIG examples/trl_mdpo.py ...
+    torchrun --nproc_per_node 8 examples/trl_mdpo.py --model llava-hf/llava-1.5-7b-hf --data silkie.json \
+        --output_dir OUT      # DDP; --fsdp full_shard or --deepspeed CONFIG shard the model
 
-The model, the batches, their order, the rejected images and the loss are train.py's. TRL's Trainer adds
-the processes, checkpoints, logging and the hub. Flags are `DPOConfig`'s, with the paper's values as defaults,
-and train.py's own for data, loss and adapter. A flag that would have no effect here is refused by name.
+Model, batches, order, rejected images and loss are train.py's. Flags are `DPOConfig`'s, with the paper's
+values as defaults, and train.py's for data, loss and adapter. One that would do nothing is refused by name.
 """
 
-import math
 import os
+import random
 import re
 import sys
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from random import Random
 
 import datasets
 import peft
 import torch
 import transformers
-from huggingface_hub import ModelCardData
 from torch.distributed.fsdp import register_fsdp_forward_method
 from trl import DPOConfig, DPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
 from data import SCORED, BadInput, Pairs, about, make_batch, read_examples, run_command
 from mdpo import forward_inputs, mdpo_loss, response_logps
-from train import ARGUMENTS, SWITCHES, LoraLinear, Parser, add_lora, choose_layout, enable_checkpointing
-from train import load_model, load_processor, make_loader, plan_steps, quiet_libraries, resolve, split
 
-PAPER = {name: default for name, (default, *_) in ARGUMENTS.items()}
-OURS = "model data images subset limit eval-size reject crop delta anchors lora-rank lora-alpha layout".split()
-OURS += "no-conditional skip-bad".split()
-HONOURED = re.compile(
-    "output_dir|run_name|project|report_to|disable_tqdm|(log|logging|trackio|hub|save|ddp|fsdp|per_device)_.*|"
-    "enable_jit_checkpoint|push_to_hub|resume_from_checkpoint|restore_callback_states_from_checkpoint|"
-    "eval_(strategy|steps|delay|on_start)|load_best_model_at_end|metric_for_best_model|greater_is_better|"
-    "num_train_epochs|max_steps|learning_rate|lr_scheduler_.*|warmup_steps|optim|optim_args|weight_decay|adam_.*|"
-    "max_grad_norm|gradient_accumulation_steps|(gradient|activation)_checkpointing|beta|max_length|seed|"
-    "full_determinism|bf16|tf32|use_cpu|torch_empty_cache_steps|skip_memory_metrics|debug|local_rank|"
-    "dataloader_num_workers|include_num_input_tokens_seen|fsdp|deepspeed"
+DEFAULTS = {  # of TRL's flags: the paper's, as in train.py; for the two that are None see `share_out`
+    "learning_rate": 1e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "num_train_epochs": 3,
+    "adam_beta1": 0.9, "adam_beta2": 0.98, "weight_decay": 0.05, "max_grad_norm": 1.0, "beta": 0.1, "seed": 0,
+    "max_length": 2048, "per_device_train_batch_size": None, "gradient_accumulation_steps": None,
+    "per_device_eval_batch_size": 4, "dataloader_num_workers": 4, "logging_steps": 1,
+    "save_strategy": "epoch", "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False,
+}  # fmt: skip
+HONOURED = re.compile(  # TRL's flags that work as documented; any other must keep its default
+    f"{'|'.join(DEFAULTS)}|output_dir|(log|logging|trackio|hub|save|ddp)_.*|report_to|run_name|project|bf16|"
+    "disable_tqdm|push_to_hub|resume_from_checkpoint|restore_callback_states_from_checkpoint|max_steps|optim|"
+    "eval_(strategy|steps|delay|on_start)|load_best_model_at_end|metric_for_best_model|greater_is_better|tf32|"
+    "optim_args|adam_epsilon|lr_scheduler_kwargs|(gradient|activation)_checkpointing|fsdp|fsdp_config|debug|"
+    "deepspeed|use_cpu|full_determinism|torch_empty_cache_steps|skip_memory_metrics|local_rank|"
+    "include_num_input_tokens_seen"
 )
+OURS = "model data images subset limit skip-bad eval-size reject crop delta anchors no-conditional".split()
+OURS += "lora-rank lora-alpha layout".split()
+CARD = """---
+library_name: peft
+{base}tags: [mdpo, dpo, trl, lora]
+---
+A LoRA adapter for `{args.model}`, trained with mDPO (https://arxiv.org/abs/2406.11839): {n} examples,
+{config.num_train_epochs:g} epochs, {config.batch_size} examples an update, learning rate
+{config.learning_rate}, beta {config.beta}, {options}, rejected images: {args.reject}, LoRA rank {args.lora_rank},
+alpha {args.lora_alpha}.
+"""
 
 
-@dataclass
 class MDPOConfig(DPOConfig):
-    """`DPOConfig` with the paper's values as defaults. Raises BadInput for fields that mDPO does not use."""
-
-    learning_rate: float = PAPER["lr"]
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = PAPER["warmup"]  # below 1: a share of all steps
-    adam_beta1: float = PAPER["betas"][0]
-    adam_beta2: float = PAPER["betas"][1]
-    weight_decay: float = PAPER["weight-decay"]
-    max_grad_norm: float = PAPER["max-grad-norm"]
-    num_train_epochs: float = PAPER["epochs"]
-    max_length: int = PAPER["max-length"]
-    beta: float = PAPER["beta"]
-    seed: int = PAPER["seed"]
-    per_device_train_batch_size: int | None = None  # these two: 32 examples an update, 4 or fewer at a time
-    gradient_accumulation_steps: int | None = None
-    per_device_eval_batch_size: int = PAPER["micro-batch-size"]
-    dataloader_num_workers: int = PAPER["workers"]
-    logging_steps: float = 1
-    save_strategy: str = "epoch"
-    ddp_find_unused_parameters: bool | None = False  # every weight of the adapter is used
-    ddp_broadcast_buffers: bool | None = False
-
-    def __post_init__(self):
-        default = lambda field: field.default_factory() if field.default is MISSING else field.default
-        given = [f.name for f in fields(DPOConfig) if getattr(self, f.name) != default(f)]
-        if unused := [f"--{name}" for name in given if not HONOURED.fullmatch(name)]:
-            raise BadInput(f"not used in mDPO: {', '.join(unused)}")
-        processes, size = int(os.environ.get("WORLD_SIZE", 1)), PAPER["batch-size"]
-        micro = self.per_device_train_batch_size or min(PAPER["micro-batch-size"], -(-size // processes))
-        at_once = processes * micro
-        accumulation = self.gradient_accumulation_steps or -(-size // at_once)
-        self.batch_size = at_once * accumulation if self.gradient_accumulation_steps else max(size, at_once)
-        self.per_device_train_batch_size, self.gradient_accumulation_steps = micro, accumulation
-        if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and not self.use_cpu
-        super().__post_init__()
-
-    def get_warmup_steps(self, num_training_steps):
-        return min(super().get_warmup_steps(num_training_steps), num_training_steps - 1)
+    def get_warmup_steps(self, n_steps):
+        return min(super().get_warmup_steps(n_steps), n_steps - 1)  # as train.py: the first step has rate 0
 
 
 class MDPOTrainer(DPOTrainer):
-    """DPOTrainer with the data, the batches and the loss of train.py. Metrics are means over examples."""
+    """DPOTrainer with train.py's batches and loss. Metrics are means over examples, of all processes."""
 
     loss_is_scaled_for_ga = True
-    _tag_names = ["trl", "mdpo"]
+    _tag_names = ["mdpo", "dpo", "trl"]
 
-    def __init__(self, model, config, processor, pairs, held_out, loss, collate, card):
-        self.pairs, self.held_out, self.loss, self.collate, self.card = pairs, held_out, loss, collate, card
-        marker = datasets.Dataset.from_dict({"images": [0]})  # stands for `pairs`: TRL looks for this column
+    def __init__(self, model, config, processor, pairs, held_out, loss, collate):
+        self.pairs, self.held_out, self.loss, self.collate = pairs, held_out, loss, collate
+        marker = datasets.Dataset.from_dict({"images": [0]})  # in place of `pairs`: TRL looks for this column
         super().__init__(model, args=config, train_dataset=marker, processing_class=processor,
                          eval_dataset=marker if len(held_out) else None, data_collator=collate)  # fmt: skip
         model.delete_adapter("ref")  # TRL's copy of the adapter: the reference is the model without one
 
     def get_train_dataloader(self):
         batches = Epochs(self.args, len(self.pairs))
-        loader = make_loader(self.pairs, batches, self.collate, self.args.dataloader_num_workers)
+        loader = train.make_loader(self.pairs, batches, self.collate, self.args.dataloader_num_workers)
         loader.set_epoch = batches.set_epoch
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None):
         keys = [("held out", i) for i in range(len(self.held_out))]
-        keys = dealt(split(keys, self.args.per_device_eval_batch_size), self.args)
+        keys = deal(train.split(keys, self.args.per_device_eval_batch_size), self.args)
         collate = partial(self.collate, names=tuple(SCORED))
-        return make_loader(self.held_out, keys, collate, self.args.dataloader_num_workers)
+        return train.make_loader(self.held_out, keys, collate, self.args.dataloader_num_workers)
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+    def _get_num_items_in_batch(self, batch_samples, device):  # of an update, on all processes
         n_examples = sum(batch["n_examples"] for batch in batch_samples)
         return self.accelerator.gather(torch.tensor(n_examples, device=device)).sum()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The micro-batch's share of the loss, times the number of processes, which average gradients."""
         inner, n_examples = self.accelerator.unwrap_model(model), inputs["n_examples"]
-        if not hasattr(inner, "forward_inputs"):
+        if not hasattr(inner, "forward_inputs"):  # with FSDP2 the weights must be gathered to encode images
             inner.forward_inputs = partial(forward_inputs, inner)
-            register_fsdp_forward_method(inner, "forward_inputs")  # FSDP2 gathers the weights for it, too
+            register_fsdp_forward_method(inner, "forward_inputs")
         shared = inner.forward_inputs(inputs)
         policy_logps = response_logps(model, inputs, shared)  # first: FSDP2 notes here which weights train
         with torch.no_grad(), inner.disable_adapter():
@@ -131,7 +101,8 @@ class MDPOTrainer(DPOTrainer):
         losses, metrics = self.loss(policy_logps, ref_logps)
         for name, values in {"loss": losses.detach(), **metrics}.items():
             self._metrics["train" if model.training else "eval"][name].append(values[:n_examples])
-        n_in_update = num_items_in_batch or len(losses)
+        # The mean over the update: processes average their gradients, so each multiplies by their number.
+        n_in_update = len(losses) if num_items_in_batch is None else num_items_in_batch
         loss = losses[:n_examples].sum() * self.args.world_size / n_in_update
         return (loss, None) if return_outputs else loss
 
@@ -139,7 +110,7 @@ class MDPOTrainer(DPOTrainer):
         metrics = self._metrics["train" if self.model.training else "eval"]
         if metrics:
             values = [torch.cat(micro_batches).double() for micro_batches in metrics.values()]
-            sums = torch.stack([torch.tensor(len(values[0])).to(values[0]), *(v.sum() for v in values)])
+            sums = torch.stack([torch.ones_like(values[0]).sum(), *(v.sum() for v in values)])
             n_examples, *sums = self.accelerator.reduce(sums).tolist()
             metrics.update(zip([*metrics], ([total / n_examples] for total in sums)))
         super().log(logs, start_time)
@@ -150,10 +121,10 @@ class MDPOTrainer(DPOTrainer):
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, folder=None):
         if self.is_world_process_zero():
-            Path(folder or self.args.output_dir, "README.md").write_text(self.card)
+            Path(folder or self.args.output_dir, "README.md").write_text(self.args.card)
 
 
-class Epochs:
+class Epochs(list):
     """A batch sampler: this process's micro-batches of an epoch, lists of (epoch, index)."""
 
     def __init__(self, config, n_examples):
@@ -162,107 +133,106 @@ class Epochs:
 
     def set_epoch(self, epoch):
         sizes = self.config.batch_size, self.config.per_device_train_batch_size
-        plan = plan_steps(self.n_examples, *sizes, epoch + 1, self.config.seed)
+        plan = train.plan_steps(self.n_examples, *sizes, epoch + 1, self.config.seed)
         steps = plan[len(plan) // (epoch + 1) * epoch :]
-        self.micro_batches = sum((dealt(step, self.config) for step in steps), [])
-
-    def __len__(self):
-        return len(self.micro_batches)
-
-    def __iter__(self):
-        return iter(self.micro_batches)
+        self[:] = sum((deal(step, self.config) for step in steps), [])
 
 
-def dealt(micro_batches, config):
-    """This process's part: every process gets as many, with empty ones at the end where they do not suffice."""
+def deal(micro_batches, config):
+    """This process's part. All have as many, so the last may be empty: it is computed, and counts 0."""
     n = config.world_size
     return (micro_batches + [[]] * (-len(micro_batches) % n))[config.process_index :: n]
 
 
-def make_trainer(argv):
-    """The command line -> the trainer. Raises BadInput."""
-    parser = type("Flags", (Parser, transformers.HfArgumentParser), {})(MDPOConfig, allow_abbrev=False)
-    for name in OURS:
-        default, kind, text = ARGUMENTS.get(name, (False, None, SWITCHES.get(name)))
-        options = {"type": kind} if callable(kind) else {"choices": kind} if kind else {"action": "store_true"}
-        if isinstance(default, tuple):
-            options["nargs"] = len(default) or "+"
-        options |= {"default": default, "help": text.replace("%", "%%"), "required": name in ("model", "data")}
-        parser.add_argument(*sorted({f"--{name}", f"--{name.replace('-', '_')}"}), **options)
-    with about("arguments"):
-        config, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    args.no_image, args.device = False, config.device.type
-    resolve(args)
-    if args.eval_size and config.eval_strategy == "no":
-        config.eval_strategy, config.eval_on_start = "epoch", not config.resume_from_checkpoint
-    if config.eval_strategy != "no" and not args.eval_size:
+def parse(argv):
+    """The command line -> TRL's arguments, with `batch_size`, and train.py's. Raises BadInput."""
+    parser = transformers.HfArgumentParser(MDPOConfig, allow_abbrev=False, epilog=f"From train.py: {OURS}")
+    parser.error = partial(train.Parser.error, parser)
+    parser.set_defaults(**DEFAULTS)
+    flags, rest = parser.parse_known_args(argv)
+    given = [f.name for f in fields(DPOConfig) if getattr(flags, f.name) != parser.get_default(f.name)]
+    unused = [f"--{name}" for name in given if not HONOURED.fullmatch(name)]
+    unused += [word for word in rest if word[:2] == "--" and word[2:].partition("=")[0] not in OURS]
+    if unused:
+        raise BadInput(f"not used by mDPO in TRL: {' '.join(unused)} (--help lists the arguments)")
+    args = train.parse_args(rest)
+    if args.eval_size and flags.eval_strategy == "no":
+        flags.eval_strategy, flags.eval_on_start = "epoch", not flags.resume_from_checkpoint
+    if flags.eval_strategy != "no" and not args.eval_size:
         raise BadInput("--eval_strategy needs --eval-size")
-    if (folder := config.resume_from_checkpoint) and not Path(folder, "trainer_state.json").is_file():
-        raise BadInput(f"--resume_from_checkpoint {folder}: holds no checkpoint")
+    if (folder := flags.resume_from_checkpoint) and not Path(folder, "trainer_state.json").is_file():
+        raise BadInput(f"{folder}: holds no checkpoint to resume from")
+    batch_size, *sizes = share_out(int(os.environ.get("WORLD_SIZE", 1)), flags)
+    flags.per_device_train_batch_size, flags.gradient_accumulation_steps = sizes
+    if flags.bf16 is None:
+        flags.bf16 = torch.cuda.is_available() and not flags.use_cpu
+    with about("arguments"):
+        config = MDPOConfig(**vars(flags))
+    config.batch_size = batch_size
+    return config, args
 
-    names = ("skip_bad", "subset", "limit")
-    options = {name: getattr(args, name) for name in names} | {"seed": config.seed}
-    processor = load_processor(args.model)
-    examples = read_examples(args.data, args.images, processor=processor, max_length=config.max_length, **options)
+
+def share_out(n_processes, flags):
+    """-> examples an update (32 if no flag says otherwise), examples at a time, micro-batches an update."""
+    micro, accumulation = flags.per_device_train_batch_size, flags.gradient_accumulation_steps
+    micro = micro or min(4, -(-32 // n_processes))
+    at_once = n_processes * micro
+    size = at_once * accumulation if accumulation else max(32, at_once)
+    return size, micro, -(-size // at_once)
+
+
+def make_trainer(config, args):
+    processor = train.load_processor(args.model)
+    options = {name: getattr(args, name) for name in ("skip_bad", "subset", "limit")}
+    options |= {"seed": config.seed, "processor": processor, "max_length": config.max_length}
+    examples = read_examples(args.data, args.images, **options)
     if args.eval_size >= len(examples):
         raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
-    held = sorted(Random(f"{config.seed} held out").sample(range(len(examples)), args.eval_size))
+    held = sorted(random.Random(f"{config.seed} held out").sample(range(len(examples)), args.eval_size))
     parts = [e for i, e in enumerate(examples) if i not in held], [examples[i] for i in held]
     pairs, held_out = (Pairs(part, args.reject, args.crop, config.seed, pool=examples) for part in parts)
+    first = [pairs[0, i] for i in range(len(pairs))[:2]]
 
-    sharded = bool(config.fsdp or config.deepspeed_plugin or os.environ.get("ACCELERATE_USE_FSDP"))
-    if sharded:  # each process reads all weights, which TRL's Trainer shards later
+    sharded = config.fsdp or config.deepspeed_plugin or "ACCELERATE_USE_FSDP" in os.environ
+    if sharded:  # every process reads all weights, and the Trainer shards them
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         transformers.integrations.deepspeed.unset_hf_deepspeed_config()
     else:
-        config.mixed_precision = "no"  # as in train.py: a model of bf16, an adapter of float32, no autocast
+        config.mixed_precision = "no"  # as in train.py: no autocast, a bf16 model with an adapter of float32
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model, processor = load_model(args.model, "cpu" if sharded else config.device, dtype)
-    layer = peft.tuners.lora.Linear if sharded else LoraLinear
-    model = add_lora(model, args.lora_rank, args.lora_alpha, config.seed, layer)
-    first = [pairs[0, i] for i in range(len(pairs))[:2]]
-    layout = choose_layout(model, processor, first, args.layout, config.max_length)
+    model, processor = train.load_model(args.model, "cpu" if sharded else config.device, dtype)
+    layer = peft.tuners.lora.Linear if sharded else train.LoraLinear
+    model = train.add_lora(model, args.lora_rank, args.lora_alpha, config.seed, layer)
+    layout = train.choose_layout(model, processor, first, args.layout, config.max_length)
     if config.gradient_checkpointing:
-        enable_checkpointing(model)
-    config.gradient_checkpointing = config.activation_checkpointing = False  # done: not by the Trainer again
+        train.enable_checkpointing(model)
+    config.gradient_checkpointing = config.activation_checkpointing = False  # not by the Trainer as well
 
-    anchors = {*args.anchors} - {"none"}
-    loss = partial(mdpo_loss, beta=config.beta, delta=args.delta, conditional=args.conditional, anchors=anchors)
-    names = [name for name in SCORED if name != "image_rejected" or args.conditional or name in anchors]
+    options = {"delta": args.delta, "conditional": args.conditional, "anchors": {*args.anchors} - {"none"}}
+    names = [name for name in SCORED if name != "image_rejected" or args.conditional or name in args.anchors]
 
     def collate(batch, names=names):
         rows = make_batch(batch or first[:1], processor, layout, names, config.max_length)
         return rows | {"n_examples": len(batch)}
 
-    return MDPOTrainer(model, config, processor, pairs, held_out, loss, collate, model_card(args, config, pairs))
-
-
-def model_card(args, config, pairs):
-    base = {} if Path(args.model).is_dir() else {"base_model": args.model}
-    header = ModelCardData(library_name="peft", tags=["mdpo", "dpo", "trl", "lora"], **base).to_yaml()
-    settings = vars(args) | config.to_dict()
-    names = "reject crop delta anchors conditional lora_rank lora_alpha beta learning_rate lr_scheduler_type "
-    names += "warmup_steps num_train_epochs max_length seed"
-    lines = [f"- {name}: {settings[name]}" for name in names.split()]
-    return "\n".join([
-        f"---\n{header}\n---\n\n# {Path(config.output_dir).name}\n",
-        f"A LoRA adapter for `{args.model}`, trained with mDPO (https://arxiv.org/abs/2406.11839) on "
-        f"{len(pairs)} preferences of `{Path(args.data).name}`, {config.batch_size} an update:\n", *lines,
-    ]) + "\n"  # fmt: skip
+    base = "" if Path(args.model).is_dir() else f"base_model: {args.model}\n"
+    config.card = CARD.format(args=args, config=config, n=len(pairs), options=options, base=base)
+    loss = partial(mdpo_loss, beta=config.beta, **options)
+    trainer = MDPOTrainer(model, config, processor, pairs, held_out, loss, collate)
+    if config.fsdp and not trainer.is_fsdp_enabled:
+        raise BadInput("--fsdp: accelerate does not shard here, but only on two or more GPUs")
+    return trainer
 
 
 def run(argv):
-    quiet_libraries()
-    trainer = make_trainer(argv)
+    train.quiet_libraries()
+    trainer = make_trainer(*parse(argv))
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()  # trainer_state.json: the log
     trainer.end()
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))
