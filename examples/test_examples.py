@@ -21,7 +21,7 @@ from PIL import Image
 
 import data
 import train
-from data import BadInput, Example, Pair, Pairs, make_batch, open_image, read_examples
+from data import BadInput, Example, Pair, make_batch, open_image, read_examples
 from examples import benchmarks, demo, families, merge, miniature, preview, shapes, throughput, tiny_bunny
 from examples import answer as answering
 from examples import unconditional
