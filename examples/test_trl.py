@@ -114,6 +114,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(runs, drawn, tmp_path):
     resumed = trl_run(model, drawn, tmp_path / "out", "--resume_from_checkpoint", out["trl"] / "checkpoint-4")
     numbers = lambda log: [(r["step"], r["loss"], r["grad_norm"]) for r in log if "grad_norm" in r]
     assert numbers(resumed) == numbers(log) and len(numbers(log)) == 6
+    assert not (tmp_path / "out" / "checkpoint-2").exists()  # it did not begin anew
     assert all(
         torch.equal(weight, adapter(out["trl"])[name]) for name, weight in adapter(tmp_path / "out").items()
     )
@@ -285,4 +286,4 @@ def test_the_model_card_is_true(runs):
         assert (
             "tags: [mdpo, dpo, trl, lora]" in card and "9 examples,\n2 epochs, 4 examples an update" in card
         )
-        assert "learning rate\n0.01" in card and "LoRA rank 4,\nalpha 8" in card and "base_model" not in card
+        assert "learning rate\n0.01" in card and "LoRA rank 4, alpha 8" in card and "base_model" not in card

@@ -37,9 +37,9 @@ DEFAULTS = {  # of TRL's flags: the paper's, as in train.py; for the two that ar
 HONOURED = re.compile(  # TRL's flags that work as documented; any other must keep its default
     f"{'|'.join(DEFAULTS)}|output_dir|(log|logging|trackio|hub|save|ddp)_.*|report_to|run_name|project|bf16|"
     "disable_tqdm|push_to_hub|resume_from_checkpoint|restore_callback_states_from_checkpoint|max_steps|optim|"
-    "eval_(strategy|steps|delay|on_start)|load_best_model_at_end|metric_for_best_model|greater_is_better|tf32|"
+    "eval_(strategy|steps|delay|on_start)|load_best_model_at_end|metric_for_best_model|greater_is_better|"
     "optim_args|adam_epsilon|lr_scheduler_kwargs|(gradient|activation)_checkpointing|fsdp|fsdp_config|debug|"
-    "deepspeed|use_cpu|full_determinism|torch_empty_cache_steps|skip_memory_metrics|local_rank|"
+    "deepspeed|use_cpu|tf32|full_determinism|torch_empty_cache_steps|skip_memory_metrics|local_rank|"
     "include_num_input_tokens_seen"
 )
 OURS = "model data images subset limit skip-bad eval-size reject crop delta anchors no-conditional".split()
@@ -50,8 +50,8 @@ library_name: peft
 ---
 A LoRA adapter for `{args.model}`, trained with mDPO (https://arxiv.org/abs/2406.11839): {n} examples,
 {config.num_train_epochs:g} epochs, {config.batch_size} examples an update, learning rate
-{config.learning_rate}, beta {config.beta}, {options}, rejected images: {args.reject}, LoRA rank {args.lora_rank},
-alpha {args.lora_alpha}.
+{config.learning_rate}, beta {config.beta}, {options}, rejected images: {args.reject},
+LoRA rank {args.lora_rank}, alpha {args.lora_alpha}.
 """
 
 
@@ -144,6 +144,10 @@ def deal(micro_batches, config):
     return (micro_batches + [[]] * (-len(micro_batches) % n))[config.process_index :: n]
 
 
+def counted_batch(pairs, spare, **options):
+    return make_batch(pairs or spare, **options) | {"n_examples": len(pairs)}
+
+
 def parse(argv):
     """The command line -> TRL's arguments, with `batch_size`, and train.py's. Raises BadInput."""
     parser = transformers.HfArgumentParser(MDPOConfig, allow_abbrev=False, epilog=f"From train.py: {OURS}")
@@ -210,17 +214,14 @@ def make_trainer(config, args):
 
     options = {"delta": args.delta, "conditional": args.conditional, "anchors": {*args.anchors} - {"none"}}
     names = [name for name in SCORED if name != "image_rejected" or args.conditional or name in args.anchors]
-
-    def collate(batch, names=names):
-        rows = make_batch(batch or first[:1], processor, layout, names, config.max_length)
-        return rows | {"n_examples": len(batch)}
-
+    rows = {"processor": processor, "layout": layout, "names": names, "max_length": config.max_length}
     base = "" if Path(args.model).is_dir() else f"base_model: {args.model}\n"
     config.card = CARD.format(args=args, config=config, n=len(pairs), options=options, base=base)
     loss = partial(mdpo_loss, beta=config.beta, **options)
+    collate = partial(counted_batch, spare=first[:1], **rows)
     trainer = MDPOTrainer(model, config, processor, pairs, held_out, loss, collate)
-    if config.fsdp and not trainer.is_fsdp_enabled:
-        raise BadInput("--fsdp: accelerate does not shard here, but only on two or more GPUs")
+    if sharded and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise BadInput("FSDP: accelerate shards on two or more GPUs only, and would train in DDP")
     return trainer
 
 
