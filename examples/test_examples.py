@@ -1960,41 +1960,6 @@ def test_throughput_command_measures_and_prints_everything(tiny, monkeypatch, tm
     assert "1.00 GiB, and 3.00 more at the peak of a step: authors\n" in printed
 
 
-def test_trl_trains_the_same(bunny, tmp_path):
-    """`examples/trl_mdpo.py` is how a user goes to many GPUs: its loss and gradients must be this loop's."""
-    pytest.importorskip("trl")
-    from examples import trl_mdpo
-
-    examples, gradients, losses = as_examples(tmp_path), [], []
-    for trainer_of in ("this", "trl"):
-        model, processor = with_lora(bunny, checkpointing=False)
-        torch.manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.1)
-        if trainer_of == "this":
-            pairs = Pairs(examples)
-            loss = mdpo_step(model, make_batch([pairs[0, i] for i in range(4)], processor))[0].mean()
-        else:
-            config = trl_mdpo.DPOConfig(
-                output_dir=str(tmp_path / "trl"), per_device_train_batch_size=4, report_to=[], use_cpu=True,
-                bf16=False, gradient_checkpointing=False, learning_rate=1e-4, max_steps=1, seed=0,
-                disable_tqdm=True,
-            )  # fmt: skip
-            trainer = trl_mdpo.make_trainer(model, processor, examples, config)
-            batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-            loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
-        loss.backward()
-        losses.append(loss.item())
-        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
-    trainer.model.zero_grad()
-    trainer.train()
-    assert trainer.state.global_step == 1 and "rewards/image_margins" in trainer.state.log_history[-1]
-
-
 # ----------------------------------------------------------------------- families, and the making of the base
 
 

@@ -165,8 +165,6 @@ def trl_rival(model, processor, groups):
     """-> (batches, losses) of TRL's DPOTrainer on these micro-batches of pairs."""
     from trl import DPOConfig, DPOTrainer
 
-    from examples.trl_mdpo import trl_dataset
-
     cuda = model.device.type == "cuda"
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(groups[0]), beta=0.1, report_to="none",
@@ -176,6 +174,25 @@ def trl_rival(model, processor, groups):
     trainer = DPOTrainer(model, args=config, train_dataset=datasets[0], processing_class=processor)
     batches = [trainer.data_collator([*rows]) for rows in datasets]
     return batches, lambda model, batch: trainer.compute_loss(trainer.model, batch)
+
+
+def trl_dataset(pairs):
+    """Pairs -> a `datasets.Dataset` in TRL's vision format; a pair is asked for when its row is read."""
+    from datasets import Dataset
+
+    say = lambda role, text: [{"role": role, "content": text}]
+
+    def load(columns):
+        rows = [pairs[i] for i in columns["index"]]
+        prompt = lambda question: say("user", question) if isinstance(question, str) else question
+        return {
+            "prompt": [prompt(row.question) for row in rows],
+            "chosen": [say("assistant", row.chosen) for row in rows],
+            "rejected": [say("assistant", row.rejected) for row in rows],
+            "images": [[*row.images] for row in rows],
+        }
+
+    return Dataset.from_dict({"index": range(len(pairs))}).with_transform(load)
 
 
 def with_pefts_layers(model):

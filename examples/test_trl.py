@@ -1,0 +1,289 @@
+"""Tests of examples/trl_mdpo.py, with trl installed. Each says what breaks if it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+import train
+from data import BadInput, Pairs, make_batch, read_examples, run_command
+from examples import families, shapes, trl_mdpo
+from mdpo import mdpo_step
+from test_mdpo import ROOT, adapter, log_of
+from test_mdpo import bunny, llava  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+LORA = "--lora-rank 4 --lora-alpha 8"
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """12 examples, of which 3 are held out: with batches of 4 by 2, an epoch of 9 is 2 + 2, 2 + 2, then 1."""
+    return shapes.write_pairs(tmp_path_factory.mktemp("data") / "drawn", 12)
+
+
+def flags(model, data, out, *more):
+    base = f"--model {model} --data {data} --output_dir {out} --num_train_epochs 2 --learning_rate 1e-2"
+    sizes = "--per_device_train_batch_size 2 --per_device_eval_batch_size 2 --eval-size 3"
+    saving = "--save_strategy steps --save_steps 2 --disable_tqdm True --dataloader_num_workers 0 --use_cpu"
+    return [*f"{base} {sizes} {saving} {LORA}".split(), *map(str, more)]
+
+
+def trl_run(model, data, out, *more):
+    """One process of TRL's, 2 micro-batches an update -> its log."""
+    argv = flags(model, data, out, *more, "--gradient_accumulation_steps", 2)
+    assert run_command(trl_mdpo.run, argv) == 0
+    return json.loads((out / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture(scope="session", params=["bunny", "llava"])
+def runs(request, drawn, tmp_path_factory):
+    """The same run by train.py and in TRL -> (model, {name: folder}, the log in TRL)."""
+    model = request.getfixturevalue(request.param)
+    out = {name: tmp_path_factory.mktemp("runs") / name for name in ("train", "trl")}
+    argv = (
+        f"--model {model} --data {drawn} --out {out['train']} --epochs 2 --batch-size 4 --micro-batch-size 2"
+    )
+    assert train.main([*f"{argv} --lr 1e-2 --workers 0 --device cpu --eval-size 3 {LORA}".split()]) == 0
+    return model, out, trl_run(model, drawn, out["trl"])
+
+
+def steps_and_evaluations(log):
+    """TRL's log -> records under train.py's names."""
+    steps = [{**record, "lr": record["learning_rate"]} for record in log if "grad_norm" in record]
+    renamed = lambda record: {
+        f"eval/{name[5:]}": value for name, value in record.items() if "loss" in name or "/" in name
+    }
+    return steps, [renamed(record) for record in log if "eval_loss" in record]
+
+
+def assert_same_numbers(log, expected):
+    """Every loss, reward, learning rate and gradient norm of every step, and of every evaluation."""
+    steps, evaluations = steps_and_evaluations(log)
+    theirs = [record for record in expected if "lr" in record]
+    assert len(steps) == len(theirs) == 6
+    for step, record in zip(steps, theirs):
+        names = [n for n in record if n in ("loss", "lr", "grad_norm") or n.startswith(("loss/", "rewards/"))]
+        assert len(names) == 13  # 4 losses, 7 of rewards, and the two
+        assert [step[n] for n in names] == pytest.approx([record[n] for n in names], abs=1e-4, rel=1e-4)
+    theirs = [record for record in expected if "eval/loss" in record]
+    assert len(evaluations) == len(theirs) == 3  # before training, and after each epoch
+    for evaluation, record in zip(evaluations, theirs):
+        names = [n for n in record if n.startswith("eval/")]
+        assert [evaluation[n] for n in names] == pytest.approx([record[n] for n in names], abs=1e-4)
+
+
+def test_one_process_gives_train_pys_numbers(runs):
+    """The way to many GPUs must train what the README reports: a wrong token, order, crop, weight of the last
+    short batch, default of the optimizer or mean over the held-out examples shows here."""
+    _, out, log = runs
+    assert_same_numbers(log, log_of(out["train"]))
+    ours, theirs = adapter(out["train"]), adapter(out["trl"])
+    assert ours.keys() == theirs.keys()
+    assert not (out["trl"] / "ref").exists()  # a second adapter of TRL's
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-4
+    assert max(weight.abs().max() for name, weight in theirs.items() if "lora_B" in name) > 1e-3  # trained
+
+
+def test_two_processes_equal_one(runs, drawn, tmp_path):
+    """A last update of one example leaves a process without any: counted, repeated or waited for, it would be
+    wrong. So would gradients or metrics that are means over processes."""
+    model, _, log = runs
+    if "llava" in str(model):
+        pytest.skip("one model is enough")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = flags(model, drawn, tmp_path / "out", "--gradient_accumulation_steps", 1, "--ddp_backend", "gloo")
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "examples/trl_mdpo.py"), *argv], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    steps, evaluations = steps_and_evaluations(log)
+    assert_same_numbers(state["log_history"], [*steps, *evaluations])
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit(runs, drawn, tmp_path):
+    """Resumed in the middle of an epoch, other batches or crops, or a new optimizer, would go unnoticed."""
+    model, out, log = runs
+    resumed = trl_run(model, drawn, tmp_path / "out", "--resume_from_checkpoint", out["trl"] / "checkpoint-4")
+    numbers = lambda log: [(r["step"], r["loss"], r["grad_norm"]) for r in log if "grad_norm" in r]
+    assert numbers(resumed) == numbers(log) and len(numbers(log)) == 6
+    assert not (tmp_path / "out" / "checkpoint-2").exists()  # it did not begin anew
+    assert all(
+        torch.equal(weight, adapter(out["trl"])[name]) for name, weight in adapter(tmp_path / "out").items()
+    )
+
+
+@pytest.mark.parametrize("name", ["bunny", "llava", *families.FAMILIES])
+def test_tokens_loss_and_gradients_are_train_pys(name, request, drawn, tmp_path):
+    """TRL's own rows lose </s> or learn a newline on most families; `train.py`'s do not."""
+    in_families = name in families.FAMILIES
+    model = families.write_family(name, tmp_path / "model") if in_families else request.getfixturevalue(name)
+    trainer = trl_mdpo.make_trainer(*trl_mdpo.parse(flags(model, drawn, tmp_path / "out")))
+    inputs = next(iter(trainer.get_train_dataloader()))
+    kept_out = trainer.held_out.examples
+    pairs = Pairs([e for e in read_examples(str(drawn)) if e not in kept_out])
+    chosen = [pairs[key] for key in train.plan_steps(9, 32, 2, 1, 0)[0][0]]
+
+    ours, processor = train.load_model(str(model))
+    ours = train.add_lora(ours, rank=4, alpha=8)
+    layout = train.choose_layout(ours, processor, [pairs[0, 0], pairs[0, 1]])
+    batch = make_batch(chosen, processor, layout)
+    assert torch.equal(inputs["input_ids"], batch["input_ids"]) and torch.equal(
+        inputs["targets"], batch["targets"]
+    )
+    eos = processor.tokenizer.eos_token_id
+    n_ends = (inputs["targets"] == eos).sum().item()
+    assert n_ends == 6  # of y_w, y_l and y_w again, in two examples
+    losses, gradients = [], []
+    for one in ours, trainer.model:
+        torch.manual_seed(1)
+        for parameter in (p for n, p in one.named_parameters() if "lora_B" in n):
+            torch.nn.init.normal_(parameter, std=0.1)
+        one.train()
+    losses = mdpo_step(ours, batch)[0].mean(), trainer.compute_loss(trainer.model, inputs)
+    for loss in losses:
+        loss.backward()
+    assert (
+        losses[0].item() == pytest.approx(losses[1].item(), abs=1e-5)
+        and abs(losses[0].item() - 2.0794) > 1e-3
+    )
+    gradients = [[p.grad for p in one.parameters() if p.requires_grad] for one in (ours, trainer.model)]
+    assert len(gradients[0]) > 8
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):
+    """A flag that is read and not used trains something else than was asked for. Policy and reference are the
+    same at the start, so rewards are 0: DPO's term is ln 2, the anchor's is softplus(delta) on y_w and
+    softplus(-delta) on y_l."""
+    more = "--delta 1 --no-conditional --anchors chosen rejected --reject random --crop 0.5 0.6".split()
+    more += "--beta 0.2".split()
+    config, args = trl_mdpo.parse(
+        flags(bunny, drawn, tmp_path / "out", *more, "--max_length", 70, "--limit", 8)
+    )
+    trainer = trl_mdpo.make_trainer(config, args)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    assert inputs["names"] == ["chosen", "rejected"] and trainer.loss.keywords["beta"] == 0.2
+    assert (len(trainer.pairs), len(trainer.held_out)) == (5, 3)
+    assert (trainer.pairs.strategy, tuple(trainer.pairs.crop)) == ("random", (0.5, 0.6))
+    assert max(prefix + max(n) for prefix, *n in inputs["lengths"]) <= 70
+    expected = 0.693147 + 1.313262 + 0.313262  # ln 2, softplus(1), softplus(-1)
+    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_defaults_are_the_papers(bunny, drawn, tmp_path):
+    """TRL's own are a tenth of the learning rate, linear, without warm-up, and 8 examples a process."""
+    argv = f"--model {bunny} --data {drawn} --output_dir {tmp_path} --use_cpu"
+    config, args = trl_mdpo.parse(argv.split())
+    assert (config.learning_rate, config.lr_scheduler_type, config.get_warmup_steps(939)) == (
+        1e-5,
+        "cosine",
+        94,
+    )
+    assert (config.adam_beta1, config.adam_beta2, config.weight_decay, config.max_grad_norm) == (
+        0.9,
+        0.98,
+        0.05,
+        1,
+    )
+    assert (config.num_train_epochs, config.max_length, config.beta, config.seed) == (3, 2048, 0.1, 0)
+    assert (config.batch_size, config.per_device_train_batch_size, config.gradient_accumulation_steps) == (
+        32,
+        4,
+        8,
+    )
+    assert (args.delta, args.conditional, args.anchors, args.lora_rank, args.lora_alpha) == (
+        0,
+        True,
+        ["chosen"],
+        64,
+        128,
+    )
+    assert config.get_warmup_steps(1) == 0  # else the only step has rate 0
+
+
+@pytest.mark.parametrize(
+    "n, micro, accumulation, expected",
+    [
+        (1, None, None, (32, 4, 8)),
+        (8, None, None, (32, 4, 1)),
+        (3, None, None, (32, 4, 3)),  # 8 micro-batches for 9 places
+        (16, None, None, (32, 2, 1)),
+        (64, None, None, (64, 1, 1)),
+        (2, 8, None, (32, 8, 2)),
+        (8, 8, None, (64, 8, 1)),
+        (2, None, 3, (24, 4, 3)),
+        (2, 5, 1, (10, 5, 1)),
+    ],
+)
+def test_an_update_is_32_examples_on_any_number_of_processes(n, micro, accumulation, expected):
+    """With TRL's rule the batch grows with the GPUs, and the paper's learning rate no longer fits."""
+    given = SimpleNamespace(per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
+    assert trl_mdpo.share_out(n, given) == expected
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8])
+def test_processes_share_train_pys_plan(n):
+    """Each example once an epoch, in train.py's update; and as many micro-batches for each process, or one
+    waits for ever."""
+    plan = train.plan_steps(9, 4, 2, 2, 0)
+    config = lambda i: SimpleNamespace(
+        world_size=n, process_index=i, batch_size=4, per_device_train_batch_size=2, seed=0
+    )
+    processes = [trl_mdpo.Epochs(config(i), 9) for i in range(n)]
+    for epoch in (1, 0):
+        for process in processes:
+            process.set_epoch(epoch)
+        assert len({len(process) for process in processes}) == 1
+        together = [micro for micros in zip(*processes) for micro in micros if micro]
+        assert together == sum(plan[3 * epoch : 3 * epoch + 3], [])
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (
+            "--loss_type ipo --label_smoothing 0.1",
+            "error: not used by mDPO in TRL: --loss_type --label_smoothing",
+        ),
+        ("--padding_free True", "--padding_free"),
+        ("--lr 1e-3 --no-image", "--lr --no-image"),
+        ("--learning_rate fast", "invalid float value"),
+        ("--data /none.json", "/none.json: cannot be read"),
+        ("--resume_from_checkpoint /none", "/none: holds no checkpoint"),
+        ("--eval_strategy epoch --eval-size 0", "--eval_strategy needs --eval-size"),
+        ("--eval-size 12", "--eval-size 12 leaves none of 12"),
+    ],
+)
+def test_what_is_not_used_or_wrong_is_one_line(bunny, drawn, tmp_path, capsys, argv, message):
+    """`--loss_type` used to be ignored in silence, and a missing file was a traceback."""
+    assert run_command(trl_mdpo.run, [*flags(bunny, drawn, tmp_path / "out"), *argv.split()]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert message in printed[-1] and sum("error: " in line for line in printed) == 1
+
+
+def test_every_other_field_of_trl_is_refused(bunny, drawn, tmp_path):
+    """A field that TRL adds in a later version must not be taken for one that works here."""
+    not_ours = "precompute_ref_log_probs sync_ref_model use_weighting fp16 auto_find_batch_size data_seed"
+    for name in not_ours.split():
+        with pytest.raises(BadInput, match=name):
+            trl_mdpo.parse(flags(bunny, drawn, tmp_path, f"--{name}", "1" if name == "data_seed" else "True"))
+
+
+def test_the_model_card_is_true(runs):
+    """peft's and TRL's cards are blank or say that a text model was trained with DPO."""
+    _, out, _ = runs
+    for folder in out["trl"], out["trl"] / "checkpoint-6":
+        card = (Path(folder) / "README.md").read_text()
+        assert (
+            "tags: [mdpo, dpo, trl, lora]" in card and "9 examples,\n2 epochs, 4 examples an update" in card
+        )
+        assert "learning rate\n0.01" in card and "LoRA rank 4, alpha 8" in card and "base_model" not in card
