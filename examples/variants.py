@@ -92,7 +92,7 @@ def diffusion_noise(image, rng, t=500):
 
 def mask_patches(image, rng, share=0.3, grid=24):
     """30% of 24 x 24 patches in the image's mean grey (OPA-DPO)"""
-    # 24 x 24 are LLaVA-1.5's. Of the authors' two masks this is "blockwise"; their script takes single pixels.
+    # 24 x 24 as in LLaVA-1.5. Of the authors' two masks this is "blockwise"; their script has single pixels.
     hidden = {*rng.sample(range(grid**2), round(share * grid**2))}
     mask = Image.new("L", (grid, grid))
     mask.putdata([255 * (patch in hidden) for patch in range(grid**2)])
