@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import SCORED, Pair, Pairs, about, make_batch, open_image, read_examples, run_command, to_device
+from data import SCORED, Pairs, about, make_batch, open_image, read_examples, run_command
 from examples.answer import load_tuned
 from mdpo import mdpo_loss, mdpo_step
 
@@ -31,11 +31,11 @@ LEVEL = 0.95  # of the intervals
 
 @torch.no_grad()
 def score(model, processor, pair_of, indices, names, loss, batch_size=8, max_length=2048):
-    """-> {metric of the loss: a float for each index}. pair_of: index -> `Pair`. names: of `make_batch`."""
+    """-> {metric of the loss: a float for each index}. pair_of: index -> `Example` with its images. names: of `make_batch`."""
     metrics = defaultdict(list)
     for some in tqdm(train.split(indices, batch_size), leave=False, disable=None):
         batch = make_batch([pair_of(i) for i in some], processor, "plain", names, max_length)
-        for name, values in mdpo_step(model, to_device(batch, model.device), loss)[1].items():
+        for name, values in mdpo_step(model, batch, loss)[1].items():
             metrics[name] += values.tolist()
     return metrics
 
@@ -49,7 +49,7 @@ def score_margins(model, processor, examples, beta=0.1, batch_size=8, max_length
     }
     loss, margins = partial(mdpo_loss, beta=beta, conditional=False, anchors=()), {}
     for name, paths in shown.items():
-        pair_of = lambda i: Pair(*examples[i][1:4], tuple(map(open_image, paths[i])), ())
+        pair_of = lambda i: examples[i]._replace(images=tuple(map(open_image, paths[i])), images_rejected=())
         indices = [i for i in range(len(examples)) if paths[i] is not None]
         options = ("chosen", "rejected"), loss, batch_size, max_length
         margins[name] = score(model, processor, pair_of, indices, *options)["rewards/margins"]

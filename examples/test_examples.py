@@ -3,11 +3,16 @@
 import base64
 import contextlib
 import io
+import itertools
 import json
 import math
+import os
 import random
 import re
+import signal
+import statistics
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +28,12 @@ import data
 import train
 from data import BadInput, Example, Pairs, make_batch, open_image, read_examples, texts_of
 from examples import answer as answering
-from examples import benchmarks, curves, demo, evaluate, families, merge, miniature, preview, shapes
-from examples import throughput, tiny_bunny, words
+from examples import benchmarks, curves, demo, evaluate, families, merge, minimal, miniature, preview, shapes
+from examples import throughput, tiny_bunny, variants, words
 from examples.answer import generate_answers
 from mdpo import LogPs, mdpo_step, response_logps, sequence_logps
-from test_mdpo import DPO_NAMES, PAIRS, ROOT, adapter, as_examples, command, noise, pair, with_lora, write
+from test_mdpo import DPO_NAMES, PAIRS, POLICY, REF, ROOT, adapter, as_examples, command, log_of, noise, pair
+from test_mdpo import softplus, with_lora, write
 from test_mdpo import bunny, finished, llava, loaded, small  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -2023,3 +2029,287 @@ def test_readme_of_the_study_of_words_says_what_its_table_shows():
     assert numbers == pytest.approx(
         rise("DPO", 2) + rise("mDPO", 2) + rise("DPO", 0)[1:2] + lead(0) + lead(2), abs=0.001
     )
+
+
+# --------------------------------------------------------------------------------- variants of loss and image
+
+WEIGHTED = {"dpo": softplus(-1.5), "conditional": 0.2 * softplus(-1.0)}
+
+
+@pytest.fixture
+def strategies():
+    """What a variant adds to the strategies is taken back."""
+    before = dict(data.STRATEGIES)
+    yield data.STRATEGIES
+    data.STRATEGIES.clear()
+    data.STRATEGIES.update(before)
+
+
+@pytest.mark.parametrize(
+    "loss, options, expected",
+    [
+        (variants.chip_loss, {}, {"joint": softplus(-2.5)}),
+        (variants.opa_dpo_loss, {}, WEIGHTED | {"anchor": softplus(-0.5)}),
+        (variants.opa_dpo_loss, {"delta": 0.25}, WEIGHTED | {"anchor": softplus(-0.25)}),
+        (variants.rpo_loss, {}, {"dpo": softplus(-1.5), "sft": 0.05 * 10}),
+        (variants.rpo_loss, {"alpha": 2}, {"dpo": softplus(-1.5), "sft": 2 * 10}),
+    ],
+)
+def test_losses_of_the_variants_by_hand(loss, options, expected):
+    """A wrong sign or weight trains something that the paper is not about. As in test_mdpo.py, beta 0.5 makes
+    r_w 0.5, r_l -1 and r_img -0.5, so the margins are 1.5 and 1. Joint: -log sigmoid(1.5 + 1). AncPO: 0.5 -
+    delta. log pi(y_w | m_w, q) is -10. The second example is the first one three times as far from the
+    reference, so that a mean over the batch would show."""
+    far = LogPs(*(ref + 3 * (policy - ref) for policy, ref in zip(POLICY, REF)))
+    policy = LogPs(*(torch.cat(pair).requires_grad_() for pair in zip(POLICY, far)))
+    losses, metrics = loss(policy, LogPs(*(ref.repeat(2) for ref in REF)), beta=0.5, **options)
+    assert losses.shape == (2,) and losses.requires_grad
+    assert losses[0].item() == pytest.approx(sum(expected.values()), abs=1e-6)
+    terms = {name[5:]: value[0].item() for name, value in metrics.items() if name.startswith("loss/")}
+    assert terms == pytest.approx(expected, abs=1e-6)
+    assert metrics["rewards/margins"].tolist() == pytest.approx([1.5, 4.5])
+    assert metrics["rewards/image_margins"].tolist() == pytest.approx([1, 3])
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_rpo_needs_no_rejected_image():
+    """It is DPO and SFT: two log-probabilities. A tenth of a nat less is no float32, and must not become one."""
+    policy, ref = ([logp.double() - 0.1 for logp in logps[:2]] for logps in (POLICY, REF))
+    losses, metrics = variants.rpo_loss(policy, ref, 0.5)
+    assert losses.item() == pytest.approx(softplus(-1.5) + 0.05 * 10.1, abs=1e-12)
+    assert not any("image" in name for name in metrics)
+
+
+def test_defaults_of_the_variants_are_the_papers():
+    """beta 0.1, as in mDPO: rewards 0.1, -0.2 and -0.1, margins 0.3 and 0.2."""
+    loss = lambda function: function(POLICY, REF)[0].item()
+    assert loss(variants.chip_loss) == pytest.approx(softplus(-0.5), abs=1e-6)
+    opa_dpo = softplus(-0.3) + 0.2 * softplus(-0.2) + softplus(-0.1)
+    assert loss(variants.opa_dpo_loss) == pytest.approx(opa_dpo, abs=1e-6)
+    assert loss(variants.rpo_loss) == pytest.approx(softplus(-0.3) + 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("level", [64, 128, 191])
+def test_noise_is_the_diffusions(level):
+    """x_t = sqrt(a) x + sqrt(1 - a) e. The schedule is multiplied up here in plain Python: a = 0.7448, so
+    that pixels keep 0.8630 of themselves, and the noise has the deviation 0.5052, in units of half the range.
+    Clipping does not move these quantiles: the median is sqrt(a) x, 68% lie within one deviation. For x = 0,
+    the clipped c e has the second moment c^2 (P(|e| < 1/c) - 2/c phi(1/c)) + P(|e| > 1/c)."""
+    a = math.prod(1 - (1e-5 + (5e-3 - 1e-5) / (1 + math.exp(6 - 12 * t / 999))) for t in range(501))
+    image = Image.new("RGB", (300, 200), (level, level, level))
+    x = torch.tensor([*variants.diffusion_noise(image, random.Random(0)).tobytes()]) / 127.5 - 1
+    low, median, high = x.quantile(torch.tensor([0.158655, 0.5, 0.841345])).tolist()
+    assert median == pytest.approx(math.sqrt(a) * (level / 127.5 - 1), abs=0.01)
+    assert (high - low) / 2 == pytest.approx(math.sqrt(1 - a), abs=0.01)
+    if level == 128:  # x is 0.004
+        c, normal = math.sqrt(1 - a), statistics.NormalDist()
+        outside = 2 * normal.cdf(-1 / c)
+        expected = c**2 * (1 - outside - 2 / c * normal.pdf(1 / c)) + outside
+        assert x.mean().item() == pytest.approx(0.0034, abs=0.004)
+        assert x.square().mean().item() == pytest.approx(expected, rel=0.01)
+    by_pixel = x.view(-1, 3).T
+    assert torch.corrcoef(by_pixel).fill_diagonal_(0).abs().max() < 0.02  # each colour has noise of its own,
+    neighbours = torch.stack([by_pixel[0, 1:], by_pixel[0, :-1]])
+    assert torch.corrcoef(neighbours)[0, 1].abs() < 0.02  # and each pixel
+
+
+def test_mask_hides_three_patches_in_ten():
+    """173 of 24 x 24 patches, here 2 x 4 pixels each, are the image's mean grey; the others do not change."""
+    image, rng = noise(1, (48, 96)), random.Random(0)
+    grey = round(sum(image.tobytes()) / len(image.tobytes()))
+    masked, n_hidden = variants.mask_patches(image, rng), 0
+    for x, y in itertools.product(range(0, 48, 2), range(0, 96, 4)):
+        before, after = (picture.crop((x, y, x + 2, y + 4)).tobytes() for picture in (image, masked))
+        assert after in (before, bytes([grey]) * 24)
+        n_hidden += after != before
+    assert n_hidden == 173
+    assert variants.mask_patches(image, rng).tobytes() != masked.tobytes()
+    image = noise(2, (100, 75))  # no multiple of 24
+    before, after = (picture.tobytes() for picture in (image, variants.mask_patches(image, rng)))
+    changed = sum(before[at : at + 3] != after[at : at + 3] for at in range(0, len(before), 3))
+    assert changed / (100 * 75) == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("strategy", variants.REJECTED)
+def test_rejected_images_of_the_variants_are_functions_of_image_and_rng(strategy, strategies, tmp_path):
+    """Resumed runs and workers see them again only then; another epoch and another example see others."""
+    strategies.update(variants.REJECTED)
+    examples = as_examples(tmp_path, 2)
+    draw = lambda epoch, index: Pairs(examples, strategy)[epoch, index].images_rejected[0].tobytes()
+    torch.manual_seed(1)
+    first = draw(0, 0)
+    torch.manual_seed(2)
+    assert draw(0, 0) == first != draw(1, 0) and draw(0, 1) != draw(1, 1)
+    assert variants.REJECTED[strategy](noise(1), random.Random(1)).size == noise(1).size
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_variants_run_and_go_on(name, bunny, small, tmp_path, strategies, monkeypatch, capsys):
+    """Half a run of one loss and half of another is no run: resumed under another name, it stops and says so.
+    Under its own name, the adapter comes out bit for bit."""
+    whole, out, log = tmp_path / "whole", tmp_path / "out", train.log
+    assert variants.main([name, *command(bunny, small, whole)]) == 0
+
+    def stop(out, records, record):
+        log(out, records, record)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "log", stop)
+        assert variants.main([name, *command(bunny, small, out)]) == 128 + signal.SIGTERM
+    for other in {*variants.VARIANTS} - {name}:
+        assert variants.main([other, "--resume", str(out)]) == 2
+        assert "the loss are not what the run began with" in capsys.readouterr().err
+    assert train.main(["--resume", str(out)]) == 2 and not (out / "adapter_model.safetensors").exists()
+    assert variants.main([name, f"--resume={out}"]) == 0
+    assert all(torch.equal(v, adapter(out)[k]) for k, v in adapter(whole).items())
+    args, (first, *_) = json.loads((whole / "args.json").read_text()), log_of(whole)
+    expected = {  # reject, terms of the loss
+        "chip": ("noise", {"loss/joint"}),
+        "opa-dpo": ("mask", {"loss/dpo", "loss/conditional", "loss/anchor"}),
+        "rpo": ("crop", {"loss/dpo", "loss/sft"}),
+    }
+    assert (args["reject"], {key for key in first if key.startswith("loss/")}) == expected[name]
+    assert ("rewards/image_margins" in first) == (name != "rpo")  # m_l is encoded only where it is needed
+
+
+def test_variants_take_train_pys_flags_but_those_of_the_terms(monkeypatch, strategies, capsys):
+    """`--anchors none` that changes nothing would be a run under a wrong name. The user's --reject counts."""
+    given = []
+    monkeypatch.setattr(train, "main", lambda argv, loss: given.append((argv, loss)) or 7)
+    assert variants.main(["chip", "--reject", "crop"]) == 7
+    assert given == [(["--reject", "noise", "--reject", "crop"], variants.chip_loss)]
+    for flag in ("--no-image", "--no-conditional", "--anchors", "--anchors=none", "--delta", "--demo"):
+        with pytest.raises(SystemExit, match="2"):
+            variants.main(["opa-dpo", flag, "none"])
+        assert f"{flag.partition('=')[0]}: opa-dpo has terms of its own" in capsys.readouterr().err
+    for argv in ([], ["simpo"]):
+        with pytest.raises(SystemExit, match="2"):
+            variants.main(argv)
+
+
+def test_variants_are_run_from_their_file(tmp_path):
+    """Users may be in another folder; workers that are spawned, not forked, import it as __mp_main__."""
+    run = lambda *more: subprocess.run([sys.executable, *more], cwd=tmp_path, capture_output=True, text=True)
+    shown = run(variants.__file__, "--help")
+    assert shown.returncode == 0 and "CHiP" in shown.stdout
+    script = f"import runpy; runpy.run_path({variants.__file__!r}, run_name='__mp_main__')"
+    script += "; import data; print(*data.STRATEGIES)"
+    assert run("-c", script).stdout.split() == ["crop", "random", "moco", "noise", "mask"]
+
+
+# ------------------------------------------------------------------------------------------- mDPO in one file
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    """Images and answers of several sizes; the first image is turned by its EXIF data, the third is wide."""
+    texts = [
+        ("Describe the picture.", "There is a red circle.", "There is a blue square and a red circle."),
+        (" What is in it?\n", "A blue square, and a red circle too. ", "No."),
+        ("How many?", "One.", "There is a red square."),
+        ("Is it red?", "It is.", "It is not."),
+        ("Is it blue?", "No.", "Yes, in the picture."),
+    ]
+    records = []
+    sizes = [(48, 32), (32, 40), (90, 6), (33, 33), (5, 64)]
+    for i, (size, (question, chosen, rejected)) in enumerate(zip(sizes, texts)):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if i == 0 else 1
+        noise(i, size).save(tmp_path / f"{i}.png", exif=exif)
+        records.append({"image": f"{i}.png", "question": question, "chosen": chosen, "rejected": rejected})
+    return write(tmp_path / "pairs.json", records)
+
+
+@pytest.mark.parametrize("template", ["of the hub", "with <s>", "with </s>"])
+def test_minimal_has_train_pys_losses_and_gradients(template, llava, pairs_file):
+    """Who retypes it must get mDPO: template, end-of-sequence, crop, padding and reference each move the
+    loss by more than float32 rounding."""
+    model, processor = with_lora(llava, checkpointing=False)
+    if template == "with <s>":
+        processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    if template == "with </s>":
+        ending = "part['text'] + (eos_token if message['role'] == 'assistant' else ' ')"
+        processor.chat_template = processor.chat_template.replace("part['text'] + ' '", ending)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "language_model" in name and "lora_A" not in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    pairs, records = Pairs(read_examples(pairs_file)), json.loads(Path(pairs_file).read_text())
+    for epoch, i in [(0, 0), (0, 1), (0, 2), (1, 2), (2, 3), (0, 4)]:
+        expected, metrics = mdpo_step(model, make_batch([pairs[epoch, i]], processor))
+        rng = random.Random(f"0 {epoch} {i}")
+        rows = minimal.make_rows(processor, records[i], Path(pairs_file).parent, rng)
+        loss = minimal.mdpo_loss(model, *rows)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+        assert metrics["rewards/chosen"].abs() > 0.01 and metrics["rewards/image_margins"].abs() > 1e-4
+        ours, theirs = (torch.autograd.grad(value.sum(), parameters) for value in (loss, expected))
+        distance = sum((a - b).square().sum() for a, b in zip(ours, theirs)).sqrt()
+        assert distance < 1e-4 * sum(b.square().sum() for b in theirs).sqrt()
+
+
+def shown_steps(text):
+    """What minimal.py prints -> [(loss, gradient)]."""
+    return [tuple(map(float, step)) for step in re.findall(r"loss ([\d.]+), gradient ([\d.]+)", text)]
+
+
+def test_minimal_trains_as_train_py_does(llava, pairs_file, tmp_path, monkeypatch, capsys):
+    """The same order, crops, adapter, schedule and clipping: losses of the whole run agree, and the adapter
+    is the one that train.py saves. The base asks for dropout."""
+    monkeypatch.setattr(minimal, "LR", 1e-3)
+    monkeypatch.setattr(minimal, "BATCH", 2)
+    minimal.main(str(llava), pairs_file, str(tmp_path / "minimal"))
+    shown = shown_steps(capsys.readouterr().out)
+    flags = "--batch-size 2 --micro-batch-size 1 --lr 1e-3 --workers 0 --device cpu".split()
+    flags += ["--model", str(llava), "--data", pairs_file, "--out", str(tmp_path / "train")]
+    assert train.main(flags) == 0
+    expected = [(record["loss"], record["grad_norm"]) for record in log_of(tmp_path / "train")]
+    assert len(shown) == 9 and shown[-1][0] < 2
+    for ours, theirs in zip(shown, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-5, rel=2e-4)
+    ours, theirs = adapter(tmp_path / "minimal"), adapter(tmp_path / "train")
+    assert ours.keys() == theirs.keys()
+    off = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+    assert off < 5e-6 and 1e-4 < max(theirs[name].abs().max().item() for name in ours if "lora_B" in name)
+    settings = json.loads((tmp_path / "minimal" / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (64, 128)
+    transformers.AutoProcessor.from_pretrained(tmp_path / "minimal")
+
+
+def test_minimal_has_the_papers_settings():
+    """They are what is copied first. The rest of them is held to train.py's defaults above."""
+    names = {"BETA": "beta", "LR": "lr", "EPOCHS": "epochs", "BATCH": "batch-size", "SEED": "seed"}
+    for name, flag in names.items():
+        assert getattr(minimal, name) == train.ARGUMENTS[flag][0], name
+
+
+def test_minimal_on_a_gpu_checkpoints_in_bf16(llava, pairs_file, tmp_path, monkeypatch, capsys):
+    """With the CPU in place of "cuda": weights are bf16, the adapter is float32, dropout is off, and each
+    layer runs three times an example: for the reference, for the policy, and again in the backward pass."""
+    attention, calls = transformers.models.llama.modeling_llama.LlamaAttention, []
+    forward, to = attention.forward, torch.Tensor.to
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda self, device: self)
+    stays = lambda *args, **options: "cuda" in args or options.get("device") == "cuda"
+    moved = lambda self, *args, **options: self if stays(*args, **options) else to(self, *args, **options)
+    monkeypatch.setattr(torch.Tensor, "to", moved)
+
+    def count(self, *args, **options):
+        calls.append((self.o_proj.weight.dtype, self.training, self.o_proj.lora_B["default"].weight.dtype))
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(attention, "forward", count)
+    monkeypatch.setattr(minimal, "EPOCHS", 1)
+    minimal.main(str(llava), pairs_file, str(tmp_path / "out"))
+    assert calls == [(torch.bfloat16, False, torch.float32)] * (5 * 2 * 3)
+    ((loss, _),) = shown_steps(capsys.readouterr().out)
+    assert loss == pytest.approx(3 * math.log(2), abs=1e-5)
+
+
+def test_minimal_says_how_it_is_used_and_imports_nothing_of_this_repository(tmp_path):
+    """It is one file: copied elsewhere, it must run."""
+    copy = tmp_path / "minimal.py"
+    copy.write_text(Path(minimal.__file__).read_text())
+    child = subprocess.run([sys.executable, copy, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert child.returncode == 1 and "minimal.py MODEL pairs.json OUT" in child.stderr

@@ -20,6 +20,7 @@ import peft
 import torch
 import transformers
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -75,7 +76,7 @@ class MDPOTrainer(DPOTrainer):
 
     def get_train_dataloader(self):
         batches = Epochs(self.args, len(self.pairs))
-        loader = train.make_loader(self.pairs, batches, self.collate, self.args.dataloader_num_workers)
+        loader = make_loader(self.pairs, batches, self.collate, self.args.dataloader_num_workers)
         loader.set_epoch = batches.set_epoch
         return loader
 
@@ -83,7 +84,7 @@ class MDPOTrainer(DPOTrainer):
         keys = [("held out", i) for i in range(len(self.held_out))]
         keys = deal(train.split(keys, self.args.per_device_eval_batch_size), self.args)
         collate = partial(self.collate, names=tuple(SCORED))
-        return train.make_loader(self.held_out, keys, collate, self.args.dataloader_num_workers)
+        return make_loader(self.held_out, keys, collate, self.args.dataloader_num_workers)
 
     def _get_num_items_in_batch(self, batch_samples, device):  # of an update, on all processes
         n_examples = sum(batch["n_examples"] for batch in batch_samples)
@@ -122,6 +123,11 @@ class MDPOTrainer(DPOTrainer):
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, folder=None):
         if self.is_world_process_zero():
             Path(folder or self.args.output_dir, "README.md").write_text(self.args.card)
+
+
+def make_loader(pairs, batches, collate, workers):
+    return DataLoader(pairs, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                      worker_init_fn=train.ignore_interrupts)  # fmt: skip
 
 
 class Epochs(list):

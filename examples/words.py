@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Pairs, about, make_batch, read_examples, run_command, texts_of, to_device
+from data import BadInput, Pairs, about, make_batch, read_examples, run_command, texts_of
 from examples import miniature, shapes
 from examples.answer import load_tuned
 from examples.evaluate import load, make_parser
@@ -49,8 +49,8 @@ def differences(model, processor, pair, max_length=2048):
     logps = []
     for images in (pair.images, pair.images_rejected):
         pairs, names = [pair._replace(images=images)], ("chosen", "rejected")
-        batch = to_device(make_batch(pairs, processor, "plain", names, max_length), model.device)
-        logits = model(**forward_inputs(model, batch)).logits.float()  # (2, K, V)
+        batch = make_batch(pairs, processor, "plain", names, max_length)
+        logits = model(**forward_inputs(model, batch)).logits.float().cpu()  # (2, K, V)
         logps.append(-F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none"))  # (2, K)
     words = {}
     for name, values, targets in zip(("y_w", "y_l"), logps[0] - logps[1], batch["targets"]):

@@ -1,0 +1,131 @@
+"""Later papers' objectives in this training loop: another loss, another rejected image.
+
+    python examples/variants.py chip --model M --data FILE      # all further flags are train.py's
+    python examples/variants.py chip --resume RUN               # the same variant; another one is refused
+
+    chip      CHiP, arXiv:2501.16629: one sigmoid for both preferences; m_l is m_w under noise
+    opa-dpo   OPA-DPO, arXiv:2501.09695: CoPO counts 0.2; m_l is m_w without 30% of its patches
+    rpo       DPO with a negative log-likelihood of y_w (SFT) in place of the conditional term and the anchor
+
+Each changes what its paper changes in mDPO's loss and rejected image, and nothing else of that paper. To add
+one, write a function with the arguments and results of `mdpo_loss`, for `train.main(argv, loss)`, or one of
+(image, rng), for `data.STRATEGIES`, and enter it at the end.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageStat
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
+from data import STRATEGIES
+from mdpo import LogPs, mdpo_loss, rewards
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def chip_loss(policy_logps, ref_logps, beta=0.1, **fixed):
+    """CHiP's joint sigmoid: -log sigmoid[(r_w - r_l) + (r_w - r_img)].
+
+    So the authors' code has it (`use_cross_modal_loss`), where token and segment weights come on top of it.
+    mDPO's two terms stop pulling one by one; this one stops when the sum of the margins is large.
+    """
+    r = rewards(policy_logps, ref_logps, beta, LogPs._fields, ())
+    margins = (r["chosen"] - r["rejected"]) + (r["chosen"] - r["image_rejected"])
+    return with_metrics({"joint": -F.logsigmoid(margins)}, policy_logps, ref_logps, beta)
+
+
+def opa_dpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, **fixed):
+    """OPA-DPO's weights: DPO + 0.2 CoPO + AncPO.
+
+    CoPO_coef 0.2 and Anchor_coef 1 are those of the authors' script. What OPA-DPO does before, fine-tuning on
+    revised answers so that they are on-policy, and its second pair of answers are not part of this.
+    """
+    r = rewards(policy_logps, ref_logps, beta, LogPs._fields, ())
+    terms = {"dpo": -F.logsigmoid(r["chosen"] - r["rejected"])}
+    terms["conditional"] = -0.2 * F.logsigmoid(r["chosen"] - r["image_rejected"])
+    terms["anchor"] = -F.logsigmoid(r["chosen"] - delta)
+    return with_metrics(terms, policy_logps, ref_logps, beta)
+
+
+def rpo_loss(policy_logps, ref_logps, beta=0.1, alpha=0.05, **fixed):
+    """DPO + alpha * NLL of y_w: -log sigmoid(r_w - r_l) - alpha * log pi(y_w | m_w, q).
+
+    The SFT term of RPO (arXiv:2405.16436) keeps the chosen answer likely, as mDPO's anchor does. It is the
+    SUM over the tokens of y_w: a long answer counts more. TRL's `rpo_alpha` weighs the mean over tokens, but
+    their number is not given to a loss here. For answers of 20 tokens, 0.05 of the sum is 1 of the mean.
+    """
+    r = rewards(policy_logps, ref_logps, beta, ("chosen", "rejected"), ())
+    terms = {"dpo": -F.logsigmoid(r["chosen"] - r["rejected"])}
+    terms["sft"] = -alpha * policy_logps[0].to(r["chosen"].dtype)
+    return with_metrics(terms, policy_logps, ref_logps, beta)
+
+
+def with_metrics(terms, policy_logps, ref_logps, beta):
+    """The sum of the terms (B,), and metrics under the names of `mdpo_loss`."""
+    _, metrics = mdpo_loss(policy_logps, ref_logps, beta, conditional=False, anchors=())
+    del metrics["loss/dpo"]
+    return sum(terms.values()), {f"loss/{name}": term.detach() for name, term in terms.items()} | metrics
+
+
+# ------------------------------------------------------------------------------------------- rejected images
+
+# a_t = (1 - b_0) ... (1 - b_t), where b_t rises from 1e-5 to 5e-3 as a sigmoid over -6 to 6: CHiP's code.
+A = (1 - (1e-5 + (5e-3 - 1e-5) * torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid())).cumprod(0)
+
+
+def diffusion_noise(image, rng, t=500):
+    """noise of a diffusion's step 500 of 1000 (CHiP)"""
+    # x_t = sqrt(a_t) x + sqrt(1 - a_t) e, for pixels x in -1..1 and normal e. CHiP does this to the model's
+    # input. Here it is the picture, so that it is clipped to -1..1, and shrinking it averages noise out.
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    e = torch.randn(len(pixels), generator=torch.Generator().manual_seed(rng.getrandbits(63)))
+    x = A[t].sqrt().item() * (pixels / 127.5 - 1) + (1 - A[t]).sqrt().item() * e
+    levels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.frombytes("RGB", image.size, levels.numpy().tobytes())
+
+
+def mask_patches(image, rng, share=0.3, grid=24):
+    """30% of 24 x 24 patches in the image's mean grey (OPA-DPO)"""
+    # 24 x 24 as in LLaVA-1.5. Of the authors' two masks this is "blockwise"; their script has single pixels.
+    hidden = {*rng.sample(range(grid**2), round(share * grid**2))}
+    mask = Image.new("L", (grid, grid))
+    mask.putdata([255 * (patch in hidden) for patch in range(grid**2)])
+    grey = Image.new("RGB", image.size, (round(statistics.fmean(ImageStat.Stat(image).mean)),) * 3)
+    return Image.composite(grey, image, mask.resize(image.size, Image.Resampling.NEAREST))
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+REJECTED = {"noise": diffusion_noise, "mask": mask_patches}
+VARIANTS = {  # name: (loss, flags that come before the user's)
+    "chip": (chip_loss, ["--reject", "noise"]),
+    "opa-dpo": (opa_dpo_loss, ["--reject", "mask"]),
+    "rpo": (rpo_loss, ["--no-conditional", "--anchors", "none"]),
+}
+FIXED = {"--no-image", "--no-conditional", "--anchors", "--delta", "--demo"}  # would not do as they say
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("variant", choices=VARIANTS)
+    name, given = parser.parse_args(argv[:1]).variant, argv[1:]
+    loss, flags = VARIANTS[name]
+    if refused := FIXED & {word.partition("=")[0] for word in given}:
+        parser.error(f"{min(refused)}: {name} has terms of its own")
+    STRATEGIES.update(REJECTED)
+    resuming = any(word.startswith("--resume") for word in given)
+    return train.main(given if resuming else [*flags, *given], loss)
+
+
+if __name__ == "__mp_main__":  # a DataLoader worker that was not forked
+    STRATEGIES.update(REJECTED)
+if __name__ == "__main__":
+    sys.exit(main())
