@@ -7,27 +7,24 @@
 
 Greedy and batched. Answers are kept in TO.partial as they come; the same command goes on where a killed one was.
 A missing image stops the run before the first answer: an empty answer would count as free of hallucination.
-
-    python examples/benchmarks.py types mmhal_scored.json     # MMHal's mean score by type of question (Table 5)
 """
 
-import argparse
 import base64
 import hashlib
 import io
 import json
+import re
 import statistics
 import sys
 import urllib.request
-from collections import defaultdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, open_image, run_command
-from examples.answer import generate_answers, load_tuned
-from train import quiet_libraries, replacing
+from examples.answer import generate_answers, load_tuned, make_parser
+from train import quiet_libraries, replacing, whole
 
 # ------------------------------------------------------------------------------- what each benchmark reads and writes
 
@@ -38,11 +35,20 @@ def read_json(path, lines=False):
 
 
 def amber(path, images):
-    """query_generative.json: [{id, image, query}] -> [{id, response}], as AMBER's inference.py reads it."""
+    """query_*.json: [{id, image, query}] -> [{id, response}], as AMBER's inference.py reads it.
+
+    To discriminative questions (ids from 1005) it takes Yes or No alone. So they are cut to their first word;
+    what begins otherwise is left, and counts as wrong.
+    """
     items = read_json(path)
+
+    def response(item, answer):
+        word = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
+        return word[1].capitalize() if word and item["id"] > 1004 else answer
+
     questions = [(Path(images or ".") / item["image"], item["query"]) for item in items]
     return questions, lambda answers: json.dumps(
-        [{"id": item["id"], "response": answer} for item, answer in zip(items, answers)], indent=1
+        [{"id": item["id"], "response": response(item, answer)} for item, answer in zip(items, answers)], indent=1
     )
 
 
@@ -96,9 +102,10 @@ def answer_all(questions, ask, partial, identity, batch_size):
     identity: of model and questions; a partial file of another raises BadInput. A last line cut short is left out.
     """
     lines = partial.read_text().split("\n")[:-1] if partial.exists() else []
-    if lines and json.loads(lines[0]) != identity:
-        raise BadInput(f"{partial}: holds the answers of another model or to other questions; move it away")
-    answers = [json.loads(line) for line in lines[1:]]
+    with about(f"{partial}: cannot go on"):
+        if lines and json.loads(lines[0]) != identity:
+            raise BadInput("holds the answers of another model or to other questions; move it away")
+        answers = [json.loads(line) for line in lines[1:]]
     if answers:
         print(f"{partial}: going on after {len(answers)} answers")
     kept = "".join(json.dumps(line) + "\n" for line in [identity, *answers])
@@ -114,12 +121,25 @@ def answer_all(questions, ask, partial, identity, batch_size):
     return answers
 
 
-def answer_benchmark(args):
+def run(argv):
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("benchmark", choices=BENCHMARKS)
+    add("--questions", required=True, help="the benchmark's own file")
+    add("--images", metavar="DIR", help="the benchmark's images")
+    add("--to", required=True, help="the file to write")
+    add("--max-new-tokens", type=whole, default=512)
+    add("--batch-size", type=whole, default=8)
+    args = parser.parse_args(argv)
+    quiet_libraries()
     to = Path(args.to)
     if to.exists():
         raise BadInput(f"{to}: already exists")
     with about(f"{args.questions}: cannot be read"):
         questions, write = BENCHMARKS[args.benchmark](args.questions, args.images)
+        if not questions:
+            raise BadInput("holds no question")
+        write([""] * len(questions))  # a field that is missing is missed here
     missing = [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]
     if missing:
         shown = "\n  ".join(missing[:20])
@@ -128,7 +148,7 @@ def answer_benchmark(args):
     identity = {"model": args.model, "adapter": args.adapter, "questions": digest,
                 "max_new_tokens": args.max_new_tokens}  # fmt: skip
 
-    model, processor = load_tuned(args.model, args.adapter)
+    model, processor = load_tuned(args.model, args.adapter, args.device)
     ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
     partial = Path(f"{to}.partial")
     answers = answer_all(questions, ask, partial, identity, args.batch_size)
@@ -139,45 +159,8 @@ def answer_benchmark(args):
     empty = sum(not answer for answer in answers)
     print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {empty} empty "
           "(short answers hallucinate less)")  # fmt: skip
-
-
-def by_type(path):
-    """MMHal's answers with `question_type` and their scores -> {type: (mean score, share under 3)}."""
-    scores = defaultdict(list)
-    with about(f"{path}: cannot be read"):
-        for item in read_json(path):
-            if "score" not in item:
-                raise BadInput("an item has no field 'score'")
-            scores[item["question_type"]].append(item["score"])
-    return {t: (statistics.mean(s), sum(score < 3 for score in s) / len(s)) for t, s in scores.items()}
-
-
-def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="benchmark", required=True)
-    for name in BENCHMARKS:
-        command = commands.add_parser(name)
-        command.add_argument("--questions", required=True, help="the benchmark's own file")
-        command.add_argument("--images", metavar="DIR", help="the benchmark's images")
-        command.add_argument("--model", required=True)
-        command.add_argument("--adapter", help="a run's folder")
-        command.add_argument("--to", required=True, help="the file to write")
-        command.add_argument("--max-new-tokens", type=int, default=512)
-        command.add_argument("--batch-size", type=int, default=8)
-    commands.add_parser("types").add_argument("scored", help="MMHal answers with a field `score` each")
-    args = parser.parse_args(argv)
-    quiet_libraries()
-    if args.benchmark == "types":
-        for question_type, (score, under_3) in sorted(by_type(args.scored).items()):
-            print(f"{question_type:16} {score:5.2f}  hallucination rate {under_3:.2f}")
-    else:
-        answer_benchmark(args)
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))

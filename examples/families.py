@@ -7,6 +7,7 @@ For each it prints the layout that training chose, how far packed and plain rows
 what the model answers before and after four steps with an exaggerated learning rate.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import Pairs, read_examples
+from data import BadInput, Pairs, read_examples, run_command
 from examples import shapes
 from examples.answer import generate_answers, load_tuned
 
@@ -237,28 +238,44 @@ def layout_errors(folder, examples):
     return errors
 
 
-def main(names):
+def try_family(name, device):
+    """Train the family's model in a temporary folder -> its line of the table. What is said there is muted."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        log = stack.enter_context(open(folder / "log.txt", "w"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        write_family(name, folder / "model")
+        data = shapes.write_pairs(folder / "data", 8)
+        flags = f"--model {folder}/model --data {data} --out {folder}/out --batch-size 2 --micro-batch-size 2"
+        flags += f" --epochs 1 --lr 0.05 --workers 0 --lora-rank 8 --device {device}"
+        if train.main(flags.split()):
+            raise BadInput(f"{name}: {(folder / 'log.txt').read_text().strip().splitlines()[-1]}")
+        examples = read_examples(data)
+        errors = layout_errors(folder / "model", examples)
+        layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
+        model, processor = load_tuned(folder / "model", folder / "out", device)
+        first = Pairs(examples)[0, 0]
+        ask = [(first.images, first.question)]
+        after = generate_answers(model, processor, ask, 6)
+        with model.disable_adapter():
+            answers = generate_answers(model, processor, ask, 6) + after
+    return f"{name:16} {layout:8} {errors['packed']:14.1e} {errors['plain']:13.1e}   {ascii(answers)}"
+
+
+def run(argv):
+    parser = train.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"(default: all) {', '.join(FAMILIES)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    args = parser.parse_args(argv)
     train.quiet_libraries()
+    if unknown := [name for name in args.names if name not in FAMILIES]:
+        raise BadInput(f"{unknown[0]} is none of {', '.join(FAMILIES)}")
     print(f"{'family':16} {'rows':8} {'packed off by':>14} {'plain off by':>13}   answers before and after")
-    for name in names or FAMILIES:
-        with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            write_family(name, folder / "model")
-            data = shapes.write_pairs(folder / "data", 8)
-            flags = f"--model {folder}/model --data {data} --out {folder}/out --batch-size 2 --micro-batch-size 2"
-            if status := train.main(f"{flags} --epochs 1 --lr 0.05 --workers 0 --lora-rank 8".split()):
-                return status
-            examples = read_examples(data)
-            errors = layout_errors(folder / "model", examples)
-            layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
-            model, processor = load_tuned(str(folder / "model"), folder / "out")
-            first = Pairs(examples)[0, 0]
-            ask = [(first.images, first.question)]
-            with model.disable_adapter():
-                before = generate_answers(model, processor, ask, 6)
-            after = generate_answers(model, processor, ask, 6)
-            print(f"{name:16} {layout:8} {errors['packed']:14.1e} {errors['plain']:13.1e}   {ascii(before + after)}")
+    for name in args.names or FAMILIES:
+        print(try_family(name, args.device), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(run))

@@ -3,7 +3,6 @@
 python examples/preview.py silkie.json preview.png [--images DIR] [--count 4] [--seed 0]
 """
 
-import argparse
 import random
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import STRATEGIES, BadInput, Pairs, about, read_examples, run_command, texts_of
+from train import Parser, count, whole
 
 PANELS = {"crop 1-20%": {"strategy": "crop"}, "crop 20-50%": {"strategy": "crop", "crop": (0.2, 0.5)}}
 PANELS |= {name: {"strategy": name} for name in STRATEGIES if name != "crop"}  # title -> arguments of Pairs
@@ -49,12 +49,12 @@ def contact_sheet(examples, pool, seed):
 
 
 def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("file")
     parser.add_argument("out")
     parser.add_argument("--images", metavar="DIR", help="where relative image paths begin")
-    parser.add_argument("--count", type=int, default=4, help="how many examples (default: 4)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=whole, default=4, help="how many examples (default: 4)")
+    parser.add_argument("--seed", type=count, default=0)
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         raise BadInput(f"{args.out}: already exists")
@@ -66,9 +66,5 @@ def run(argv):
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))

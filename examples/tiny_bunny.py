@@ -6,7 +6,6 @@ makes the base: a Phi + SigLIP of 0.4 million parameters that learned from the c
 `examples/base` is `FOLDER` of seed 0, made at commit 65c4989; other versions and machines round differently.
 """
 
-import argparse
 import functools
 import json
 import random
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BUNNY_SYSTEM, BadInput, run_command
 from examples import shapes
 from mdpo import attention_blocks
-from train import BUNNY_IMAGE_TOKEN, load_model, quiet_libraries
+from train import BUNNY_IMAGE_TOKEN, Parser, count, load_model, quiet_libraries
 
 
 def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layers=2, vision_tower="siglip-patch8-64",
@@ -212,9 +211,9 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
 
 
 def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=count, default=0)
     args = parser.parse_args(argv)
     if args.folder.exists():
         raise BadInput(f"{args.folder}: already exists")
@@ -224,9 +223,5 @@ def run(argv):
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))
