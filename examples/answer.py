@@ -16,10 +16,9 @@ from train import Parser, best_device, load_model, quiet_libraries, whole
 
 
 def load_tuned(name_or_path, adapter=None, device=None):
-    """Model and processor, with the adapter of a run's folder. device: default the GPU if there is one.
+    """Model and processor, with the adapter of a run's folder, on the GPU if there is one.
 
-    Raises BadInput, also if the adapter's weights are not all and only those that the model needs: peft
-    itself leaves out what does not fit.
+    Raises BadInput, also where peft would go on: if weights are missing or have no place in the model.
     """
     config = read_adapter(adapter) if adapter else None
     model, processor = load_model(name_or_path, device or best_device())
@@ -36,8 +35,9 @@ def load_tuned(name_or_path, adapter=None, device=None):
 
 def read_adapter(adapter):
     with about(f"{adapter}: holds no adapter"):
-        if not Path(adapter, "adapter_config.json").is_file():  # else peft would ask the hub
-            raise BadInput("no adapter_config.json")
+        for name in ("adapter_config.json", "adapter_model.safetensors"):  # peft would ask the hub for it
+            if not Path(adapter, name).is_file():
+                raise BadInput(f"no {name}")
         return peft.PeftConfig.from_pretrained(adapter)
 
 

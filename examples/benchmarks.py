@@ -22,66 +22,41 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, about, open_image, run_command
+from data import BadInput, about, load_records, open_image, run_command
 from examples.answer import generate_answers, load_tuned, make_parser
 from train import quiet_libraries, replacing, whole
 
-# ------------------------------------------------------------------------------- what each benchmark reads and writes
+# A benchmark is a function: number, item of its file, folder of images, answer -> image, question, what its scorer reads.
 
 
-def read_json(path, lines=False):
-    text = Path(path).read_text()
-    return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+def amber(number, item, images, answer):
+    """query_*.json. To discriminative questions (ids from 1005) AMBER's inference.py takes Yes or No alone, so
+    that the answer is cut to its first word; one that begins otherwise is left, and counts as wrong."""
+    word = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
+    answer = word[1].capitalize() if word and item["id"] > 1004 else answer
+    return Path(images or ".", item["image"]), item["query"], {"id": item["id"], "response": answer}
 
 
-def amber(path, images):
-    """query_*.json: [{id, image, query}] -> [{id, response}], as AMBER's inference.py reads it.
-
-    To discriminative questions (ids from 1005) it takes Yes or No alone. So they are cut to their first word;
-    what begins otherwise is left, and counts as wrong.
-    """
-    items = read_json(path)
-
-    def response(item, answer):
-        word = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
-        return word[1].capitalize() if word and item["id"] > 1004 else answer
-
-    questions = [(Path(images or ".") / item["image"], item["query"]) for item in items]
-    return questions, lambda answers: json.dumps(
-        [{"id": item["id"], "response": response(item, answer)} for item, answer in zip(items, answers)], indent=1
-    )
+def mmhal(number, item, images, answer):
+    """response_template.json, which MMHal's eval_gpt4.py reads with `model_answer` filled. Its images are URLs: looked
+    up in the folder of images by their last part, or fetched without one."""
+    url = item["image_src"]
+    image = Path(images, url.rpartition("/")[2]) if images else url
+    return image, item["question"], item | {"model_answer": answer}
 
 
-def mmhal(path, images):
-    """response_template.json -> the same list with `model_answer` filled, as MMHal's eval_gpt4.py reads it.
-
-    The file gives images as URLs; they are looked up in the folder `images` by their last part, or fetched without it.
-    """
-    items = read_json(path)
-    place = lambda url: Path(images) / url.rpartition("/")[2] if images else url
-    questions = [(place(item["image_src"]), item["question"]) for item in items]
-    return questions, lambda answers: json.dumps(
-        [item | {"model_answer": answer} for item, answer in zip(items, answers)], indent=1
-    )
-
-
-def objhal(path, images):
-    """JSON lines with question, image (base64), image_id -> JSON lines, of which RLAIF-V's
-    eval_gpt_obj_halbench.py reads `image_id`, `prompt` and `text`."""
-    items = read_json(path, lines=True)
-    questions = [(item["image"], item["question"]) for item in items]
-
-    def write(answers):
-        return "".join(
-            json.dumps({"question_id": i, "image_id": item["image_id"], "prompt": item["question"], "text": answer,
-                        "model_id": "mdpo"}) + "\n"
-            for i, (item, answer) in enumerate(zip(items, answers))
-        )  # fmt: skip
-
-    return questions, write
+def objhal(number, item, images, answer):
+    """JSON lines, with images in base64. RLAIF-V's eval_gpt_obj_halbench.py reads `image_id`, `prompt` and `text`."""
+    record = {"question_id": number, "image_id": item["image_id"], "prompt": item["question"], "text": answer}
+    return item["image"], item["question"], record | {"model_id": "mdpo"}
 
 
 BENCHMARKS = {"amber": amber, "mmhal": mmhal, "objhal": objhal}
+
+
+def read_items(path):
+    """A JSON list or JSON lines."""
+    return [json.loads(item) if isinstance(item, str) else item for _, item in load_records(path)]
 
 
 def load_image(image):
@@ -91,9 +66,6 @@ def load_image(image):
             with urllib.request.urlopen(image, timeout=60) as reply:
                 image = io.BytesIO(reply.read())
     return open_image(io.BytesIO(base64.b64decode(image)) if isinstance(image, str) else image)
-
-
-# --------------------------------------------------------------------------------------------------------- answering
 
 
 def answer_all(questions, ask, partial, identity, batch_size):
@@ -135,11 +107,11 @@ def run(argv):
     to = Path(args.to)
     if to.exists():
         raise BadInput(f"{to}: already exists")
-    with about(f"{args.questions}: cannot be read"):
-        questions, write = BENCHMARKS[args.benchmark](args.questions, args.images)
+    with about(f"--questions of {args.benchmark}"):
+        apply, items = BENCHMARKS[args.benchmark], read_items(args.questions)
+        questions = [apply(number, item, args.images, "")[:2] for number, item in enumerate(items)]
         if not questions:
             raise BadInput("holds no question")
-        write([""] * len(questions))  # a field that is missing is missed here
     missing = [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]
     if missing:
         shown = "\n  ".join(missing[:20])
@@ -152,8 +124,10 @@ def run(argv):
     ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
     partial = Path(f"{to}.partial")
     answers = answer_all(questions, ask, partial, identity, args.batch_size)
+    records = [apply(i, item, args.images, answer)[2] for i, (item, answer) in enumerate(zip(items, answers))]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
     with replacing(to.parent) as new:
-        (new / to.name).write_text(write(answers))
+        (new / to.name).write_text(lines if apply is objhal else json.dumps(records, indent=1))
     partial.unlink()
     words = statistics.mean(len(answer.split()) for answer in answers)
     empty = sum(not answer for answer in answers)

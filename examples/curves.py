@@ -36,7 +36,7 @@ def read_log(run):
 
 
 def load_pyplot():
-    with about("a figure needs one more package: pip install matplotlib"):
+    with about("a figure needs matplotlib (pip install matplotlib)"):
         import matplotlib
 
         matplotlib.use("Agg")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import count
 from pathlib import Path
 
 import train
@@ -10,10 +11,8 @@ from examples import shapes
 from examples.answer import generate_answers, load_tuned
 
 BASE = Path(__file__).parent / "base"  # made by: python examples/tiny_bunny.py examples/base
-FLAGS = (
-    "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-checkpointing --eval-size 80 "
-    "--workers 2 --device cpu"  # where it prints the README's digits
-)
+FLAGS = "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-checkpointing --eval-size 80 "
+FLAGS += "--workers 2 --device cpu"  # where it prints the README's digits
 
 
 def main(argv=None):
@@ -26,12 +25,8 @@ def run(argv):
     args = train.parse_args(["--model", "", "--data", "", *flags])  # before anything is drawn
     if args.model or args.data or args.out:
         raise BadInput("--demo has a model, data and a folder of its own")
-    number = 1
-    while Path("runs", f"demo-{number}").exists():
-        number += 1
-    folder = Path("runs", f"demo-{number}")
-    data = str(shapes.write_pairs(folder / "data", n=720, seed=0))
-    out = str(folder / "out")
+    folder = next(path for n in count(1) if not (path := Path("runs", f"demo-{n}")).exists())
+    data, out = str(shapes.write_pairs(folder / "data", n=720, seed=0)), str(folder / "out")
     status = train.main(["--model", str(BASE), "--data", data, "--out", out, *flags])
     if status == 0:
         write_held_out(data, out)

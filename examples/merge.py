@@ -77,8 +77,7 @@ def different_weights(merged, again):
     """Names of weights that are not bit for bit those of `merged`, at its precision."""
     weights, read = merged.state_dict(), again.state_dict()
     same = lambda name: torch.equal(weights[name], read[name].to(weights[name].dtype))
-    alike = {name for name in weights.keys() & read.keys() if same(name)}
-    return sorted((weights.keys() | read.keys()) - alike)
+    return sorted({*weights, *read} - {name for name in weights.keys() & read.keys() if same(name)})
 
 
 def run(argv):

@@ -27,7 +27,7 @@ import train
 from data import BadInput, encode_prompts, read_examples, run_command
 from examples import demo, shapes, tiny_bunny
 from examples.answer import chat_prompt, generate_answers, load_tuned
-from examples.curves import load_pyplot
+from examples.curves import load_pyplot, read_log
 from examples.evaluate import diagnose, score_margins
 
 # Fixed on seeds 101 and 102, which are not reported, and not touched afterwards. Grounding there of DPO and mDPO was .52 and
@@ -124,9 +124,8 @@ def run_method(out, seed, method, n_scenes, world=shapes.SMALL, device="cpu"):
         run = folder / re.sub(r"\W+", "-", method).strip("-")
         if (run / "result.json").exists():
             return json.loads((run / "result.json").read_text())
-        if method == "base":
-            run.mkdir(exist_ok=True)
-        else:
+        run.mkdir(exist_ok=True)
+        if method != "base":
             paths = {"model": folder / "model", "data": folder / "data" / "silkie.json", "out": run, "seed": seed}
             flags = [*(f"--{name}={value}" for name, value in paths.items()), *f"{COMMON} {METHODS[method]}".split()]
             flags = ["--resume", str(run)] if (run / "args.json").exists() else flags
@@ -134,9 +133,8 @@ def run_method(out, seed, method, n_scenes, world=shapes.SMALL, device="cpu"):
                 raise BadInput(f"seed {seed}, {method}: training ended early, see {folder / 'log.txt'}")
         model, processor = load_tuned(folder / "model", run if method != "base" else None, device)
         result = examine(model, processor, shapes.make_exam(n_scenes, seed, world))
-        if method == "base" and result["yes_no_auc"] < MIN_BASE_AUC:
-            auc = f"{result['yes_no_auc']:.2f}"
-            raise BadInput(f"seed {seed}: its base model sees too little ({auc}); take another seed")
+        if method == "base" and (auc := result["yes_no_auc"]) < MIN_BASE_AUC:
+            raise BadInput(f"seed {seed}: its base model sees too little ({auc:.2f}); take another seed")
         if method != "base":
             held_out = read_examples(str(folder / "held_out" / "silkie.json"))
             margins = diagnose(score_margins(model, processor, held_out, batch_size=40))
@@ -147,8 +145,7 @@ def run_method(out, seed, method, n_scenes, world=shapes.SMALL, device="cpu"):
 
 def curves(out, beta=0.1):
     """Change of log p(y_w) and image-conditional accuracy on held-out pairs, after each epoch: lists, and their ends."""
-    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    records = [record for record in records if "eval/loss" in record]
+    records = [record for record in read_log(out) if "eval/loss" in record]
     result = {"chosen_curve": [record["eval/rewards/chosen"] / beta for record in records]}
     if records and "eval/rewards/image_accuracies" in records[0]:  # not without images
         result["image_accuracy_curve"] = [record["eval/rewards/image_accuracies"] for record in records]
@@ -205,10 +202,9 @@ def verdicts(by_seed, summary):
     for claim, holds in PREDICTIONS.items() if QUICK.keys() <= summary.keys() else ():
         held = sum(bool(holds(methods)) for methods in by_seed.values())
         lines.append(f"  {held} of {len(by_seed)} seeds: {claim}")
-    for other in ORDERS if "mDPO" in summary else ():
-        if other in summary:
-            ahead = sum(methods["mDPO"]["grounding"] > methods[other]["grounding"] for methods in by_seed.values())
-            lines.append(f"  {ahead} of {len(by_seed)} seeds: mDPO is above {other} in grounding")
+    for other in [other for other in ORDERS if {"mDPO", other} <= summary.keys()]:
+        ahead = sum(methods["mDPO"]["grounding"] > methods[other]["grounding"] for methods in by_seed.values())
+        lines.append(f"  {ahead} of {len(by_seed)} seeds: mDPO is above {other} in grounding")
     if len(by_seed) > 1 and QUICK.keys() <= summary.keys():
         (mean, sd), (mean_no_image, sd_no_image) = summary["DPO"]["grounding"], summary["DPO (No Image)"]["grounding"]
         within = abs(mean - mean_no_image) <= max(sd, sd_no_image)
@@ -257,10 +253,10 @@ def run(argv):
     add("--figure", type=Path, help="draw a PNG here (needs matplotlib)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu, as the README's numbers)")
     args = parser.parse_args(argv)
-    if args.figure:
-        load_pyplot()
     seeds = args.seeds or ([0] if args.quick else [0, 1, 2, 3, 4])
     methods = ["base", *(args.methods or (QUICK if args.quick else METHODS))]
+    if args.figure and load_pyplot() and not QUICK.keys() <= {*methods}:
+        raise BadInput(f"--figure needs the methods {', '.join(QUICK)}")
     world = {"small": shapes.SMALL, "large": shapes.LARGE}[args.world]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(prepare_seed, *zip(*[(args.out, seed, world) for seed in seeds])))  # raises what a worker raised
