@@ -6,6 +6,7 @@ Each test says what breaks if it fails. Expected values are derived by hand, or 
 import colorsys
 import copy
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -3087,6 +3088,117 @@ def test_a_pipe_that_closes_is_no_traceback(folder):
     script = f"{sys.executable} {ROOT / 'data.py'} {write(folder / 'x.json', [authors()])} | true"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+def test_long_texts_are_cut_where_they_are_shown(folder):
+    """An id of a megabyte would fill the terminal, and hide the reason."""
+    with pytest.raises(BadInput) as raised:
+        read_examples(write(folder / "x.json", [authors(id="x" * 10**6, chosen="")]))
+    assert len(str(raised.value)) < 1000 and str(raised.value).endswith("'chosen' is empty")
+
+
+def test_resume_notices_weights_of_another_size(finished, bunny, tmp_path, capsys):
+    """The same names and shapes, but another file: the second half of the run would have another reference."""
+    shutil.copytree(bunny, model := tmp_path / "model")
+    shutil.copytree(finished, copy := tmp_path / "copy")
+    assert train.main(["--resume", str(copy), "--model", str(model)]) == 0  # the same weights, elsewhere
+    with open(model / "model-00002-of-00002.safetensors", "rb+") as file:
+        content = file.read()
+        n_bytes = int.from_bytes(content[:8], "little")
+        header = content[8 : 8 + n_bytes] + b" " * 8  # which safetensors allow
+        file.seek(0)
+        file.write((n_bytes + 8).to_bytes(8, "little") + header + content[8 + n_bytes :])
+    assert "the run began with other weights" in one_line_of(capsys, train.main(["--resume", str(copy), "--model", str(model)]))
+    before = train.weight_headers(str(bunny))
+    assert {name: size for name, (size, _) in before.items()} == {
+        path.name: path.stat().st_size for path in bunny.glob("*.safetensors")
+    }
+
+
+def test_an_image_that_vanishes_leaves_no_worker_behind(tmp_path):
+    """Workers are deaf to the group's signals, and Python waits for them at its exit: the command would never end."""
+    path = Path(shapes.write_pairs(tmp_path / "data", 4))
+    script = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import pathlib, train
+load = train.load_model
+train.load_model = lambda *a: pathlib.Path({str(path.parent / "images/2.png")!r}).unlink() or load(*a)
+sys.exit(train.main("--model {ROOT}/examples/base --data {path} --out {tmp_path}/out --workers 1".split()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "2.png cannot be decoded" in done.stderr.splitlines()[-1]
+
+
+def test_eval_data_are_held_out_as_well(bunny, tmp_path, monkeypatch):
+    """A file of one's own, with random images of its own: training must neither see it nor change by it."""
+    data_file, more = shapes.write_pairs(tmp_path / "data", 8, 0), shapes.write_pairs(tmp_path / "more", 3, 1)
+    arguments = lambda out: command(bunny, data_file, tmp_path / out, "--epochs", 1, "--reject", "random")
+    seen, init = [], Pairs.__init__
+
+    def noted(self, examples, *args, **options):
+        init(self, examples, *args, **options)
+        seen.append(self)
+
+    monkeypatch.setattr(Pairs, "__init__", noted)
+    assert train.main(arguments("with") + ["--eval-data", str(more)]) == 0
+    held_out = [pairs for pairs in seen if len(pairs) == 3]
+    assert len(held_out) == 1 and len(held_out[0].pool) == 8 + 3 and [len(p.pool) for p in seen if len(p) == 8] == [8]
+    assert train.main(arguments("without")) == 0
+    assert log_of(tmp_path / "with")[0]["step"] == 0 and "eval/rewards/image_margins" in log_of(tmp_path / "with")[0]
+    assert all(torch.equal(v, adapter(tmp_path / "without")[k]) for k, v in adapter(tmp_path / "with").items())
+
+
+def test_a_stopped_run_can_be_looked_at(bunny, small, tmp_path, monkeypatch):
+    """The adapter of the last checkpoint is there, and is that checkpoint's."""
+    out = tmp_path / "out"
+    assert stopped_at(1, monkeypatch, command(bunny, small, out)) == 128 + signal.SIGTERM
+    model, processor = train.load_model(str(bunny))
+    tuned = peft.PeftModel.from_pretrained(model, out)
+    assert not any(path.suffix == ".tmp" for path in out.iterdir())
+    state = torch.load(io.BytesIO((out / "checkpoint.pt").read_bytes()[:-32]), weights_only=True)
+    assert state["records"] == log_of(out)
+    assert all(torch.equal(v, adapter(out)[k]) for k, v in state["adapter"].items())
+    assert tuned.peft_config["default"].r == 4
+
+
+def test_the_model_card_says_what_was_trained_on_what_and_how(bunny, small, tmp_path):
+    """peft's blank template tells the finder of the folder nothing."""
+    out = tmp_path / "out"
+    assert train.main(command(bunny, small, out, "--eval-size", 2, "--beta", 0.25)) == 0
+    card, last = (out / "README.md").read_text(), log_of(out)[-1]
+    front, text = card.split("---\n")[1:]
+    assert f"base_model: {bunny}\n" in front and "tags: [mdpo, lora]" in front
+    assert "silkie.json: 4 steps" in text and '"beta": 0.25' in text and f"{last['eval/loss']:.4f}" in text
+
+
+def test_phases_are_said_as_they_begin(bunny, small, tmp_path):
+    """Written to a file, a run at real size said nothing for 13 minutes."""
+    script = f"""
+import os, sys; sys.path.insert(0, {str(ROOT)!r})
+import train
+train.load_model = lambda *args: os._exit(7)
+train.main({[str(word) for word in command(bunny, small, tmp_path / "out")]!r})
+"""
+    with open(tmp_path / "log", "w") as log:
+        assert subprocess.run([sys.executable, "-c", script], stdout=log, stderr=subprocess.DEVNULL).returncode == 7
+    assert (tmp_path / "log").read_text() == f"reading and checking {small}\nloading {bunny}\n"
+
+
+def test_cudnn_attention_is_off(bunny):
+    """It plans anew for each shape, at tens of milliseconds, and shapes never repeat here."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    train.load_model(str(bunny))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_mask_is_laid_out_as_cudas_kernels_want_it():
+    """Rows that begin at multiples of 16 numbers, in the model's dtype: else each layer converts and copies it. What a
+    token may see is added as 0, all else as -inf."""
+    (_, (n, prefix, mask), (_, _, other)) = mdpo.attention_blocks([[5, 2, 3, 17]], None, torch.bfloat16)
+    assert (n, prefix, mask.shape, mask.dtype) == (3, 5, (1, 1, 3, 8), torch.bfloat16)
+    assert mask.stride()[2] == 16 and other.stride()[2] == 32 and mask.stride()[3] == 1
+    assert torch.equal(mask[0, 0] == 0, torch.tensor([[True] * (6 + i) + [False] * (2 - i) for i in range(3)]))
+    assert (mask[mask != 0] == -math.inf).all()
 
 
 # ------------------------------------------------------------------------------------------------------- the README
