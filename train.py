@@ -178,8 +178,8 @@ def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=d
                 metrics.append(values)
                 ids += batch["ids"]
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-            record = {"step": step, "epoch": step / steps_per_epoch, **means(metrics)}  # waits for the device
-            record |= {"lr": schedule.get_last_lr()[0], "grad_norm": grad_norm.item()}
+            record = {"step": step, "epoch": step / steps_per_epoch, "lr": schedule.get_last_lr()[0]}
+            record |= means(metrics, grad_norm=grad_norm)  # the one place that waits for the device
             if not math.isfinite(record["loss"] + record["grad_norm"]):
                 raise BadInput(f"step {step}: loss or gradient is not finite; examples: {', '.join(ids)}")
             optimizer.step()
@@ -208,10 +208,10 @@ def evaluate(model, load, loss):
     return {f"eval/{name}": value for name, value in means(metrics).items()}
 
 
-def means(metrics):
-    """[{name: (B,)}, ...] -> {name: mean over all examples}. Waits for the device, once."""
-    values = [torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]]
-    return dict(zip(metrics[0], torch.stack(values).tolist()))
+def means(metrics, **more):
+    """[{name: (B,)}, ...] -> {name: mean over all examples}, and more tensors as numbers. Waits once."""
+    of_all = {name: torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]} | more
+    return dict(zip(of_all, torch.stack([*of_all.values()]).tolist()))
 
 
 def plan_steps(n_examples, batch_size, micro_batch_size, epochs, seed):
@@ -351,7 +351,7 @@ def seal(args, content):
 def save_checkpoint(out, args, records, model, optimizer):
     """The adapter, and what a resumed run needs; order and rejected images are pure functions of the seed."""
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    if not all(weight.isfinite().all() for weight in adapter.values()):
+    if not torch.stack([weight.isfinite().all() for weight in adapter.values()]).all():
         raise BadInput(f"step {records[-1]['step']}: its update made a weight infinite; try a lower --lr")
     file, state = io.BytesIO(), optimizer.state_dict()["state"]
     torch.save({"records": records, "adapter": adapter, "optimizer": state}, file)
