@@ -352,7 +352,8 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 
     def check(example):  # as training will use it, so that whatever fails there fails here
         pairs = [Pairs([example])[0, 0]]
-        names = [name for name, (images, _) in SCORED.items() if images == "images" or example.images_rejected]
+        own = example.images_rejected
+        names = [name for name, (images, _) in SCORED.items() if images == "images" or own]
         if processor is not None:
             make_batch(pairs, processor, names=names, max_length=max_length)
         return example
@@ -567,6 +568,8 @@ def about(what):
     """Whatever is raised inside becomes a `BadInput` of one line, which begins with what it was about."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         if reason.startswith("Caught"):  # in a DataLoader worker: its traceback, then the message
@@ -575,21 +578,21 @@ def about(what):
             reason = f"has no {reason}"
         elif isinstance(error, json.JSONDecodeError):
             reason = f"not valid JSON: {reason}"
-        elif isinstance(error, torch.OutOfMemoryError):
-            reason = "out of GPU memory (a lower --max-length needs less, --device cpu none)"
         elif isinstance(error, (AttributeError, IndexError, TypeError)):
             reason = f"is not in a known form ({reason})"
         raise BadInput(f"{one_line(what, 300)}: {one_line(reason)}") from error.__cause__ or error
 
 
 def one_line(text, limit=1000):
-    """The text without line breaks and other control characters, and not longer than a terminal can show."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit]) + "..." * (len(text) > limit)
+    """The text without line breaks and other control characters, and cut where nobody reads on."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
 
 
 def run_command(command, argv=None):
-    """Run command(argv) -> its exit status. An error is one line on stderr: status 2, or 1 if it is a fault of
-    this program. --debug raises it."""
+    """Run command(argv) -> its exit status. An error is one line: status 2, or 1 for a fault of this program.
+
+    --debug raises it.
+    """
     argv = sys.argv[1:] if argv is None else argv
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -606,7 +609,9 @@ def run_command(command, argv=None):
             raise
         message, status = str(error), 2
         if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory: a smaller --micro-batch-size needs less"
+            message = "out of GPU memory: lower --micro-batch-size or --max-length, or take --device cpu"
+        elif message.startswith("DataLoader worker"):  # raised wherever the main process is
+            message += " (--workers 0 needs none)"
         elif not isinstance(error, (BadInput, OSError, MemoryError)):
             message, status = f"a fault of this program, please report what --debug shows: {error!r}", 1
         print("error:", "\n  ".join(map(one_line, message.split("\n  "))), file=sys.stderr)

@@ -6,17 +6,20 @@ Each test says what breaks if it fails. Expected values are derived by hand, or 
 import colorsys
 import copy
 import inspect
+import io
 import json
 import math
 import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -1020,7 +1023,7 @@ def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read
         with pytest.raises(BadInput, match="has no image token"):
             train.load_processor(str(tmp_path / "git"))
     shutil.copytree(llava, tmp_path / "silent", ignore=shutil.ignore_patterns("chat_template*"))
-    with pytest.raises(BadInput, match="has no chat template"):
+    with pytest.raises(BadInput, match="does not have a chat template"):
         train.load_processor(str(tmp_path / "silent"))
     shutil.copytree(bunny, tmp_path / "small")
     config = json.loads((bunny / "config.json").read_text())
@@ -2551,7 +2554,7 @@ def test_a_run_goes_on_with_its_own_arguments(finished, bunny, small, tmp_path, 
     assert stopped_at(2, monkeypatch, command(bunny, small, out)) == 128 + signal.SIGTERM
     before = {path: path.read_bytes() for path in out.iterdir()}
     assert train.main(["--resume", str(out), "--lr", "1", "--seed", "1", "--anchors", "none"]) == 2
-    assert "unrecognized arguments: --lr 1 --seed 1 --anchors none" in capsys.readouterr().err
+    assert "the run began with other values of anchors, lr, seed" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     moved = out.rename(tmp_path / "moved")
     assert train.main(["--resume", str(moved), "--micro-batch-size", "4", "--model", str(bunny)]) == 0
@@ -2743,13 +2746,13 @@ def test_out_of_gpu_memory_names_the_flag(bunny, small, tmp_path, capsys, monkey
 
     monkeypatch.setattr(train, "mdpo_step", full)
     assert train.main(command(bunny, small, tmp_path / "out")) == 2
-    assert "a smaller --micro-batch-size" in capsys.readouterr().err
+    assert "lower --micro-batch-size" in capsys.readouterr().err
 
 
 def test_model_and_data_are_required(capsys):
     """Who starts the script without reading needs the two names, and the demo's."""
     assert train.main(["--resume", str(ROOT / "nowhere")]) == 2
-    assert "nowhere: holds no run to resume" in capsys.readouterr().err
+    assert "nowhere: cannot be resumed: [Errno 2]" in capsys.readouterr().err
     assert train.main([]) == 2
     assert "the following arguments are required: --model, --data" in capsys.readouterr().err
 
@@ -2768,6 +2771,434 @@ def test_nothing_ever_asks_a_question(bunny, small, tmp_path):
     """With standard input open, a library that asks whether to run remote code would wait for ever."""
     process = child("train.py", *command(bunny, small, tmp_path / "out", "--epochs", 1), stdin=subprocess.PIPE)
     assert process.wait(timeout=120) == 0, process.stderr.read()
+
+
+# ------------------------------------------------------------------------------- whatever a file or a disk does
+
+
+def one_line_of(capsys, status):
+    """What a command that failed said: one line on stderr beside progress bars, nothing else."""
+    err = capsys.readouterr().err
+    lines = [line for line in re.split("[\r\n]+", err) if line.strip() and "it/s]" not in line and "%|" not in line]
+    lines = [line for line in lines if not line.startswith(("[transformers]", "stopping after", "  "))]
+    assert status in (2, 130) and len(lines) == 1 and lines[0].startswith("error: "), err[-2000:]
+    assert lines[0].isprintable() and len(lines[0]) < 3000 and "fault of this program" not in lines[0]
+    return lines[0]
+
+
+HOSTILE = [None, True, 0, -1, 10**400, 1.5, math.nan, math.inf, "", " ", "x", "\ud800", "\x1b[2J\n\t", "..", "/", "<image>",
+           "a" * 5000, [], [[]], {}, {"a": 1}, [None], [{"role": "user"}], [{"role": "user", "content": 3}],
+           [{"role": "system", "content": []}], {"path": None}, {"type": "image"}]  # fmt: skip
+
+
+def mutated(value, rng):
+    """The value with one of its parts, at any depth, replaced, left out, doubled or nested."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.8:
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        key = rng.choice([*copy] if isinstance(copy, dict) else range(len(copy)))
+        if rng.random() < 0.15:
+            del copy[key]
+        else:
+            copy[key] = mutated(copy[key], rng)
+        return copy
+    return rng.choice([*HOSTILE, [value], [value, value], {"a": value}, str(value)[:-1]])
+
+
+def test_no_record_is_a_traceback(folder, bunny, capsys):
+    """600 records of every format, each with a part of another type, missing, ragged or hostile: each is read, left out
+    or named on one line; none hides the good one, and none takes long."""
+    rng, good, started = random.Random(0), authors(id="good"), time.monotonic()
+    for number in range(100):
+        kinds = [authors(), VLFEEDBACK, AS_COLUMNS, MESSAGES, PLAIN, NO_PROMPT]
+        records = [good, *(mutated(record, rng) for record in kinds)]
+        path = write(folder / "x.json", records)
+        said = []
+        examples = read_examples(path, skip_bad=True, log=said.append)
+        assert "good" in [example.id for example in examples]
+        assert all(line.isprintable() and len(line) < 3000 for text in said for line in text.split("\n  "))
+        capsys.readouterr()
+    assert time.monotonic() - started < 30
+
+
+def test_patterns_and_depths_that_explode_are_read_in_no_time(folder, capsys):
+    """A citation that never ends, a template within templates, brackets within brackets: quadratic time or a deep stack."""
+    started = time.monotonic()
+    rating = lambda text: VLFEEDBACK | {"completions": [completion(text, "5"), completion("B", "1")]}
+    for record in (rating("【†" * 100_000 + "x"), authors(prompt="USER: " * 100_000 + "x"), authors(prompt="<image>" * 50_000)):
+        check_file([write(folder / "x.json", [record])])
+    capsys.readouterr()
+    (folder / "x.json").write_text("[" * 100_000)
+    one_line_of(capsys, check_file([str(folder / "x.json")]))
+    assert time.monotonic() - started < 10
+
+
+def test_images_that_are_no_photographs_are_bad_records(folder, monkeypatch):
+    """Padded to a square, 1 x 20000 pixels are 400 million; a bomb of a few bytes decodes to gigabytes."""
+    for size in ((1, 51), (5001, 100), (10_001, 10_000)):
+        Image.new("1", size).save(folder / "a.png")
+        with pytest.raises(BadInput, match=f"{size[0]} x {size[1]} pixels are no photograph"):
+            read_examples(write(folder / "x.json", [authors()]))
+    Image.new("1", (50, 1)).save(folder / "a.png")
+    assert len(read_examples(write(folder / "x.json", [authors()]))) == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(28, "No space left on device"), RuntimeError("CUDA error: x")])
+def test_a_fault_of_the_machine_is_no_bad_record(folder, monkeypatch, error):
+    """With --skip-bad, good records would be dropped for want of memory or disk."""
+    monkeypatch.setattr(data, "open_image", lambda path: (_ for _ in ()).throw(error))
+    with pytest.raises(BadInput) as raised:
+        read_examples(write(folder / "x.json", [authors()]), skip_bad=True)
+    assert "bad record" not in str(raised.value)
+
+
+def test_what_is_our_own_fault_says_so(capsys):
+    """A user who is told that the file is bad looks for the mistake in the wrong place."""
+
+    def broken(argv):
+        raise RuntimeError("two\nlines \x1b[2J")
+
+    assert data.run_command(broken, []) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: a fault of this program, please report") and "\x1b" not in err
+    with pytest.raises(RuntimeError):
+        data.run_command(broken, ["--debug"])
+
+
+def start(folder):
+    """What a run does with a model before its first step."""
+    model, processor = train.load_model(str(folder))
+    with data.about("adapter"):
+        model = train.add_lora(model, 2, 4)
+    train.choose_layout(model, processor, PAIRS[:1])
+    return 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_model_folder_is_a_traceback(bunny, llava, tmp_path, capsys, seed):
+    """A field of one of its JSON files changed or gone, a template broken, a file cut short: an interrupted download, a
+    hand-edited config. It loads all the same, or one line names the folder."""
+    rng = random.Random(seed)
+    folder = tmp_path / "model"
+    shutil.copytree(rng.choice([bunny, llava]), folder)
+    path = rng.choice([path for path in sorted(folder.iterdir()) if path.is_file()])
+    if path.suffix == ".json" and path.name != "tokenizer.json" and rng.random() < 0.8:
+        write(path, mutated(json.loads(path.read_text()), rng))
+    elif rng.random() < 0.3:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+    started, status = time.monotonic(), data.run_command(lambda argv: start(folder), [])
+    if status:
+        assert str(folder) in one_line_of(capsys, status)
+    assert time.monotonic() - started < 10
+
+
+TEMPLATES = ["{{", "{% for %}", "{{ messages.x.y }}", "{{ 1 / 0 }}", "{% for m in messages %}{{ m.content.x() }}{% endfor %}", "",
+             "{{ raise_exception('no') }}", "{{ messages[5].content }}", "{{ 'a' + 1 }}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_broken_chat_template_is_the_models_fault_not_each_records(llava, small, tmp_path, capsys, template):
+    """Reported record by record, it would send the user through thousands of good ones."""
+    folder = tmp_path / "model"
+    shutil.copytree(llava, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    line = one_line_of(capsys, train.main(command(folder, small, tmp_path / "out")))
+    assert str(folder) in line and "record" not in line and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_argument_is_a_traceback(capsys, seed):
+    """Every flag with values that are no numbers, no choices, too many, too large: one line before anything is loaded."""
+    rng, values = random.Random(seed), ["", "x", "-1", "nan", "inf", "-inf", "1e400", "9" * 30, "0x10", "1_0", "--", "é\x07", "0"]
+    for _ in range(60):
+        flag = rng.choice([*train.ARGUMENTS, "no-image", "skip-bad"])
+        words = [f"--{flag}", *rng.choices(values, k=rng.choice([1, 1, 2, 3]))]
+        status = data.run_command(lambda argv: train.parse_args(argv) and 0, ["--model", "m", "--data", "d", *words])
+        if status:
+            one_line_of(capsys, status)
+        capsys.readouterr()
+
+
+def bytes_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != "run.lock"}
+
+
+def edited(path, change):
+    record = json.loads(path.read_text())
+    change(record)
+    write(path, record)
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def dangling(path):
+    path.unlink()
+    path.symlink_to(path.parent / "nowhere")
+
+
+DAMAGES = {  # what the line must say
+    "args.json": lambda f: (f / "args.json").unlink(),
+    "not valid JSON": lambda f: (f / "args.json").write_text('{"model": '),
+    "cannot be resumed: is not in a known form": lambda f: (f / "args.json").write_text("[]"),
+    "has no 'argv'": lambda f: edited(f / "args.json", lambda args: args.pop("argv")),
+    "invalid choice": lambda f: edited(f / "args.json", lambda args: args["argv"].extend(["--reject", "blur"])),
+    "must be within": lambda f: edited(f / "args.json", lambda args: args["argv"].extend(["--lr", "nan"])),
+    "has no 'shared'": lambda f: edited(f / "args.json", lambda args: args.pop("shared")),
+    "other arguments": lambda f: edited(f / "args.json", lambda args: args["argv"].extend(["--seed", "7"])),
+    "other arguments, data": lambda f: edited(f / "args.json", lambda args: args["argv"].extend(["--lora-rank", "1"])),
+    "other data": lambda f: edited(f / "args.json", lambda args: args["shared"].update(data="0" * 64)),
+    "other loss": lambda f: edited(f / "args.json", lambda args: args["shared"].update(loss="mine")),
+    "other weights": lambda f: edited(f / "args.json", lambda args: args["shared"].update(weights="0" * 64)),
+    "checkpoint.pt: cannot be resumed from: is damaged": lambda f: flipped(f / "checkpoint.pt"),
+    "is damaged, or": lambda f: os.truncate(f / "checkpoint.pt", 1000),
+    "checkpoint.pt: cannot be resumed from: is damaged, or belongs": lambda f: (f / "checkpoint.pt").write_bytes(b""),
+    "checkpoint.pt: cannot be resumed from: [Errno 2]": lambda f: dangling(f / "checkpoint.pt"),
+    "checkpoint.pt: cannot be resumed from: [Errno 21]": lambda f: (f / "checkpoint.pt").unlink() or (f / "checkpoint.pt").mkdir(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_run_is_refused_and_left_as_it_is(finished, tmp_path, capsys, message):
+    """Half of a run on other arguments, data or weights is a result that nobody can explain."""
+    shutil.copytree(finished, copy := tmp_path / "copy")
+    DAMAGES[message](copy)
+    before = bytes_of(copy)
+    line = one_line_of(capsys, train.main(["--resume", str(copy)]))
+    assert message in line and str(copy) in line and bytes_of(copy) == before
+
+
+def test_a_log_that_is_broken_is_written_again(finished, tmp_path):
+    """It is read by people and by curves; a run that goes on must not stumble over it."""
+    shutil.copytree(finished, copy := tmp_path / "copy")
+    (copy / "metrics.jsonl").write_bytes(b"\xff\x00{")
+    assert train.main(["--resume", str(copy)]) == 0 and log_of(copy) == log_of(finished)
+
+
+def test_a_checkpoint_of_another_run_is_refused(finished, bunny, small, tmp_path, capsys):
+    """A run of another seed has the same shapes: its weights would be trained on in silence."""
+    assert train.main(command(bunny, small, tmp_path / "out", "--seed", 1, "--epochs", 1)) == 0
+    shutil.copytree(finished, copy := tmp_path / "copy")
+    shutil.copy(tmp_path / "out" / "checkpoint.pt", copy)
+    assert "belongs to a run with other arguments" in one_line_of(capsys, train.main(["--resume", str(copy)]))
+
+
+def test_resume_refuses_flags_that_would_change_the_result(finished, tmp_path, capsys):
+    """All at once, so that nobody mends one and waits for the next."""
+    shutil.copytree(finished, copy := tmp_path / "copy")
+    line = one_line_of(capsys, train.main(["--resume", str(copy), "--seed", "5", "--lr", "1", "--out", "x", "--workers", "1"]))
+    assert "began with other values of" in line and {"seed,", "lr,", "out"} >= {*line.split("of ")[-1].split()}
+    assert train.main(["--resume", str(copy), "--workers", "1", "--save-every", "2"]) == 0
+
+
+def test_one_process_at_a_time(bunny, small, tmp_path, capsys, monkeypatch):
+    """Two would double the log's steps and overwrite each other's checkpoints. The second says so and leaves; what a
+    killed one left behind is in nobody's way."""
+    log, out = train.log, tmp_path / "out"
+
+    def wait(folder, records, record):
+        log(folder, records, record)
+        (tmp_path / "trains").touch()
+        while not (tmp_path / "go on").exists():
+            time.sleep(0.01)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "log", wait)
+        process = fork(train.main, command(bunny, small, out, "--epochs", 1))
+    while not (tmp_path / "trains").exists():
+        time.sleep(0.01)
+    before = bytes_of(out)
+    capsys.readouterr()
+    assert "another process is training there" in one_line_of(capsys, train.main(["--resume", str(out)]))
+    assert bytes_of(out) == before
+    process.kill()
+    process.join()
+    (out / "new.tmp").mkdir(exist_ok=True)
+    assert train.main(["--resume", str(out)]) == 0 and [record["step"] for record in log_of(out)] == [1, 2]
+    (left := tmp_path / "left").mkdir()
+    (left / "run.lock").touch()
+    (left / "new.tmp").mkdir()
+    assert train.main(command(bunny, small, left, "--epochs", 1)) == 0
+
+
+def test_a_worker_that_dies_is_one_line(bunny, small, tmp_path, capsys, monkeypatch):
+    """The kernel kills the largest process when memory is short. The run says so, ends, and its checkpoint is whole."""
+    item, out = Pairs.__getitem__, tmp_path / "out"
+
+    def die(self, key):
+        if key[0] == 1 and len(self.examples) > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(self, key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pairs, "__getitem__", die)
+        started = time.monotonic()
+        status = train.main(command(bunny, small, out, "--workers", 1, "--save-every", 1, "--micro-batch-size", 4))
+    line = one_line_of(capsys, status)
+    assert "DataLoader worker" in line and "--workers 0" in line and time.monotonic() - started < 60
+    assert train.main(["--resume", str(out)]) == 0 and [record["step"] for record in log_of(out)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("what", ["the disk is full", "the folder vanishes", "the log is a folder"])
+def test_a_disk_that_fails_is_one_line_and_the_checkpoint_stays_whole(bunny, small, tmp_path, capsys, monkeypatch, what):
+    """The last checkpoint is all that is left of hours. RLIMIT_FSIZE stands for a full disk."""
+    log, out = train.log, tmp_path / "out"
+
+    def break_down(folder, records, record):
+        if record["step"] == 3 and what == "the folder vanishes":
+            shutil.rmtree(folder)
+        if record["step"] == 3 and what == "the log is a folder":
+            (folder / "metrics.jsonl").unlink()
+            (folder / "metrics.jsonl").mkdir()
+        if record["step"] == 3 and what == "the disk is full":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        log(folder, records, record)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "log", break_down)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            status = train.main(command(bunny, small, out, "--save-every", 1))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(out) in one_line_of(capsys, status)
+    if what == "the disk is full":
+        assert train.main(["--resume", str(out)]) == 0 and [record["step"] for record in log_of(out)] == [1, 2, 3, 4]
+
+
+def test_weights_that_became_infinite_are_not_saved(bunny, small, tmp_path, capsys, monkeypatch):
+    """The loss of the last step is finite; its update is looked at by nobody else."""
+    step, out = torch.optim.AdamW.step, tmp_path / "out"
+
+    def overflow(self, *args):
+        step(self, *args)
+        self.param_groups[0]["params"][0].data.fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    status = train.main(command(bunny, small, out, "--epochs", 1, "--batch-size", 8))
+    assert "made a weight infinite" in one_line_of(capsys, status) and not (out / "adapter_model.safetensors").exists()
+
+
+def test_a_pipe_that_closes_is_no_traceback(folder):
+    """`python data.py FILE | head -1` is how people look at a long report."""
+    script = f"{sys.executable} {ROOT / 'data.py'} {write(folder / 'x.json', [authors()])} | true"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+def test_long_texts_are_cut_where_they_are_shown(folder):
+    """An id of a megabyte would fill the terminal, and hide the reason."""
+    with pytest.raises(BadInput) as raised:
+        read_examples(write(folder / "x.json", [authors(id="x" * 10**6, chosen="")]))
+    assert len(str(raised.value)) < 1000 and str(raised.value).endswith("'chosen' is empty")
+
+
+def test_resume_notices_weights_of_another_size(finished, bunny, tmp_path, capsys):
+    """The same names and shapes, but another file: the second half of the run would have another reference."""
+    shutil.copytree(bunny, model := tmp_path / "model")
+    shutil.copytree(finished, copy := tmp_path / "copy")
+    assert train.main(["--resume", str(copy), "--model", str(model)]) == 0  # the same weights, elsewhere
+    with open(model / "model-00002-of-00002.safetensors", "rb+") as file:
+        content = file.read()
+        n_bytes = int.from_bytes(content[:8], "little")
+        header = content[8 : 8 + n_bytes] + b" " * 8  # which safetensors allow
+        file.seek(0)
+        file.write((n_bytes + 8).to_bytes(8, "little") + header + content[8 + n_bytes :])
+    assert "the run began with other weights" in one_line_of(capsys, train.main(["--resume", str(copy), "--model", str(model)]))
+    before = train.weight_headers(str(bunny))
+    assert {name: size for name, (size, _) in before.items()} == {
+        path.name: path.stat().st_size for path in bunny.glob("*.safetensors")
+    }
+
+
+def test_an_image_that_vanishes_leaves_no_worker_behind(tmp_path):
+    """Workers are deaf to the group's signals, and Python waits for them at its exit: the command would never end."""
+    path = Path(shapes.write_pairs(tmp_path / "data", 4))
+    script = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import pathlib, train
+load = train.load_model
+train.load_model = lambda *a: pathlib.Path({str(path.parent / "images/2.png")!r}).unlink() or load(*a)
+sys.exit(train.main("--model {ROOT}/examples/base --data {path} --out {tmp_path}/out --workers 1".split()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "2.png cannot be decoded" in done.stderr.splitlines()[-1]
+
+
+def test_eval_data_are_held_out_as_well(bunny, tmp_path, monkeypatch):
+    """A file of one's own, with random images of its own: training must neither see it nor change by it."""
+    data_file, more = shapes.write_pairs(tmp_path / "data", 8, 0), shapes.write_pairs(tmp_path / "more", 3, 1)
+    arguments = lambda out: command(bunny, data_file, tmp_path / out, "--epochs", 1, "--reject", "random")
+    seen, init = [], Pairs.__init__
+
+    def noted(self, examples, *args, **options):
+        init(self, examples, *args, **options)
+        seen.append(self)
+
+    monkeypatch.setattr(Pairs, "__init__", noted)
+    assert train.main(arguments("with") + ["--eval-data", str(more)]) == 0
+    held_out = [pairs for pairs in seen if len(pairs) == 3]
+    assert len(held_out) == 1 and len(held_out[0].pool) == 8 + 3 and [len(p.pool) for p in seen if len(p) == 8] == [8]
+    assert train.main(arguments("without")) == 0
+    assert log_of(tmp_path / "with")[0]["step"] == 0 and "eval/rewards/image_margins" in log_of(tmp_path / "with")[0]
+    assert all(torch.equal(v, adapter(tmp_path / "without")[k]) for k, v in adapter(tmp_path / "with").items())
+
+
+def test_a_stopped_run_can_be_looked_at(bunny, small, tmp_path, monkeypatch):
+    """The adapter of the last checkpoint is there, and is that checkpoint's."""
+    out = tmp_path / "out"
+    assert stopped_at(1, monkeypatch, command(bunny, small, out)) == 128 + signal.SIGTERM
+    model, processor = train.load_model(str(bunny))
+    tuned = peft.PeftModel.from_pretrained(model, out)
+    assert not any(path.suffix == ".tmp" for path in out.iterdir())
+    state = torch.load(io.BytesIO((out / "checkpoint.pt").read_bytes()[:-32]), weights_only=True)
+    assert state["records"] == log_of(out)
+    assert all(torch.equal(v, adapter(out)[k]) for k, v in state["adapter"].items())
+    assert tuned.peft_config["default"].r == 4
+
+
+def test_the_model_card_says_what_was_trained_on_what_and_how(bunny, small, tmp_path):
+    """peft's blank template tells the finder of the folder nothing."""
+    out = tmp_path / "out"
+    assert train.main(command(bunny, small, out, "--eval-size", 2, "--beta", 0.25)) == 0
+    card, last = (out / "README.md").read_text(), log_of(out)[-1]
+    front, text = card.split("---\n")[1:]
+    assert f"base_model: {bunny}\n" in front and "tags: [mdpo, lora]" in front
+    assert "silkie.json: 4 steps" in text and '"beta": 0.25' in text and f"{last['eval/loss']:.4f}" in text
+
+
+def test_phases_are_said_as_they_begin(bunny, small, tmp_path):
+    """Written to a file, a run at real size said nothing for 13 minutes."""
+    script = f"""
+import os, sys; sys.path.insert(0, {str(ROOT)!r})
+import train
+train.load_model = lambda *args: os._exit(7)
+train.main({[str(word) for word in command(bunny, small, tmp_path / "out")]!r})
+"""
+    with open(tmp_path / "log", "w") as log:
+        assert subprocess.run([sys.executable, "-c", script], stdout=log, stderr=subprocess.DEVNULL).returncode == 7
+    assert (tmp_path / "log").read_text() == f"reading and checking {small}\nloading {bunny}\n"
+
+
+def test_cudnn_attention_is_off(bunny):
+    """It plans anew for each shape, at tens of milliseconds, and shapes never repeat here."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    train.load_model(str(bunny))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_mask_is_laid_out_as_cudas_kernels_want_it():
+    """Rows that begin at multiples of 16 numbers, in the model's dtype: else each layer converts and copies it. What a
+    token may see is added as 0, all else as -inf."""
+    (_, (n, prefix, mask), (_, _, other)) = mdpo.attention_blocks([[5, 2, 3, 17]], None, torch.bfloat16)
+    assert (n, prefix, mask.shape, mask.dtype) == (3, 5, (1, 1, 3, 8), torch.bfloat16)
+    assert mask.stride()[2] == 16 and other.stride()[2] == 32 and mask.stride()[3] == 1
+    assert torch.equal(mask[0, 0] == 0, torch.tensor([[True] * (6 + i) + [False] * (2 - i) for i in range(3)]))
+    assert (mask[mask != 0] == -math.inf).all()
 
 
 # ------------------------------------------------------------------------------------------------------- the README

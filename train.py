@@ -77,15 +77,18 @@ def run(args, loss):
         if args.eval_size >= len(examples):
             raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
         held = {*random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size)}
-        held_out, training = ([e for i, e in enumerate(examples) if (i in held) is out] for out in (True, False))
+        held_out = [example for i, example in enumerate(examples) if i in held]
+        training = [example for i, example in enumerate(examples) if i not in held]
         held_out += read(args.eval_data) if args.eval_data else []
         as_pairs = partial(Pairs, strategy=args.reject, crop=args.crop, seed=args.seed)
-        pairs, held_out_pairs = as_pairs(training, pool=examples), as_pairs(held_out, pool=examples + held_out)
+        pairs = as_pairs(training, pool=examples)
+        held_out_pairs = as_pairs(held_out, pool=examples + held_out)
 
         say(f"loading {args.model}")
         model, _ = load_model(args.model, args.device)
         say(f"{model.num_parameters():,} parameters in {model.dtype} on {args.device}; checking the layout")
-        model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+        with about(f"{args.model}: no adapter can be added"):
+            model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         first = [pairs[0, i] for i in range(len(pairs))[:2]]
         args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
         if not args.no_checkpointing:
@@ -107,21 +110,24 @@ def run(args, loss):
             (out / "metrics.jsonl").write_text("".join(map(as_line, records)))
         done = records[-1]["step"] if records else 0
         warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # its first step has rate 0
-        schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup_steps, len(plan), last_epoch=done - 1)
+        cosine = transformers.get_cosine_schedule_with_warmup
+        schedule = cosine(optimizer, warmup_steps, len(plan), last_epoch=done - 1)
 
         collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
         keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
-        load_held_out = partial(load_batches, held_out_pairs, keys, partial(collate, names=scored), args.workers)
+        load = lambda *parts, names: load_batches(*parts, partial(collate, names=names), args.workers)
+        load_held_out = partial(load, held_out_pairs, keys, names=scored)
         evaluate_now = partial(evaluate, model, load_held_out, loss) if held_out else dict
-        batches = load_batches(pairs, sum(plan[done:], []), partial(collate, names=names), args.workers)
+        batches = load(pairs, sum(plan[done:], []), names=names)
         save = partial(save_checkpoint, out, args, records, model, optimizer)
-        say(f"training {sum(map(torch.numel, parameters)):,} parameters for {len(plan)} steps of {args.batch_size}; "
-            f"{len(training)} examples, {len(held_out)} held out -> {out}")  # fmt: skip
+        say(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(training)} examples, "
+            f"{len(held_out)} held out, for {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
+        note = partial(log, out, records)
         if held_out and not records:
-            log(out, records, {"step": 0, **evaluate_now()})
+            note({"step": 0, **evaluate_now()})
         with closing(batches):
-            stopped_by = train(model, plan, batches, loss, optimizer, schedule, partial(log, out, records), save,
-                               evaluate_now, args.max_grad_norm, args.save_every)  # fmt: skip
+            stopped_by = train(model, plan, batches, loss, optimizer, schedule, note, save, evaluate_now,
+                               args.max_grad_norm, args.save_every)  # fmt: skip
         if stopped_by:
             say(f"stopped and saved; to continue: python train.py --resume {out}")
             return 128 + stopped_by
@@ -150,7 +156,7 @@ def held_out_table(records):
 
 def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=dict, max_grad_norm=1.0,
           save_every=None):  # fmt: skip
-    """The training loop: the steps of `plan` that `schedule` has not done -> the signal that stopped it, or 0.
+    """The training loop, from the step where `schedule` stands -> the signal that stopped it, or 0.
 
     plan: of `plan_steps`. batches: an iterator over the micro-batches of these steps, made by `make_batch`.
     loss: as in `mdpo_step`. log: takes the record of a step. save: writes a checkpoint. evaluate: returns the
@@ -172,8 +178,8 @@ def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=d
                 metrics.append(values)
                 ids += batch["ids"]
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-            record = {"step": step, "epoch": step / steps_per_epoch, **means(metrics)}  # waits for the device
-            record |= {"lr": schedule.get_last_lr()[0], "grad_norm": grad_norm.item()}
+            record = {"step": step, "epoch": step / steps_per_epoch, "lr": schedule.get_last_lr()[0]}
+            record |= means(metrics, grad_norm=grad_norm)  # the one place that waits for the device
             if not math.isfinite(record["loss"] + record["grad_norm"]):
                 raise BadInput(f"step {step}: loss or gradient is not finite; examples: {', '.join(ids)}")
             optimizer.step()
@@ -186,7 +192,8 @@ def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=d
             if end_of_epoch:
                 record |= evaluate()
             log(record)
-            bar.set_postfix_str(f"loss {record['loss']:.3f}, reward {record['rewards/chosen']:.3f}", refresh=False)
+            shown = f"loss {record['loss']:.3f}, reward {record['rewards/chosen']:.3f}"
+            bar.set_postfix_str(shown, refresh=False)
             bar.update()
             if end_of_epoch or stop or step % (save_every or len(plan)) == 0:
                 save()
@@ -201,10 +208,10 @@ def evaluate(model, load, loss):
     return {f"eval/{name}": value for name, value in means(metrics).items()}
 
 
-def means(metrics):
-    """[{name: (B,)}, ...] -> {name: mean over all examples}. Waits for the device, once."""
-    values = [torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]]
-    return dict(zip(metrics[0], torch.stack(values).tolist()))
+def means(metrics, **more):
+    """[{name: (B,)}, ...] -> {name: mean over all examples}, and more tensors as numbers. Waits once."""
+    of_all = {name: torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]} | more
+    return dict(zip(of_all, torch.stack([*of_all.values()]).tolist()))
 
 
 def plan_steps(n_examples, batch_size, micro_batch_size, epochs, seed):
@@ -225,7 +232,7 @@ def split(values, size):
 
 
 def load_batches(pairs, micro_batches, collate, workers):
-    """Yield a batch of `make_batch` for each list of (epoch, index), made by so many processes ahead of time."""
+    """Yield a batch for each list of (epoch, index), made ahead of time by so many processes."""
     loader = iter(DataLoader(
         pairs,
         batch_sampler=micro_batches,
@@ -331,23 +338,23 @@ def digest(value):
 
 
 def identity(args):
-    """What a checkpoint shares with its run: all that decides the result, as text."""
-    decides = lambda name: name not in ("out", "argv") and name.replace("_", "-") not in MAY_DIFFER
-    return json.dumps({name: value for name, value in vars(args).items() if decides(name)}, indent=2)
+    """The arguments that decide a run's result, which a checkpoint shares with it."""
+    decides = lambda name: name.replace("_", "-") not in MAY_DIFFER
+    return {name: value for name, value in sorted(vars(args).items()) if decides(name)}
 
 
 def seal(args, content):
     """32 bytes that end a checkpoint: they tell whether it is whole, and of this run."""
-    return hashlib.sha256(identity(args).encode() + content).digest()
+    return hashlib.sha256(json.dumps(identity(args)).encode() + content).digest()
 
 
 def save_checkpoint(out, args, records, model, optimizer):
     """The adapter, and what a resumed run needs; order and rejected images are pure functions of the seed."""
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    if not all(weight.isfinite().all() for weight in adapter.values()):
-        raise BadInput(f"step {records[-1]['step']}: the update made a weight infinite; a lower --lr may help")
-    state, file = {"records": records, "adapter": adapter, "optimizer": optimizer.state_dict()["state"]}, io.BytesIO()
-    torch.save(state, file)
+    if not torch.stack([weight.isfinite().all() for weight in adapter.values()]).all():
+        raise BadInput(f"step {records[-1]['step']}: its update made a weight infinite; try a lower --lr")
+    file, state = io.BytesIO(), optimizer.state_dict()["state"]
+    torch.save({"records": records, "adapter": adapter, "optimizer": state}, file)
     with replacing(out) as new:
         (new / "checkpoint.pt").write_bytes(file.getvalue() + seal(args, file.getvalue()))
         model.save_pretrained(new, save_embedding_layers=False)
@@ -380,14 +387,14 @@ tags: [mdpo, lora]
 
 # {args.model} after mDPO
 
-A LoRA adapter, trained with mDPO (arXiv:2406.11839) on {Path(args.data).name} for {records[-1]["step"]} steps.
+A LoRA adapter, trained with mDPO (arXiv:2406.11839) on {Path(args.data).name}: {records[-1]["step"]} steps.
 
 ```text
 {held_out_table(records) or "No examples were held out."}
 ```
 
 ```json
-{identity(args)}
+{json.dumps(identity(args), indent=2)}
 ```
 """
 
@@ -442,7 +449,7 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "anchors": ((), (*LogPs._fields, "none"), "anchored rewards: chosen is eq. 7 and the default, Table 4 "
         "has more; none is Table 2, minus anchored"),
     # optimization
-    "epochs": (3, whole, "passes over the data (paper 4.1)"),
+    "epochs": (3, number(int, 1, 1000), "passes over the data (paper 4.1)"),
     "batch-size": (32, whole, "examples per optimizer step (paper 4.1)"),
     "micro-batch-size": (4, whole, "examples at a time: for memory, not for the result"),
     "lr": (1e-5, positive, "peak learning rate (paper 4.1)"),
@@ -468,8 +475,8 @@ SWITCHES = {
     "no-checkpointing": "keep activations: faster, more memory",
     "debug": "show the traceback of an error",
 }
-# What may be given when a run goes on: where its files are, and what changes speed, but not what is trained.
-MAY_DIFFER = "resume model data images workers save-every debug".split()
+# What may differ when a run goes on: where its files are, and what changes speed, but not what is trained.
+MAY_DIFFER = "resume argv out model data images workers save-every debug".split()
 MAY_DIFFER += "micro-batch-size device layout no-checkpointing".split()  # the same but for rounding
 
 
@@ -478,35 +485,32 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (--help lists the arguments)")
 
 
-def make_parser(names):
+def parse_args(argv):
+    """The command line -> a Namespace in which every argument has its final value. Raises BadInput."""
     description = "Train a multimodal model with mDPO. --demo: a tiny one, on drawn data."
-    parser = Parser(description=description, allow_abbrev=False)
+    parser, resuming = Parser(description=description, allow_abbrev=False), "--resume" in " ".join(argv)
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
-    for name in names:
-        if name in SWITCHES:
-            parser.add_argument(f"--{name}", action="store_true", help=SWITCHES[name])
-            continue
-        default, kind, text = ARGUMENTS[name]
+    for name, (default, kind, text) in ARGUMENTS.items():
         options = {"type": kind} if callable(kind) else {"choices": kind}
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "+"
         text += f" (default: {default})" if default else ""
-        options["required"] = name in ("model", "data") and "out" in names
+        options["required"] = name in ("model", "data") and not resuming
         parser.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"), **options)
-    return parser
+    for name, text in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
 
-
-def parse_args(argv):
-    """The command line -> a Namespace in which every argument has its final value. Raises BadInput."""
-    parser = make_parser([*ARGUMENTS, *SWITCHES])
-    if not any(word.startswith("--resume") for word in argv):
-        return resolve(parser.parse_args(argv), argv)
-    out = make_parser(MAY_DIFFER).parse_args(argv).resume
-    with about(f"{out}: holds no run to resume"):
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return resolve(args, argv)
+    out = args.resume
+    with about(f"{out}: cannot be resumed"):
         run = json.loads(Path(out, "args.json").read_text())
-        args = resolve(parser.parse_args(run["argv"] + argv), run["argv"])
+        began, args = (parser.parse_args([*run["argv"], *more]) for more in ([], argv))
+        if others := [name for name in (*identity(began), "out") if vars(args)[name] != vars(began)[name]]:
+            raise BadInput(f"the run began with other values of {', '.join(others)}")
         args.out, args.shared = out, run["shared"]
-        return args
+        return resolve(args, run["argv"])
 
 
 def resolve(args, argv):
@@ -560,9 +564,8 @@ def load_processor(name_or_path):
         if config.is_encoder_decoder:
             raise BadInput("is an encoder-decoder, in which a response does not follow its prompt in a row")
         processor = transformers.AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
-        for part in ("image_token", "image_processor", "chat_template"):
-            if getattr(processor, part, None) is None:
-                raise BadInput(f"its processor has no {part.replace('_', ' ')}")
+        if getattr(processor, "image_token", None) is None:
+            raise BadInput("its processor has no image token: not a model of images and text")
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         image = (Image.new("RGB", (336, 336)),)  # tokenizer, template or image processor may be broken
@@ -571,7 +574,7 @@ def load_processor(name_or_path):
 
 
 def weight_headers(name_or_path):
-    """{name of a safetensors file: (its size, its header: names, types and shapes as JSON)}; weights are not read."""
+    """{safetensors file: (size, header: names, types and shapes as JSON)}. No weights are read."""
     index = "model.safetensors.index.json"
     index = cached_file(name_or_path, index, _raise_exceptions_for_missing_entries=False)
     names = json.loads(Path(index).read_text())["weight_map"].values() if index else ["model.safetensors"]
