@@ -26,7 +26,7 @@ from data import BadInput, about, load_records, open_image, run_command
 from examples.answer import generate_answers, load_tuned, make_parser
 from train import quiet_libraries, replacing, whole
 
-# A benchmark is a function: number, item of its file, folder of images, answer -> image, question, what its scorer reads.
+# A benchmark is a function: number, item of its file, image folder, answer -> image, question, the scorer's record.
 
 
 def amber(number, item, images, answer):
@@ -117,8 +117,7 @@ def run(argv):
         shown = "\n  ".join(missing[:20])
         raise BadInput(f"{len(missing)} of {len(questions)} images are missing (--images):\n  {shown}")
     digest = hashlib.sha256(Path(args.questions).read_bytes()).hexdigest()
-    identity = {"model": args.model, "adapter": args.adapter, "questions": digest,
-                "max_new_tokens": args.max_new_tokens}  # fmt: skip
+    identity = {name: vars(args)[name] for name in ("model", "adapter", "max_new_tokens")} | {"questions": digest}
 
     model, processor = load_tuned(args.model, args.adapter, args.device)
     ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
@@ -130,8 +129,7 @@ def run(argv):
         (new / to.name).write_text(lines if apply is objhal else json.dumps(records, indent=1))
     partial.unlink()
     words = statistics.mean(len(answer.split()) for answer in answers)
-    empty = sum(not answer for answer in answers)
-    print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {empty} empty "
+    print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {answers.count('')} empty "
           "(short answers hallucinate less)")  # fmt: skip
     return 0
 

@@ -9,9 +9,9 @@ what the model answers before and after four steps with an exaggerated learning 
 
 import json
 import sys
-import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import tokenizers
 import torch
@@ -57,6 +57,7 @@ GEMMA = (
 )
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = VISION | {"num_key_value_heads": 2}
+TILE = {"height": 32, "width": 32}
 EDGES = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}  # pixels of the smallest and largest image
 
 
@@ -82,9 +83,8 @@ def llava_next():
     """Several tiles an image, a new line's embedding after each row of patches."""
     tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>", image_token="<image>")
     grids = [[32, 64], [64, 32], [64, 64]]
-    tile = {"height": 32, "width": 32}
     processor = transformers.LlavaNextProcessor(
-        LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=tile, image_grid_pinpoints=grids),
+        LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=TILE, image_grid_pinpoints=grids),
         tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=USER_ASSISTANT,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def llava_onevision():
     tokenizer = chatml_tokenizer(image_token="<image>", video_token="<video>")
     grids = [[32, 64], [64, 32], [64, 64]]
     processor = transformers.LlavaOnevisionProcessor(
-        LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=grids),
+        LlavaOnevisionImageProcessorPil(size=TILE, image_grid_pinpoints=grids),
         tokenizer, num_image_tokens=16, vision_feature_select_strategy="full",
         chat_template=CHATML.replace("IMAGE", "'<image>\\n'"),
     )  # fmt: skip
@@ -163,8 +163,7 @@ def internvl():
     """Tiles, pixels shuffled into fewer tokens."""
     tokenizer = chatml_tokenizer(start_image_token="<img>", end_image_token="</img>", video_token="<video>",
                                  context_image_token="<IMG_CONTEXT>")  # fmt: skip
-    size = {"height": 32, "width": 32}
-    image_processor = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+    image_processor = GotOcr2ImageProcessorPil(size=TILE, crop_to_patches=True, min_patches=1, max_patches=4)
     template = CHATML.replace("IMAGE", "'<IMG_CONTEXT>\\n'")
     processor = transformers.InternVLProcessor(image_processor, tokenizer, image_seq_length=4, chat_template=template)
     return transformers.InternVLConfig(
@@ -180,7 +179,7 @@ def gemma3():
                                image_token="<image_soft_token>", boi_token="<start_of_image>",
                                eoi_token="<end_of_image>")  # fmt: skip
     processor = transformers.Gemma3Processor(
-        Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, image_seq_length=4, chat_template=GEMMA
+        Gemma3ImageProcessorPil(size=TILE), tokenizer, image_seq_length=4, chat_template=GEMMA
     )
     text = transformers.Gemma3TextConfig(**TEXT, vocab_size=len(tokenizer), head_dim=8, sliding_window=16,
                                          layer_types=["sliding_attention", "full_attention"])  # fmt: skip
@@ -223,15 +222,14 @@ def layout_errors(folder, examples):
 
 def try_family(name, device):
     """Train the family's model in a temporary folder -> its line of the table. What is said there is muted."""
-    folder = tempfile.TemporaryDirectory()
-    with folder as path, open(f"{path}/log.txt", "w", 1) as log, redirect_stdout(log), redirect_stderr(log):
+    with TemporaryDirectory() as path, open(f"{path}/log", "w", 1) as log, redirect_stdout(log), redirect_stderr(log):
         folder = Path(path)
         write_family(name, folder / "model")
         data = shapes.write_pairs(folder / "data", 8)
         flags = f"--model {folder}/model --data {data} --out {folder}/out --batch-size 2 --micro-batch-size 2"
         flags += f" --epochs 1 --lr 0.05 --workers 0 --lora-rank 8 --device {device}"
         if train.main(flags.split()):
-            raise BadInput(f"{name}: {(folder / 'log.txt').read_text().strip().splitlines()[-1]}")
+            raise BadInput(f"{name}: {(folder / 'log').read_text().strip().splitlines()[-1]}")
         examples = read_examples(data)
         errors = layout_errors(folder / "model", examples)
         layout = json.loads((folder / "out" / "args.json").read_text())["layout"]

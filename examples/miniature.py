@@ -190,9 +190,8 @@ PREDICTIONS = {
 }
 
 
-# The order of the paper's Tables 2 and 3, mDPO first. In the small world Table 3 was not expected to hold: a crop of so
-# small a picture shows nothing of what is said, so that it is told from the whole at a glance. In the large one, where it
-# leaves more, it was.
+# The order of the paper's Tables 2 and 3, mDPO first. Table 3 was expected to hold in the large world alone: in the small
+# one a crop shows nothing of what is said, so that it is told from the whole at a glance.
 ORDERS = ("minus conditional", "minus anchored", "crop 20-50%", "random image", "MoCo v2")
 
 
@@ -260,8 +259,7 @@ def run(argv):
     world = {"small": shapes.SMALL, "large": shapes.LARGE}[args.world]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(prepare_seed, *zip(*[(args.out, seed, world) for seed in seeds])))  # raises what a worker raised
-        how = args.scenes, world, args.device
-        tasks = [(args.out, seed, method, *how) for seed in seeds for method in methods]
+        tasks = [(args.out, seed, method, args.scenes, world, args.device) for seed in seeds for method in methods]
         results = iter(list(tqdm(pool.map(run_method, *zip(*tasks)), "runs", len(tasks))))
     by_seed = {str(seed): {method: next(results) for method in methods} for seed in seeds}
     summary = summarize(by_seed)

@@ -35,7 +35,7 @@ from examples import throughput, tiny_bunny, variants, words
 from examples.answer import generate_answers
 from mdpo import LogPs, mdpo_step, response_logps, sequence_logps
 from test_mdpo import DPO_NAMES, PAIRS, POLICY, REF, ROOT, adapter, as_examples, command, log_of, noise, pair
-from test_mdpo import softplus, with_lora, write
+from test_mdpo import asked, softplus, with_lora, write
 from test_mdpo import bunny, finished, llava, loaded, small  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -237,9 +237,11 @@ def test_families_print_their_table_alone(tmp_path, monkeypatch, capfd):
     printed = capfd.readouterr()
     head, row = printed.out.splitlines()
     assert head.split()[:2] == ["family", "rows"] and row.split()[:2] == ["gemma3", "plain"] and printed.err == ""
+    folder = families.write_family("gemma3", tmp_path / "model")
+    first = Pairs(read_examples(shapes.write_pairs(tmp_path / "data", 8)))[0, 0]
+    before = generate_answers(*train.load_model(folder), [(first.images, first.question)], 6)
     assert float(row.split()[2]) > 0.1 > 1e-4 > float(row.split()[3])
-    answers = re.search(r"\['(.*)', '(.*)'\]$", row)
-    assert answers[1] != answers[2]
+    assert f"   ['{ascii(before[0])[1:-1]}', '" in row and f", '{ascii(before[0])[1:-1]}']" not in row
     parse_args = train.parse_args
     monkeypatch.setattr(train, "parse_args", lambda argv: parse_args([*argv, "--eval-size", "99"]))
     assert run_command(families.run, []) == 2
@@ -923,7 +925,7 @@ def test_a_folder_that_is_not_read_back_as_merged_is_removed(change, adapted, tm
     monkeypatch.setattr(merge, "response_logps", lambda *arguments: logps)
     assert run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
     printed = capsys.readouterr()
-    assert "removed, 1 weights" in printed.err and printed.out == "" and not (tmp_path / "merged").exists()
+    assert "removed, 1 weights" in printed.err and printed.out == "" and not any(tmp_path.glob("merged*"))
 
 
 def test_merge_says_how_far_each_model_is_from_the_adapter(adapted, tmp_path, monkeypatch, capsys):
@@ -1140,7 +1142,7 @@ def test_each_answer_stands_at_its_own_question(name, tmp_path, monkeypatch, cap
         items = [{"question": text, "image": encoded(id), "image_id": id} for id, text in zip(ids, texts)]
     lines = "\n\n".join(json.dumps(item) for item in items)  # with blank lines between
     write(tmp_path / "questions", lines if name == "objhal" else items)
-    monkeypatch.setattr(benchmarks, "load_tuned", lambda model, adapter=None: (None, None))
+    monkeypatch.setattr(benchmarks, "load_tuned", lambda *arguments: (None, None))
     monkeypatch.setattr(benchmarks, "generate_answers", echo)
     arguments = [name, "--questions", str(tmp_path / "questions"), "--images", str(tmp_path), "--model", "m"]
     assert run_command(benchmarks.run, [*arguments, "--to", str(tmp_path / "to"), "--batch-size", "2"]) == 0
@@ -1194,16 +1196,16 @@ def test_benchmark_flags_reach_the_model_and_the_partial_file(tmp_path, monkeypa
         calls.append((len(questions), max_new_tokens, batch_size))
         return ["yes"] * len(questions)
 
-    load = lambda model, adapter=None: loaded_from.append((model, adapter)) or (None, None)
+    load = lambda *arguments: loaded_from.append(arguments) or (None, None)
     monkeypatch.setattr(benchmarks, "load_tuned", load)
     monkeypatch.setattr(benchmarks, "generate_answers", ask)
     grey(0).save(tmp_path / "a.png")
     items = [{"id": i, "image": "a.png", "query": "What?"} for i in range(3)]
     flags = {"questions": write(tmp_path / "q.json", items), "images": tmp_path, "model": "M", "adapter": "A"}
-    flags |= {"to": tmp_path / "to.json", "max-new-tokens": 7, "batch-size": 2}
+    flags |= {"to": tmp_path / "to.json", "max-new-tokens": 7, "batch-size": 2, "device": "cpu"}
     run = lambda **changes: run_command(benchmarks.run, ["amber", *(f"--{n}={v}" for n, v in (flags | changes).items())])
     assert run() == 130
-    assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", "A")]
+    assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", "A", "cpu")]
     assert len((tmp_path / "to.json.partial").read_text().splitlines()) == 1 + 2
     other_questions = write(tmp_path / "other.json", [item | {"query": "Who?"} for item in items])
     for change in ({"model": "N"}, {"adapter": "B"}, {"max-new-tokens": 8}, {"questions": other_questions}):
@@ -1462,7 +1464,7 @@ def test_mistakes_of_the_looking_commands_are_one_line(bunny, mixed, tmp_path, c
             continue
         assert run_command(script.run, arguments.split()) == 2
         err = capsys.readouterr().err
-        assert message in err and err.startswith("error: ") and err.count("\n") == 1
+        assert message in err.splitlines()[-1] and err.count("error: ") == 1  # under the library's bar, if any
 
 
 # ------------------------------------------------------------------------------ words that look at the image
@@ -1525,7 +1527,7 @@ ROWS = [("y_w, base: +1.50", [(" <i>", 3.0), (" red", -1.5), (".", 0.0)])]
 def test_page_of_words_has_no_markup_of_the_data_and_the_pictures_inside():
     """A page is sent to others: it must show the data, not run it, and need no second file. Colours by hand:
     3 nats are the full blue (90, 150, 255), -1.5 half of the red (255, 110, 100)."""
-    shown = pair("Is <b> it?", "a", "b", grey(10), grey(200))
+    shown = pair(asked("Is <b> it?"), "a", "b", grey(10), grey(200))
     page = words.as_html("7&", shown, ROWS)
     assert "<h2>7&amp; / Is &lt;b&gt; it?</h2>" in page and "&lt;i&gt;" in page and "<i>" not in page
     spans = re.findall(r'<span style="background: rgb(\(.*?\))" title="(.*?)">(.*?)</span>', page)
@@ -1544,12 +1546,12 @@ def test_picture_of_words_is_drawn_in_their_colours():
     """What the README shows. The first box is at the text's start less 3 pixels, the next 8 pixels after the
     first text; a row is 42 pixels high and no wider than the picture."""
     font = words.ImageFont.load_default(18)
-    sheet, second = words.as_image(pair("q", "a", "b"), ROWS), 190 + font.getlength("<i>") + 8
+    sheet, second = words.as_image(pair(asked("q", 0), "a", "b"), ROWS), 190 + font.getlength("<i>") + 8
     assert sheet.size == (1000, 10 + 42 + 42 + 4)
     assert sheet.getpixel((188, 51)) == (90, 150, 255) and sheet.getpixel((second - 2, 51)) == (255, 182, 178)
-    sheet = words.as_image(pair("q", "a", "b", grey(10), [grey(90), grey(200)]), ROWS)
+    sheet = words.as_image(pair(asked("q"), "a", "b", grey(10), [grey(90), grey(200)]), ROWS)
     assert [sheet.getpixel((10 + 260 * i + 20, 100)) for i in range(3)] == [(n,) * 3 for n in (10, 90, 200)]
-    long = words.as_image(pair("q", "a", "b"), [("y_w", [(" picture", 3.0)] * 30)])
+    long = words.as_image(pair(asked("q"), "a", "b"), [("y_w", [(" picture", 3.0)] * 30)])
     assert long.height > 98 and long.getcolors(2**20) and (90, 150, 255) not in {
         long.getpixel((x, y)) for x in range(994, 1000) for y in range(long.height)
     }
@@ -1576,14 +1578,19 @@ def test_study_of_words_tells_colours_and_shapes_from_the_rest(monkeypatch, caps
     monkeypatch.setattr(miniature, "prepare_seed", lambda *args: None)
     monkeypatch.setattr(miniature, "run_method", lambda *args, **options: None)
     monkeypatch.setattr(words, "read_examples", lambda path: ["example"])
-    monkeypatch.setattr(words, "load_tuned", lambda model, run: (times[run and run.name], None))
+    monkeypatch.setattr(words, "load_tuned", lambda model, run, device: (times[run and run.name], device))
     weight = {"crop": 1, "random": 10}
     pairs = lambda examples, reject, seed: {("held out", 0): weight[reject]}
     monkeypatch.setattr(words, "Pairs", pairs)
     scaled = lambda model, pair: [(text, value * model * pair) for text, value in found]
-    both = lambda model, processor, pair: {"y_w": scaled(model, pair), "y_l": [(" red", 99.0)]}
+    devices = []  # the README's digits are a CPU's
+
+    def both(model, device, pair):
+        devices.append(device)
+        return {"y_w": scaled(model, pair), "y_l": [(" red", 99.0)]}
+
     monkeypatch.setattr(words, "differences", both)
-    assert run_command(words.run, ["study", "4"]) == 0
+    assert run_command(words.run, ["study", "4"]) == 0 and {*devices} == {"cpu"}
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert rows == [
         ["4", reject, method, f"{1.5 * factor * scale:.2f}", f"{2 * factor * scale:.2f}"]
@@ -2346,7 +2353,7 @@ def test_variants_run_and_go_on(name, bunny, small, tmp_path, strategies, monkey
         assert run_command(variants.run, [name, *command(bunny, small, out)]) == 128 + signal.SIGTERM
     for other in {*variants.VARIANTS} - {name}:
         assert run_command(variants.run, [other, "--resume", str(out)]) == 2
-        assert "the loss are not what the run began with" in capsys.readouterr().err
+        assert "the run began with other loss" in capsys.readouterr().err
     assert train.main(["--resume", str(out)]) == 2 and not (out / "adapter_model.safetensors").exists()
     assert run_command(variants.run, [name, f"--resume={out}"]) == 0
     assert all(torch.equal(v, adapter(out)[k]) for k, v in adapter(whole).items())

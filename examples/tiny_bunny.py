@@ -105,10 +105,8 @@ def write_base(folder, seed=0, progress=True, world=shapes.SMALL):
     look at the image at all. Then, the tower frozen, the model learns the careless annotator's answers.
     """
     rng = random.Random(f"base {seed}")
-    texts = []
-    for _ in range(400):
-        question, answer = question_and_answer(shapes.random_scene(rng, 0.25, world), rng)
-        texts.append(f"{BUNNY_SYSTEM} USER: \\n{question} ASSISTANT: {answer}")
+    talk = [question_and_answer(shapes.random_scene(rng, 0.25, world), rng) for _ in range(400)]
+    texts = [f"{BUNNY_SYSTEM} USER: \\n{question} ASSISTANT: {answer}" for question, answer in talk]
     tower = f"shapes-patch8-{world.grid * shapes.CELL}"
     write_bunny(folder, texts, hidden=96, layers=3, tower_hidden=64, vision_tower=tower, seed=seed)
     model, processor = load_model(str(folder))
