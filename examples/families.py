@@ -229,7 +229,7 @@ def try_family(name, device):
         flags = f"--model {folder}/model --data {data} --out {folder}/out --batch-size 2 --micro-batch-size 2"
         flags += f" --epochs 1 --lr 0.05 --workers 0 --lora-rank 8 --device {device}"
         if train.main(flags.split()):
-            raise BadInput(f"{name}: {(folder / 'log').read_text().strip().splitlines()[-1]}")
+            raise BadInput(f"{name}: {(folder / 'log').read_text().rpartition('error: ')[2].strip()}")
         examples = read_examples(data)
         errors = layout_errors(folder / "model", examples)
         layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
