@@ -22,7 +22,7 @@ def load_tuned(name_or_path, adapter=None, device=None):
     """
     config = read_adapter(adapter) if adapter else None
     model, processor = load_model(name_or_path, device or best_device())
-    if adapter is None:
+    if config is None:
         return model, processor
     with about(f"{adapter}: is no adapter of {name_or_path}"):
         model = peft.PeftModel(model, config)
