@@ -105,7 +105,7 @@ def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
     """One step's forward pass: a batch of `data.make_batch` -> losses (B,), with gradient, and metrics (B,).
 
     model: wrapped by peft, or any if ref_model is given. ref_model: by default `model` without its adapter.
-    loss: any function of (policy_logps, ref_logps, **options) -> losses, metrics.
+    loss: any function of (policy_logps, ref_logps, **options) -> losses, metrics; it may also take `batch`.
     """
     inputs = forward_inputs(model, batch)  # images are encoded once, for policy and reference
     with torch.no_grad():
@@ -115,7 +115,7 @@ def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
             with model.disable_adapter():
                 ref_logps = response_logps(model, batch, inputs)
     policy_logps = response_logps(model, batch, inputs)
-    losses, metrics = loss(policy_logps, ref_logps, **options)
+    losses, metrics = loss(policy_logps, ref_logps, **options, **known_arguments(loss, {"batch": batch}))
     return losses, {"loss": losses.detach(), **metrics}
 
 

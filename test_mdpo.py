@@ -1598,8 +1598,8 @@ def test_a_report_of_bad_records_ends_after_20_and_counts_the_rest(folder):
 
 def test_a_broken_line_is_bad_whatever_the_subset(folder):
     """A record that cannot be read has no id: dropped as if it were of another subset, it would be lost in silence."""
-    path = write(folder / "x.jsonl", json.dumps(VLFEEDBACK) + '\n{"id": "llava-2", "prom\n')
-    with pytest.raises(BadInput, match="record 2: not valid JSON"):
+    path = write(folder / "x.jsonl", json.dumps(VLFEEDBACK) + '\n{"id": "llava-2", "prom\n5\n')
+    with pytest.raises(BadInput, match="record 2: not valid JSON: .*\n  record 3: is not in a known form"):
         read_examples(path, subset="llava")
 
 

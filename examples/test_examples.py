@@ -2034,6 +2034,10 @@ def test_readme_of_the_study_of_words_says_what_its_table_shows():
 # --------------------------------------------------------------------------------- variants of loss and image
 
 WEIGHTED = {"dpo": softplus(-1.5), "conditional": 0.2 * softplus(-1.0)}
+OF_4_TOKENS = {  # y_w of two examples has 4 tokens and 3, in plain rows, which are padded; y_l 5 and 1
+    "targets": torch.tensor([[1, 2, 3, 0, -100], [1, 2, 0, -100, -100], [1, 2, 3, 4, 0], [0] + [-100] * 4]),
+    "n_targets": [5] * 4,
+}
 
 
 @pytest.fixture
@@ -2051,14 +2055,14 @@ def strategies():
         (variants.chip_loss, {}, {"joint": softplus(-2.5)}),
         (variants.opa_dpo_loss, {}, WEIGHTED | {"anchor": softplus(-0.5)}),
         (variants.opa_dpo_loss, {"delta": 0.25}, WEIGHTED | {"anchor": softplus(-0.25)}),
-        (variants.rpo_loss, {}, {"dpo": softplus(-1.5), "sft": 0.05 * 10}),
-        (variants.rpo_loss, {"alpha": 2}, {"dpo": softplus(-1.5), "sft": 2 * 10}),
+        (variants.rpo_loss, {"batch": OF_4_TOKENS}, {"dpo": softplus(-1.5), "sft": 10 / 4}),
+        (variants.rpo_loss, {"batch": OF_4_TOKENS, "alpha": 2}, {"dpo": softplus(-1.5), "sft": 2 * 10 / 4}),
     ],
 )
 def test_losses_of_the_variants_by_hand(loss, options, expected):
     """A wrong sign or weight trains something that the paper is not about. As in test_mdpo.py, beta 0.5 makes
     r_w 0.5, r_l -1 and r_img -0.5, so the margins are 1.5 and 1. Joint: -log sigmoid(1.5 + 1). AncPO: 0.5 -
-    delta. log pi(y_w | m_w, q) is -10. The second example is the first one three times as far from the
+    delta. log pi(y_w | m_w, q) is -10, over 4 tokens. The second example is the first one three times as far from the
     reference, so that a mean over the batch would show."""
     far = LogPs(*(ref + 3 * (policy - ref) for policy, ref in zip(POLICY, REF)))
     policy = LogPs(*(torch.cat(pair).requires_grad_() for pair in zip(POLICY, far)))
@@ -2075,8 +2079,9 @@ def test_losses_of_the_variants_by_hand(loss, options, expected):
 def test_rpo_needs_no_rejected_image():
     """It is DPO and SFT: two log-probabilities. A tenth of a nat less is no float32, and must not become one."""
     policy, ref = ([logp.double() - 0.1 for logp in logps[:2]] for logps in (POLICY, REF))
-    losses, metrics = variants.rpo_loss(policy, ref, 0.5)
-    assert losses.item() == pytest.approx(softplus(-1.5) + 0.05 * 10.1, abs=1e-12)
+    batch = {"targets": torch.tensor([[1, 0, 1, 2, 0]]), "n_targets": [2, 3]}  # packed
+    losses, metrics = variants.rpo_loss(policy, ref, 0.5, batch=batch)
+    assert losses.item() == pytest.approx(softplus(-1.5) + 10.1 / 2, abs=1e-12)
     assert not any("image" in name for name in metrics)
 
 
@@ -2086,7 +2091,8 @@ def test_defaults_of_the_variants_are_the_papers():
     assert loss(variants.chip_loss) == pytest.approx(softplus(-0.5), abs=1e-6)
     opa_dpo = softplus(-0.3) + 0.2 * softplus(-0.2) + softplus(-0.1)
     assert loss(variants.opa_dpo_loss) == pytest.approx(opa_dpo, abs=1e-6)
-    assert loss(variants.rpo_loss) == pytest.approx(softplus(-0.3) + 0.5, abs=1e-6)
+    rpo = lambda *logps: variants.rpo_loss(*logps, batch=OF_4_TOKENS)
+    assert loss(rpo) == pytest.approx(softplus(-0.3) + 10 / 4, abs=1e-6)
 
 
 @pytest.mark.parametrize("level", [64, 128, 191])
@@ -2159,7 +2165,7 @@ def test_variants_run_and_go_on(name, bunny, small, tmp_path, strategies, monkey
         assert variants.main([name, *command(bunny, small, out)]) == 128 + signal.SIGTERM
     for other in {*variants.VARIANTS} - {name}:
         assert variants.main([other, "--resume", str(out)]) == 2
-        assert "the loss are not what the run began with" in capsys.readouterr().err
+        assert "the run began with other loss" in capsys.readouterr().err
     assert train.main(["--resume", str(out)]) == 2 and not (out / "adapter_model.safetensors").exists()
     assert variants.main([name, f"--resume={out}"]) == 0
     assert all(torch.equal(v, adapter(out)[k]) for k, v in adapter(whole).items())
