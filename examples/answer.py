@@ -3,7 +3,6 @@
 python examples/answer.py --model BAAI/Bunny-v1_0-3B --adapter runs/... --image photo.jpg --question "What is this?"
 """
 
-import argparse
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,16 +11,34 @@ import peft
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, chat_messages, encode_prompts, open_image, run_command
-from train import best_device, load_model, quiet_libraries
+from data import BadInput, about, chat_messages, encode_prompts, open_image, run_command
+from train import Parser, best_device, load_model, quiet_libraries, whole
 
 
-def load_tuned(name_or_path, adapter=None):
-    """Model and processor, on the GPU if there is one, with the adapter of a run's folder. Raises BadInput."""
-    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
-        raise BadInput(f"{adapter}: holds no adapter (no adapter_config.json)")
-    model, processor = load_model(name_or_path, best_device())
-    return peft.PeftModel.from_pretrained(model, adapter) if adapter else model, processor
+def load_tuned(name_or_path, adapter=None, device=None):
+    """Model and processor, with the adapter of a run's folder, on the GPU if there is one.
+
+    Raises BadInput, also where peft would go on: if weights are missing or have no place in the model.
+    """
+    config = read_adapter(adapter) if adapter else None
+    model, processor = load_model(name_or_path, device or best_device())
+    if adapter is None:
+        return model, processor
+    with about(f"{adapter}: is no adapter of {name_or_path}"):
+        model = peft.PeftModel(model, config)
+        missing, unexpected = model.load_adapter(adapter, "default")
+        for kind, wrong in ("missing", missing), ("unexpected", unexpected):
+            if wrong:
+                raise BadInput(f"{len(wrong)} weights are {kind}, such as {min(wrong)}")
+    return model, processor
+
+
+def read_adapter(adapter):
+    with about(f"{adapter}: holds no adapter"):
+        for name in ("adapter_config.json", "adapter_model.safetensors"):  # peft would ask the hub for it
+            if not Path(adapter, name).is_file():
+                raise BadInput(f"no {name}")
+        return peft.PeftConfig.from_pretrained(adapter)
 
 
 def chat_prompt(processor, question, n_images=1):
@@ -48,17 +65,24 @@ def generate_answers(model, processor, questions, max_new_tokens=256, batch_size
     return answers
 
 
-def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser(doc, needs_adapter=False):
+    """A parser with the arguments of all commands that load a model."""
+    parser = Parser(description=doc.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or hub name")
-    parser.add_argument("--adapter", help="a run's folder; its answer is printed under the base model's")
-    parser.add_argument("--image", required=True)
+    parser.add_argument("--adapter", required=needs_adapter, metavar="RUN", help="a run's folder")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    return parser
+
+
+def run(argv):
+    parser = make_parser(__doc__)
+    parser.add_argument("--image", nargs="+", default=[], help="an image or several; without: a text alone")
     parser.add_argument("--question", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=whole, default=256)
     args = parser.parse_args(argv)
     quiet_libraries()
-    question = [(open_image(args.image), args.question)]
-    model, processor = load_tuned(args.model, args.adapter)
+    question = [([*map(open_image, args.image)], args.question)]
+    model, processor = load_tuned(args.model, args.adapter, args.device)
     with model.disable_adapter() if args.adapter else nullcontext():
         print(f"base:  {generate_answers(model, processor, question, args.max_new_tokens)[0]}")
     if args.adapter:
@@ -66,9 +90,5 @@ def run(argv):
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))

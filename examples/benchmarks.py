@@ -7,75 +7,56 @@
 
 Greedy and batched. Answers are kept in TO.partial as they come; the same command goes on where a killed one was.
 A missing image stops the run before the first answer: an empty answer would count as free of hallucination.
-
-    python examples/benchmarks.py types mmhal_scored.json     # MMHal's mean score by type of question (Table 5)
 """
 
-import argparse
 import base64
 import hashlib
 import io
 import json
+import re
 import statistics
 import sys
 import urllib.request
-from collections import defaultdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, about, open_image, run_command
-from examples.answer import generate_answers, load_tuned
-from train import quiet_libraries, replacing
+from data import BadInput, about, load_records, open_image, run_command
+from examples.answer import generate_answers, load_tuned, make_parser
+from train import quiet_libraries, replacing, whole
 
-# ------------------------------------------------------------------------------- what each benchmark reads and writes
-
-
-def read_json(path, lines=False):
-    text = Path(path).read_text()
-    return [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)
+# A benchmark is a function: number, item of its file, image folder, answer -> image, question, the scorer's record.
 
 
-def amber(path, images):
-    """query_generative.json: [{id, image, query}] -> [{id, response}], as AMBER's inference.py reads it."""
-    items = read_json(path)
-    questions = [(Path(images or ".") / item["image"], item["query"]) for item in items]
-    return questions, lambda answers: json.dumps(
-        [{"id": item["id"], "response": answer} for item, answer in zip(items, answers)], indent=1
-    )
+def amber(number, item, images, answer):
+    """query_*.json. To discriminative questions (ids from 1005) AMBER's inference.py takes Yes or No alone, so
+    that the answer is cut to its first word; one that begins otherwise is left, and counts as wrong."""
+    word = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
+    answer = word[1].capitalize() if word and item["id"] > 1004 else answer
+    return Path(images or ".", item["image"]), item["query"], {"id": item["id"], "response": answer}
 
 
-def mmhal(path, images):
-    """response_template.json -> the same list with `model_answer` filled, as MMHal's eval_gpt4.py reads it.
-
-    The file gives images as URLs; they are looked up in the folder `images` by their last part, or fetched without it.
-    """
-    items = read_json(path)
-    place = lambda url: Path(images) / url.rpartition("/")[2] if images else url
-    questions = [(place(item["image_src"]), item["question"]) for item in items]
-    return questions, lambda answers: json.dumps(
-        [item | {"model_answer": answer} for item, answer in zip(items, answers)], indent=1
-    )
+def mmhal(number, item, images, answer):
+    """response_template.json, which MMHal's eval_gpt4.py reads with `model_answer` filled. Its images are URLs: looked
+    up in the folder of images by their last part, or fetched without one."""
+    url = item["image_src"]
+    image = Path(images, url.rpartition("/")[2]) if images else url
+    return image, item["question"], item | {"model_answer": answer}
 
 
-def objhal(path, images):
-    """JSON lines with question, image (base64), image_id -> JSON lines, of which RLAIF-V's
-    eval_gpt_obj_halbench.py reads `image_id`, `prompt` and `text`."""
-    items = read_json(path, lines=True)
-    questions = [(item["image"], item["question"]) for item in items]
-
-    def write(answers):
-        return "".join(
-            json.dumps({"question_id": i, "image_id": item["image_id"], "prompt": item["question"], "text": answer,
-                        "model_id": "mdpo"}) + "\n"
-            for i, (item, answer) in enumerate(zip(items, answers))
-        )  # fmt: skip
-
-    return questions, write
+def objhal(number, item, images, answer):
+    """JSON lines, with images in base64. RLAIF-V's eval_gpt_obj_halbench.py reads `image_id`, `prompt` and `text`."""
+    record = {"question_id": number, "image_id": item["image_id"], "prompt": item["question"], "text": answer}
+    return item["image"], item["question"], record | {"model_id": "mdpo"}
 
 
 BENCHMARKS = {"amber": amber, "mmhal": mmhal, "objhal": objhal}
+
+
+def read_items(path):
+    """A JSON list or JSON lines."""
+    return [json.loads(item) if isinstance(item, str) else item for _, item in load_records(path)]
 
 
 def load_image(image):
@@ -87,18 +68,16 @@ def load_image(image):
     return open_image(io.BytesIO(base64.b64decode(image)) if isinstance(image, str) else image)
 
 
-# --------------------------------------------------------------------------------------------------------- answering
-
-
 def answer_all(questions, ask, partial, identity, batch_size):
     """Answers of `ask` to all questions, in order; those in the file `partial` are not asked again.
 
     identity: of model and questions; a partial file of another raises BadInput. A last line cut short is left out.
     """
     lines = partial.read_text().split("\n")[:-1] if partial.exists() else []
-    if lines and json.loads(lines[0]) != identity:
-        raise BadInput(f"{partial}: holds the answers of another model or to other questions; move it away")
-    answers = [json.loads(line) for line in lines[1:]]
+    with about(f"{partial}: cannot go on"):
+        if lines and json.loads(lines[0]) != identity:
+            raise BadInput("holds the answers of another model or to other questions; move it away")
+        answers = [json.loads(line) for line in lines[1:]]
     if answers:
         print(f"{partial}: going on after {len(answers)} answers")
     kept = "".join(json.dumps(line) + "\n" for line in [identity, *answers])
@@ -114,70 +93,46 @@ def answer_all(questions, ask, partial, identity, batch_size):
     return answers
 
 
-def answer_benchmark(args):
+def run(argv):
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("benchmark", choices=BENCHMARKS)
+    add("--questions", required=True, help="the benchmark's own file")
+    add("--images", metavar="DIR", help="the benchmark's images")
+    add("--to", required=True, help="the file to write")
+    add("--max-new-tokens", type=whole, default=512)
+    add("--batch-size", type=whole, default=8)
+    args = parser.parse_args(argv)
+    quiet_libraries()
     to = Path(args.to)
     if to.exists():
         raise BadInput(f"{to}: already exists")
-    with about(f"{args.questions}: cannot be read"):
-        questions, write = BENCHMARKS[args.benchmark](args.questions, args.images)
+    with about(f"--questions of {args.benchmark}"):
+        apply, items = BENCHMARKS[args.benchmark], read_items(args.questions)
+        questions = [apply(number, item, args.images, "")[:2] for number, item in enumerate(items)]
+        if not questions:
+            raise BadInput("holds no question")
     missing = [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]
     if missing:
         shown = "\n  ".join(missing[:20])
         raise BadInput(f"{len(missing)} of {len(questions)} images are missing (--images):\n  {shown}")
     digest = hashlib.sha256(Path(args.questions).read_bytes()).hexdigest()
-    identity = {"model": args.model, "adapter": args.adapter, "questions": digest,
-                "max_new_tokens": args.max_new_tokens}  # fmt: skip
+    identity = {name: vars(args)[name] for name in ("model", "adapter", "max_new_tokens")} | {"questions": digest}
 
-    model, processor = load_tuned(args.model, args.adapter)
+    model, processor = load_tuned(args.model, args.adapter, args.device)
     ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
     partial = Path(f"{to}.partial")
     answers = answer_all(questions, ask, partial, identity, args.batch_size)
+    records = [apply(i, item, args.images, answer)[2] for i, (item, answer) in enumerate(zip(items, answers))]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
     with replacing(to.parent) as new:
-        (new / to.name).write_text(write(answers))
+        (new / to.name).write_text(lines if apply is objhal else json.dumps(records, indent=1))
     partial.unlink()
     words = statistics.mean(len(answer.split()) for answer in answers)
-    empty = sum(not answer for answer in answers)
-    print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {empty} empty "
+    print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {answers.count('')} empty "
           "(short answers hallucinate less)")  # fmt: skip
-
-
-def by_type(path):
-    """MMHal's answers with `question_type` and their scores -> {type: (mean score, share under 3)}."""
-    scores = defaultdict(list)
-    with about(f"{path}: cannot be read"):
-        for item in read_json(path):
-            if "score" not in item:
-                raise BadInput("an item has no field 'score'")
-            scores[item["question_type"]].append(item["score"])
-    return {t: (statistics.mean(s), sum(score < 3 for score in s) / len(s)) for t, s in scores.items()}
-
-
-def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="benchmark", required=True)
-    for name in BENCHMARKS:
-        command = commands.add_parser(name)
-        command.add_argument("--questions", required=True, help="the benchmark's own file")
-        command.add_argument("--images", metavar="DIR", help="the benchmark's images")
-        command.add_argument("--model", required=True)
-        command.add_argument("--adapter", help="a run's folder")
-        command.add_argument("--to", required=True, help="the file to write")
-        command.add_argument("--max-new-tokens", type=int, default=512)
-        command.add_argument("--batch-size", type=int, default=8)
-    commands.add_parser("types").add_argument("scored", help="MMHal answers with a field `score` each")
-    args = parser.parse_args(argv)
-    quiet_libraries()
-    if args.benchmark == "types":
-        for question_type, (score, under_3) in sorted(by_type(args.scored).items()):
-            print(f"{question_type:16} {score:5.2f}  hallucination rate {under_3:.2f}")
-    else:
-        answer_benchmark(args)
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))

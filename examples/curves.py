@@ -9,11 +9,6 @@ import json
 import sys
 from pathlib import Path
 
-try:
-    import matplotlib
-except ModuleNotFoundError:
-    matplotlib = None
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, run_command
 from train import Parser
@@ -40,11 +35,18 @@ def read_log(run):
     return records
 
 
+def load_pyplot():
+    with about("a figure needs matplotlib (pip install matplotlib)"):
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    return pyplot
+
+
 def draw(logs):
     """{name of a run: records} -> a figure."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 4, figsize=(18, 8), layout="constrained")
+    figure, axes = load_pyplot().subplots(2, 4, figsize=(18, 8), layout="constrained")
     for axis, (title, names) in zip(axes.flat, PANELS.items()):
         axis.set(title=title, xlabel="step")
         for name, style in zip(names, ("-", "--", ":", "-.")):
@@ -68,18 +70,12 @@ def run(argv):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--to", required=True, metavar="FILE", help="a picture, .png or .svg; overwritten")
     args = parser.parse_args(argv)
-    if matplotlib is None:
-        raise BadInput("curves.py needs one more package: pip install matplotlib")
-    matplotlib.use("Agg")
+    load_pyplot()
     logs = {run: read_log(run) for run in args.runs}
     with about(f"{args.to}: cannot be drawn"):
         draw(logs).savefig(args.to, dpi=90)
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))

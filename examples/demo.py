@@ -2,34 +2,35 @@
 
 import json
 import random
-import sys
+from itertools import count
 from pathlib import Path
 
 import train
-from data import read_examples
+from data import BadInput, read_examples, run_command
 from examples import shapes
 from examples.answer import generate_answers, load_tuned
 
 BASE = Path(__file__).parent / "base"  # made by: python examples/tiny_bunny.py examples/base
-FLAGS = (
-    "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-checkpointing --eval-size 80 "
-    "--workers 2"
-)
+FLAGS = "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-checkpointing --eval-size 80 "
+FLAGS += "--workers 2 --device cpu"  # where it prints the README's digits
 
 
 def main(argv=None):
-    """`train.py --demo` and any of its flags but --model and --data -> exit status."""
-    flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--demo"]
-    number = 1
-    while Path("runs", f"demo-{number}").exists():
-        number += 1
-    folder = Path("runs", f"demo-{number}")
-    data = str(shapes.write_pairs(folder / "data", n=720, seed=0))
-    out = str(folder / "out")
-    status = train.main([*FLAGS.split(), "--model", str(BASE), "--data", data, "--out", out, *flags])
+    """`train.py --demo` and any of its flags but --model, --data and --out -> exit status."""
+    return run_command(run, argv)
+
+
+def run(argv):
+    flags = [*FLAGS.split(), *(flag for flag in argv if flag != "--demo")]
+    args = train.parse_args(["--model", "", "--data", "", *flags])  # before anything is drawn
+    if args.model or args.data or args.out:
+        raise BadInput("--demo has a model, data and a folder of its own")
+    folder = next(path for n in count(1) if not (path := Path("runs", f"demo-{n}")).exists())
+    data, out = str(shapes.write_pairs(folder / "data", n=720, seed=0)), str(folder / "out")
+    status = train.main(["--model", str(BASE), "--data", data, "--out", out, *flags])
     if status == 0:
         write_held_out(data, out)
-        print(f"\n{report(*load_tuned(str(BASE), out), out)}")
+        print(f"\n{report(*load_tuned(BASE, out, args.device), out)}")
     return status
 
 

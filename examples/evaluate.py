@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data import SCORED, Pairs, about, make_batch, open_image, read_examples, run_command
-from examples.answer import load_tuned
+from examples import answer
 from mdpo import mdpo_loss, mdpo_step
 
 LEVEL = 0.95  # of the intervals
@@ -82,10 +82,8 @@ def bootstrap(values, resamples=2000, seed=0):
 
 def make_parser(doc, needs_adapter=True):
     """The arguments that this command and examples/words.py share."""
-    parser = train.Parser(description=doc.splitlines()[0])
+    parser = answer.make_parser(doc, needs_adapter)
     add = parser.add_argument
-    add("--model", required=True)
-    add("--adapter", required=needs_adapter, metavar="RUN", help="a run's folder")
     add("--data", required=True, metavar="FILE", help="pairs that were not trained on")
     add("--images", metavar="DIR", help="where relative image paths begin")
     add("--limit", type=train.whole, help="a sample of so many examples")
@@ -104,7 +102,7 @@ def load(args):
     processor = train.load_processor(args.model)
     examples = read_examples(args.data, args.images, processor=processor, skip_bad=True, **options)
     pairs = Pairs(examples, trained.reject, trained.crop, trained.seed)
-    return trained, examples, pairs, *load_tuned(args.model, args.adapter)
+    return trained, examples, pairs, *answer.load_tuned(args.model, args.adapter, args.device)
 
 
 def line(title, values, note=""):
@@ -136,9 +134,5 @@ def run(argv):
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))

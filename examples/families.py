@@ -9,8 +9,9 @@ what the model answers before and after four steps with an exaggerated learning 
 
 import json
 import sys
-import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import tokenizers
 import torch
@@ -26,7 +27,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import Pairs, read_examples
+from data import BadInput, Pairs, read_examples, run_command
 from examples import shapes
 from examples.answer import generate_answers, load_tuned
 
@@ -54,9 +55,9 @@ GEMMA = (
     "{% for part in message.content %}{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}{% endfor %}"
     "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXT |= {"num_key_value_heads": 2}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = VISION | {"num_key_value_heads": 2}
+TILE = {"height": 32, "width": 32}
 EDGES = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}  # pixels of the smallest and largest image
 
 
@@ -82,18 +83,16 @@ def llava_next():
     """Several tiles an image, a new line's embedding after each row of patches."""
     tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>", image_token="<image>")
     grids = [[32, 64], [64, 32], [64, 64]]
-    tile = {"height": 32, "width": 32}
     processor = transformers.LlavaNextProcessor(
-        LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=tile, image_grid_pinpoints=grids),
+        LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=TILE, image_grid_pinpoints=grids),
         tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=USER_ASSISTANT,
     )  # fmt: skip
-    config = transformers.LlavaNextConfig(
+    return transformers.LlavaNextConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION, image_size=32, patch_size=8),
         text_config=transformers.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
         image_grid_pinpoints=grids, image_token_index=processor.image_token_id,
-    )  # fmt: skip
-    return config, processor
+    ), processor  # fmt: skip
 
 
 def llava_onevision():
@@ -101,53 +100,43 @@ def llava_onevision():
     tokenizer = chatml_tokenizer(image_token="<image>", video_token="<video>")
     grids = [[32, 64], [64, 32], [64, 64]]
     processor = transformers.LlavaOnevisionProcessor(
-        LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=grids),
+        LlavaOnevisionImageProcessorPil(size=TILE, image_grid_pinpoints=grids),
         tokenizer, num_image_tokens=16, vision_feature_select_strategy="full",
         chat_template=CHATML.replace("IMAGE", "'<image>\\n'"),
     )  # fmt: skip
-    config = transformers.LlavaOnevisionConfig(
+    return transformers.LlavaOnevisionConfig(
         vision_config=transformers.SiglipVisionConfig(**VISION, image_size=32, patch_size=8, vision_use_head=False),
         text_config=transformers.Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
         image_grid_pinpoints=grids, image_token_index=tokenizer.image_token_id,
         video_token_index=tokenizer.video_token_id, vision_feature_select_strategy="full",
-    )  # fmt: skip
-    return config, processor
+    ), processor  # fmt: skip
 
 
-def qwen(processor_class, patch_size):
+def qwen(name, patch_size, rope, vision, **text):
     tokenizer = chatml_tokenizer(image_token="<|image_pad|>", video_token="<|video_pad|>",
                                  vision_bos_token="<|vision_start|>", vision_eos_token="<|vision_end|>")  # fmt: skip
     template = SYSTEM + CHATML.replace("IMAGE", "'<|vision_start|><|image_pad|><|vision_end|>'")
     image_processor = Qwen2VLImageProcessorPil(size=EDGES, patch_size=patch_size)
-    processor = processor_class(image_processor, tokenizer, chat_template=template)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("image", "video")}
-    ids["vision_start_token_id"] = tokenizer.vision_bos_token_id
-    ids["vision_end_token_id"] = tokenizer.vision_eos_token_id
-    return tokenizer, processor, ids
+    processor = getattr(transformers, f"{name}Processor")(image_processor, tokenizer, chat_template=template)
+    vision |= {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 32}
+    text |= TEXT | {"vocab_size": len(tokenizer), "rope_parameters": {"rope_type": "default"} | rope}
+    return getattr(transformers, f"{name}Config")(
+        vision_config=vision, text_config=text,
+        image_token_id=tokenizer.image_token_id, vision_start_token_id=tokenizer.vision_bos_token_id,
+        video_token_id=tokenizer.video_token_id, vision_end_token_id=tokenizer.vision_eos_token_id,
+    ), processor  # fmt: skip
 
 
 def qwen2_5_vl():
     """Dynamic resolution; positions in time, height and width; windows of attention in the tower."""
-    tokenizer, processor, ids = qwen(transformers.Qwen2_5_VLProcessor, 14)
-    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 32}
-    config = transformers.Qwen2_5_VLConfig(
-        vision_config=vision | {"fullatt_block_indexes": [1], "window_size": 56},
-        text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope}, **ids,
-    )  # fmt: skip
-    return config, processor
+    vision = {"fullatt_block_indexes": [1], "window_size": 56}
+    return qwen("Qwen2_5_VL", 14, {"mrope_section": [1, 1, 2]}, vision)
 
 
 def qwen3_vl():
     """As Qwen2.5-VL, and features of the tower's lower layers are added in the first layers of the language model."""
-    tokenizer, processor, ids = qwen(transformers.Qwen3VLProcessor, 16)
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 32}
-    config = transformers.Qwen3VLConfig(
-        vision_config=vision | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
-        text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": rope, "head_dim": 8}, **ids,
-    )  # fmt: skip
-    return config, processor
+    rope, vision = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}, {"deepstack_visual_indexes": [0]}
+    return qwen("Qwen3VL", 16, rope, vision | {"num_position_embeddings": 64}, head_dim=8)
 
 
 def idefics3(image_processor_class=Idefics3ImageProcessorPil, config_class=transformers.Idefics3Config):
@@ -158,12 +147,11 @@ def idefics3(image_processor_class=Idefics3ImageProcessorPil, config_class=trans
                                global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>")  # fmt: skip
     image_processor = image_processor_class(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     processor = transformers.Idefics3Processor(image_processor, tokenizer, image_seq_len=4, chat_template=SMOL)
-    config = config_class(
+    return config_class(
         vision_config=VISION | {"image_size": 32, "patch_size": 8},
         text_config=transformers.LlamaConfig(**TEXT, vocab_size=len(tokenizer)),
         scale_factor=2, image_token_id=processor.image_token_id,
-    )  # fmt: skip
-    return config, processor
+    ), processor  # fmt: skip
 
 
 def smolvlm():
@@ -175,18 +163,14 @@ def internvl():
     """Tiles, pixels shuffled into fewer tokens."""
     tokenizer = chatml_tokenizer(start_image_token="<img>", end_image_token="</img>", video_token="<video>",
                                  context_image_token="<IMG_CONTEXT>")  # fmt: skip
-    size = {"height": 32, "width": 32}
-    image_processor = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+    image_processor = GotOcr2ImageProcessorPil(size=TILE, crop_to_patches=True, min_patches=1, max_patches=4)
     template = CHATML.replace("IMAGE", "'<IMG_CONTEXT>\\n'")
-    processor = transformers.InternVLProcessor(
-        image_processor, tokenizer, image_seq_length=4, chat_template=template
-    )
-    config = transformers.InternVLConfig(
+    processor = transformers.InternVLProcessor(image_processor, tokenizer, image_seq_length=4, chat_template=template)
+    return transformers.InternVLConfig(
         vision_config=VISION | {"image_size": [32, 32], "patch_size": [8, 8]},
         text_config=transformers.Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
         image_token_id=processor.image_token_id, image_seq_length=4, downsample_ratio=0.5,
-    )  # fmt: skip
-    return config, processor
+    ), processor  # fmt: skip
 
 
 def gemma3():
@@ -195,16 +179,15 @@ def gemma3():
                                image_token="<image_soft_token>", boi_token="<start_of_image>",
                                eoi_token="<end_of_image>")  # fmt: skip
     processor = transformers.Gemma3Processor(
-        Gemma3ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, image_seq_length=4, chat_template=GEMMA
+        Gemma3ImageProcessorPil(size=TILE), tokenizer, image_seq_length=4, chat_template=GEMMA
     )
     text = transformers.Gemma3TextConfig(**TEXT, vocab_size=len(tokenizer), head_dim=8, sliding_window=16,
                                          layer_types=["sliding_attention", "full_attention"])  # fmt: skip
-    config = transformers.Gemma3Config(
+    return transformers.Gemma3Config(
         vision_config=VISION | {"image_size": 32, "patch_size": 8, "vision_use_head": False}, text_config=text,
         mm_tokens_per_image=4, image_token_index=tokenizer.image_token_id,
         boi_token_index=tokenizer.boi_token_id, eoi_token_index=tokenizer.eoi_token_id,
-    )  # fmt: skip
-    return config, processor
+    ), processor  # fmt: skip
 
 
 EVERY = (llava_next, llava_onevision, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, internvl, gemma3)
@@ -237,28 +220,41 @@ def layout_errors(folder, examples):
     return errors
 
 
-def main(names):
+def try_family(name, device):
+    """Train the family's model in a temporary folder -> its line of the table. What is said there is muted."""
+    with TemporaryDirectory() as path, open(f"{path}/log", "w", 1) as log, redirect_stdout(log), redirect_stderr(log):
+        folder = Path(path)
+        write_family(name, folder / "model")
+        data = shapes.write_pairs(folder / "data", 8)
+        flags = f"--model {folder}/model --data {data} --out {folder}/out --batch-size 2 --micro-batch-size 2"
+        flags += f" --epochs 1 --lr 0.05 --workers 0 --lora-rank 8 --device {device}"
+        if train.main(flags.split()):
+            raise BadInput(f"{name}: {(folder / 'log').read_text().rpartition('error: ')[2].strip()}")
+        examples = read_examples(data)
+        errors = layout_errors(folder / "model", examples)
+        layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
+        model, processor = load_tuned(folder / "model", folder / "out", device)
+        first = Pairs(examples)[0, 0]
+        ask = [(first.images, first.question)]
+        after = generate_answers(model, processor, ask, 6)
+        with model.disable_adapter():
+            answers = generate_answers(model, processor, ask, 6) + after
+    return f"{name:16} {layout:8} {errors['packed']:14.1e} {errors['plain']:13.1e}   {ascii(answers)}"
+
+
+def run(argv):
+    parser = train.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"(default: all) {', '.join(FAMILIES)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    args = parser.parse_args(argv)
     train.quiet_libraries()
+    if unknown := [name for name in args.names if name not in FAMILIES]:
+        raise BadInput(f"{unknown[0]} is none of {', '.join(FAMILIES)}")
     print(f"{'family':16} {'rows':8} {'packed off by':>14} {'plain off by':>13}   answers before and after")
-    for name in names or FAMILIES:
-        with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            write_family(name, folder / "model")
-            data = shapes.write_pairs(folder / "data", 8)
-            flags = f"--model {folder}/model --data {data} --out {folder}/out --batch-size 2 --micro-batch-size 2"
-            if status := train.main(f"{flags} --epochs 1 --lr 0.05 --workers 0 --lora-rank 8".split()):
-                return status
-            examples = read_examples(data)
-            errors = layout_errors(folder / "model", examples)
-            layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
-            model, processor = load_tuned(str(folder / "model"), folder / "out")
-            first = Pairs(examples)[0, 0]
-            ask = [(first.images, first.question)]
-            with model.disable_adapter():
-                before = generate_answers(model, processor, ask, 6)
-            after = generate_answers(model, processor, ask, 6)
-            print(f"{name:16} {layout:8} {errors['packed']:14.1e} {errors['plain']:13.1e}   {ascii(before + after)}")
+    for name in args.names or FAMILIES:
+        print(try_family(name, args.device), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(run))

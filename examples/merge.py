@@ -3,41 +3,39 @@
     python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
 
 Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder loads with
-`AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It is loaded again and compared before this
-says so: a merge that is off the adapter is not saved, and a folder without the merged weights is removed.
+`AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It gets its name only after it was
+loaded again and compared with base and adapter.
 """
 
-import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 
-import peft
 import torch
 import transformers
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, Example, make_batch, run_command
-from examples.answer import generate_answers
+from examples.answer import generate_answers, load_tuned, read_adapter
 from mdpo import response_logps
-from train import load_model, quiet_libraries, read_config
+from train import Parser, quiet_libraries, read_config
 
 MOST_OFF = 0.01  # nats a response: in float32 the merge only adds in another order
 QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is it?", "Is there a person?")
 
 
-def merge(adapter, to):
-    """Merge, save, load again, compare -> a text that says how far apart the models are. Raises BadInput."""
-    adapter, to = Path(adapter), Path(to)
-    if not (adapter / "adapter_config.json").is_file():
-        raise BadInput(f"{adapter}: holds no adapter (no adapter_config.json)")
+def merge(adapter, to, base=None):
+    """Merge, save, load again, compare -> a text that says how far apart the models are. Raises BadInput.
+
+    base: default the model that the adapter names.
+    """
+    to, unchecked = Path(to), Path(f"{to}.tmp")
     if to.exists():
         raise BadInput(f"{to}: already exists")
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    config = read_config(base)
-    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    base = base or read_adapter(adapter).base_model_name_or_path
+    if base is None:
+        raise BadInput(f"{adapter}: names no base model, --model has to")
     images = (Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB"),)
     pairs = [Example(text, "I cannot tell from this picture.", "No.", images, images) for text in QUESTIONS]
 
@@ -46,22 +44,25 @@ def merge(adapter, to):
             logps = torch.cat(response_logps(model, make_batch(pairs, processor, "plain")))
         return logps, generate_answers(model, processor, [(images, question) for question in QUESTIONS], 40)
 
-    model, processor = load_model(base)
-    model = peft.PeftModel.from_pretrained(model, adapter).eval()
-    expected, answers = measure(model, processor)
+    model, processor = load_tuned(base, adapter, "cpu")
+    config = read_config(base)
+    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
+    expected, answers = measure(model.eval(), processor)
     merged = model.merge_and_unload(safe_merge=True)
     exact, exact_answers = measure(merged, processor)
     off = (exact - expected).abs().max()
     if not off < MOST_OFF:
         raise BadInput(f"{adapter}: the merge is wrong, and not saved: {off:.1e} nats off base + adapter")
     # Under its original names a Bunny could not be read again by the library.
-    merged.to(dtype).save_pretrained(to, save_original_format=False)
-    processor.save_pretrained(to)
-    again = transformers.AutoModelForImageTextToText.from_pretrained(to, dtype=torch.float32).eval()
+    shutil.rmtree(unchecked, ignore_errors=True)  # of a run that was killed
+    merged.to(dtype).save_pretrained(unchecked, save_original_format=False)
+    processor.save_pretrained(unchecked)
+    again = transformers.AutoModelForImageTextToText.from_pretrained(unchecked, dtype=torch.float32).eval()
     if wrong := different_weights(merged, again):
-        shutil.rmtree(to)
+        shutil.rmtree(unchecked)
         raise BadInput(f"{to}: removed, {len(wrong)} weights are not read back as merged, such as {wrong[0]}")
-    saved, saved_answers = measure(again, transformers.AutoProcessor.from_pretrained(to))
+    saved, saved_answers = measure(again, transformers.AutoProcessor.from_pretrained(unchecked))
+    unchecked.rename(to)
 
     lines = [f"{to}: merged, saved and loaded again; against base + adapter in float32"]
     results = ("merged in float32", exact, exact_answers), (f"as saved, {dtype}", saved, saved_answers)
@@ -76,23 +77,19 @@ def different_weights(merged, again):
     """Names of weights that are not bit for bit those of `merged`, at its precision."""
     weights, read = merged.state_dict(), again.state_dict()
     same = lambda name: torch.equal(weights[name], read[name].to(weights[name].dtype))
-    alike = {name for name in weights.keys() & read.keys() if same(name)}
-    return sorted((weights.keys() | read.keys()) - alike)
+    return sorted({*weights, *read} - {name for name in weights.keys() & read.keys() if same(name)})
 
 
 def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--adapter", required=True, help="a run's folder")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapter", required=True, metavar="RUN", help="a run's folder")
+    parser.add_argument("--model", help="the base model (default: as the adapter names it)")
     parser.add_argument("--to", required=True, help="a new folder")
     args = parser.parse_args(argv)
     quiet_libraries()
-    print(merge(args.adapter, args.to))
+    print(merge(args.adapter, args.to, args.model))
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))

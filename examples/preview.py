@@ -3,7 +3,6 @@
 python examples/preview.py silkie.json preview.png [--images DIR] [--count 4] [--seed 0]
 """
 
-import argparse
 import random
 import sys
 import textwrap
@@ -13,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import STRATEGIES, BadInput, Pairs, about, read_examples, run_command, texts_of
+from train import Parser, count, whole
 
 PANELS = {"crop 1-20%": {"strategy": "crop"}, "crop 20-50%": {"strategy": "crop", "crop": (0.2, 0.5)}}
 PANELS |= {name: {"strategy": name} for name in STRATEGIES if name != "crop"}  # title -> arguments of Pairs
@@ -20,18 +20,18 @@ WIDTH, HEIGHT, GAP, TEXT_HEIGHT = 240, 180, 10, 120
 
 
 def contact_sheet(examples, pool, seed):
-    """Examples -> one image, a row each, with the first of several images; `random` takes its from `pool`."""
+    """Examples -> one image, a row each, with the first image if any; `random` takes its from `pool`."""
     font = ImageFont.load_default(14)
     row_height = 20 + HEIGHT + TEXT_HEIGHT
-    width, height = (1 + len(PANELS)) * (WIDTH + GAP) + GAP, len(examples) * row_height + GAP
-    sheet = Image.new("RGB", (width, height), "white")
+    size = (1 + len(PANELS)) * (WIDTH + GAP) + GAP, len(examples) * row_height + GAP
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, example in enumerate(examples):
         top, panels = i * row_height + GAP, {}
         for title, arguments in PANELS.items():
             try:
                 pair = Pairs(examples, seed=seed, pool=pool, **arguments)[0, i]
-                panels |= {"chosen image": pair.images[0], title: pair.images_rejected[0]}
+                panels |= {"chosen image": pair.images[0], title: pair.images_rejected[0]} if pair.images else {}
             except BadInput:
                 panels[title] = None
         for column, (title, panel) in enumerate(panels.items()):
@@ -49,16 +49,17 @@ def contact_sheet(examples, pool, seed):
 
 
 def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("file")
     parser.add_argument("out")
     parser.add_argument("--images", metavar="DIR", help="where relative image paths begin")
-    parser.add_argument("--count", type=int, default=4, help="how many examples (default: 4)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=whole, default=4, help="how many examples (default: 4)")
+    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument("--no-image", action="store_true", help="the texts alone; for data without images")
     args = parser.parse_args(argv)
     if Path(args.out).exists():
         raise BadInput(f"{args.out}: already exists")
-    pool = read_examples(args.file, args.images, skip_bad=True)
+    pool = read_examples(args.file, args.images, skip_bad=True, with_images=not args.no_image)
     examples = random.Random(args.seed).sample(pool, min(args.count, len(pool)))
     with about(f"{args.out}: cannot be drawn"):
         contact_sheet(examples, pool, args.seed).save(args.out)
@@ -66,9 +67,5 @@ def run(argv):
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))

@@ -6,7 +6,6 @@ makes the base: a Phi + SigLIP of 0.4 million parameters that learned from the c
 `examples/base` is `FOLDER` of seed 0, made at commit 65c4989; other versions and machines round differently.
 """
 
-import argparse
 import functools
 import json
 import random
@@ -23,10 +22,10 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BUNNY_SYSTEM, BadInput, run_command
+from data import BUNNY_SYSTEM, BadInput, lay_out, run_command
 from examples import shapes
 from mdpo import attention_blocks
-from train import BUNNY_IMAGE_TOKEN, load_model, quiet_libraries
+from train import BUNNY_IMAGE_TOKEN, Parser, count, load_model, quiet_libraries
 
 
 def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layers=2, vision_tower="siglip-patch8-64",
@@ -85,21 +84,14 @@ def write_weights(folder, model):
     }
     weights = {}
     for name, tensor in model.state_dict().items():
-        for ours, theirs in renames.items():
-            if name.startswith(ours):
-                name = theirs + name.removeprefix(ours)
-                break
-        weights[name] = tensor.half().contiguous()
-    shards = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
-    for name, tensor in weights.items():
-        late = name.startswith(("lm_head", "model.mm_projector"))
-        shards[f"model-0000{1 + late}-of-00002.safetensors"][name] = tensor
-    for file, tensors in shards.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = {
-        "metadata": {"total_size": sum(t.numel() * 2 for t in weights.values())},
-        "weight_map": {name: file for file, tensors in shards.items() for name in tensors},
-    }
+        ours = next(filter(name.startswith, renames), "")
+        weights[renames.get(ours, "") + name.removeprefix(ours)] = tensor.half().contiguous()
+    file_of = {}
+    for number, late in (1, False), (2, True):
+        names = [name for name in weights if name.startswith(("lm_head", "model.mm_projector")) is late]
+        file_of |= dict.fromkeys(names, file := f"model-0000{number}-of-00002.safetensors")
+        save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": sum(t.numel() * 2 for t in weights.values())}, "weight_map": file_of}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
@@ -113,10 +105,8 @@ def write_base(folder, seed=0, progress=True, world=shapes.SMALL):
     look at the image at all. Then, the tower frozen, the model learns the careless annotator's answers.
     """
     rng = random.Random(f"base {seed}")
-    texts = []
-    for _ in range(400):
-        question, answer = question_and_answer(shapes.random_scene(rng, 0.25, world), rng)
-        texts.append(f"{BUNNY_SYSTEM} USER: \\n{question} ASSISTANT: {answer}")
+    talk = [question_and_answer(shapes.random_scene(rng, 0.25, world), rng) for _ in range(400)]
+    texts = [f"{BUNNY_SYSTEM} USER: \\n{question} ASSISTANT: {answer}" for question, answer in talk]
     tower = f"shapes-patch8-{world.grid * shapes.CELL}"
     write_bunny(folder, texts, hidden=96, layers=3, tower_hidden=64, vision_tower=tower, seed=seed)
     model, processor = load_model(str(folder))
@@ -179,18 +169,16 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
         row = {name: [] for name in ("input_ids", "position_ids", "predictors", "targets")}
         lengths = []
         for scene in scenes:
-            row["input_ids"] += prefix
-            row["position_ids"] += range(len(prefix))
-            lengths.append([len(prefix)])
-            for _ in range(questions):
-                question, answer = question_and_answer(scene, rng)
-                asked, answered = tokens(f"{question} ASSISTANT:"), [*tokens(f" {answer}"), tokenizer.eos_token_id]
-                start = len(row["input_ids"]) + len(asked) - 1
-                row["predictors"] += range(start, start + len(answered))
-                row["targets"] += answered
-                row["position_ids"] += range(len(prefix), len(prefix + asked + answered))
-                row["input_ids"] += asked + answered
-                lengths[-1].append(len(asked + answered))
+            talk = [question_and_answer(scene, rng) for _ in range(questions)]
+            asked = [tokens(f"{question} ASSISTANT:") for question, _ in talk]
+            answered = [[*tokens(f" {answer}"), tokenizer.eos_token_id] for _, answer in talk]
+            sequence, predictors = lay_out({"input_ids": prefix}, [a + b for a, b in zip(asked, answered)])
+            start = len(row["input_ids"])
+            for a, positions in zip(asked, predictors):
+                row["predictors"] += [start + position for position in positions[len(a) :]]
+            for name, values in (sequence | {"targets": sum(answered, [])}).items():
+                row[name] += values
+            lengths.append([len(prefix), *map(len, predictors)])
         batch = {name: torch.tensor([values]) for name, values in row.items()}
         with torch.no_grad():
             seen = tower_features(model, pixels(scenes, rng, world))
@@ -212,9 +200,9 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
 
 
 def run(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=count, default=0)
     args = parser.parse_args(argv)
     if args.folder.exists():
         raise BadInput(f"{args.folder}: already exists")
@@ -224,9 +212,5 @@ def run(argv):
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))

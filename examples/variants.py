@@ -23,7 +23,7 @@ from PIL import Image, ImageStat
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import STRATEGIES
+from data import STRATEGIES, BadInput, run_command
 from mdpo import LogPs, mdpo_loss, rewards
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -112,15 +112,13 @@ VARIANTS = {  # name: (loss, flags that come before the user's)
 FIXED = {"--no-image", "--no-conditional", "--anchors", "--delta", "--demo"}  # would not do as they say
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+def run(argv):
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variant", choices=VARIANTS)
     name, given = parser.parse_args(argv[:1]).variant, argv[1:]
     loss, flags = VARIANTS[name]
     if refused := FIXED & {word.partition("=")[0] for word in given}:
-        parser.error(f"{min(refused)}: {name} has terms of its own")
+        raise BadInput(f"{min(refused)}: {name} has terms of its own")
     STRATEGIES.update(REJECTED)
     resuming = any(word.startswith("--resume") for word in given)
     return train.main(given if resuming else [*flags, *given], loss)
@@ -129,4 +127,4 @@ def main(argv=None):
 if __name__ == "__mp_main__":  # a DataLoader worker that was not forked
     STRATEGIES.update(REJECTED)
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))

@@ -143,7 +143,7 @@ def study(seeds, out="runs/miniature"):
         examples = read_examples(folder / "held_out" / "silkie.json")
         for method in ("base", "DPO", "mDPO"):
             miniature.run_method(out, seed, method, n_scenes=200)
-            model, processor = load_tuned(folder / "model", folder / method if method != "base" else None)
+            model, processor = load_tuned(folder / "model", folder / method if method != "base" else None, "cpu")
             for reject in ("crop", "random"):
                 pairs, values = Pairs(examples, reject, seed=seed), {True: [], False: []}
                 for i in range(len(pairs)):
@@ -178,9 +178,5 @@ def run(argv):
     return 0
 
 
-def main(argv=None):
-    return run_command(run, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(run))
