@@ -29,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -53,8 +52,8 @@ TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_
 VISION = (*TEXT[:4], "image_size", "patch_size")
 
 
-def siglip(**sizes):
-    return transformers.SiglipVisionConfig(**sizes, vision_use_head=False)
+def siglip(*sizes):
+    return transformers.SiglipVisionConfig(**dict(zip(VISION, sizes)), vision_use_head=False)
 
 
 def phi(*sizes, **options):
@@ -62,16 +61,11 @@ def phi(*sizes, **options):
 
 
 SHAPES = {  # language model, vision tower
-    "tiny": (phi(128, 512, 4, 4, 2560), siglip(**dict(zip(VISION, (48, 192, 4, 4, 216, 8))))),
-    "bunny-3b": (
-        phi(2560, 10240, 32, 32, 51200, partial_rotary_factor=0.4),
-        siglip(**dict(zip(VISION, (1152, 4304, 26, 16, 384, 14)))),
-    ),
-    "llava-7b": (
-        transformers.LlamaConfig(**dict(zip(TEXT, (4096, 11008, 32, 32, 32064)))),
-        transformers.CLIPVisionConfig(**dict(zip(VISION, (1024, 4096, 24, 16, 336, 14)))),
-    ),
-}
+    "tiny": (phi(128, 512, 4, 4, 2560), siglip(48, 192, 4, 4, 216, 8)),
+    "bunny-3b": (phi(2560, 10240, 32, 32, 51200, partial_rotary_factor=0.4), siglip(1152, 4304, 26, 16, 384, 14)),
+    "llava-7b": (transformers.LlamaConfig(**dict(zip(TEXT, (4096, 11008, 32, 32, 32064)))),
+                 transformers.CLIPVisionConfig(**dict(zip(VISION, (1024, 4096, 24, 16, 336, 14))))),
+}  # fmt: skip
 
 
 def make_model(shape, device, dtype, rank):
@@ -301,10 +295,11 @@ class Stepper:
 
 
 def useful_flops(model, tokens, targets, images, recomputed=0):
-    """2 x parameters x tokens for the reference's forward pass, the policy's, and its backward pass, which costs as much.
+    """2 x parameters x tokens for three passes: the reference's forward, the policy's forward and backward.
 
-    Counted are the layers over real tokens (recomputed: once more), the head over response tokens, and the tower over
-    patches; not attention's products of queries and keys, LoRA and padding. Frozen weights need no gradient.
+    A backward pass costs as much as a forward pass, as frozen weights need no gradient. Counted are the layers over
+    real tokens (recomputed: once more), the head over response tokens, and the tower over patches; not attention's
+    products of queries and keys, LoRA and padding.
     """
     model = unwrapped(model)
     count = lambda module: sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
@@ -350,30 +345,20 @@ MEMORY = {  # whose peak is measured: losses, how a batch is made, checkpointing
 }
 
 
-def peak_memory(args, name):
-    """GiB before the first step (on a GPU: the weights) and, above that, at the peak of two, in a fresh process."""
-    command = [sys.executable, __file__, "--shape", args.shape, "--device", args.device,
-               "--dtype", args.dtype_name, "--micro-batch-size", str(args.micro_batch_size),
-               "--threads", str(args.threads), "--only", name]  # fmt: skip
-    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once, and is not counted again
-    done = subprocess.run(command, env=os.environ | at_once, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
-    before, above = map(float, done.stdout.split()[-2:])
-    return {"before": before, "above": above}
+def measure_memory(args, name):
+    """GiB before the first step (on a GPU: the weights) and, above that, at the peak of two steps.
 
-
-def measure_memory(args):
-    """Two steps, the second of them, when the optimizer has its state, on the micro-batch with the longest texts."""
-    losses, make, checkpointing = MEMORY[args.only]
+    The second of them, when the optimizer has its state, is on the micro-batch with the longest texts.
+    """
+    losses, make, checkpointing = MEMORY[name]
     model, processor = prepare(args, checkpointing)
-    pairs = make_pairs(max(args.items, 2 * args.micro_batch_size))
-    stepper = Stepper(args.only, model, processor, heaviest(pairs, args.micro_batch_size), losses, make)
+    groups = heaviest(make_pairs(max(args.items, 2 * args.micro_batch_size)), args.micro_batch_size)
+    stepper = Stepper(name, model, processor, groups, losses, make)
     gc.collect()
     before = memory_now(args.device)
-    for _ in range(2):
+    for _ in groups:
         stepper.step()
-    print(before, memory_now(args.device, peak=True) - before)
+    return record(args, memory_gib={name: {"before": before, "above": memory_now(args.device, peak=True) - before}})
 
 
 def heaviest(pairs, size):
@@ -476,9 +461,10 @@ def memory_terms(model):
     norms keep their inputs in float32. Of the MLP: 2 numbers in Phi, 4 in Llama. Gradients take 2 more at the peak.
     """
     text, adapter = unwrapped(model).config.get_text_config(), [p for p in model.parameters() if p.requires_grad]
-    h, f, n_layers, n = text.hidden_size, text.intermediate_size, text.num_hidden_layers, sum(p.numel() for p in adapter)
+    h, f, n_layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    n = sum(p.numel() for p in adapter)
     layer = 16 * h + 4 * f if text.model_type == "phi" else 24 * h + 8 * f
-    layer += 2 * min(adapter[0].shape) * len(adapter) // 2 // n_layers  # A x of each linear layer: rank numbers
+    layer += 2 * len(adapter[0]) * len(adapter) // 2 // n_layers  # A x of each linear layer: rank numbers
     return {
         "weights in bf16": 2 * (sum(p.numel() for p in model.parameters()) - n),
         "adapter in float32": 4 * n,
@@ -502,30 +488,28 @@ def predicted_peak(terms, tokens, targets, checkpointing, gradient=True):
 
 
 def print_formula(shape):
-    """The terms, the peak by micro-batch size, and the hours of the paper's run: predicted, not measured."""
+    """The terms, the peak by micro-batch size, and the hours of the paper's run."""
     model, processor = make_model(shape, "meta", torch.bfloat16, rank=64)
-    terms = memory_terms(model)
+    terms, prefix = memory_terms(model), 50 + unwrapped(model).config.image_seq_length  # 50: the template's tokens
     print(f"\n{shape}: predicted, not measured")
     for name, n_bytes in terms.items():
         print(f"  {n_bytes / 2**30:10.2f} GiB  {name}" if n_bytes > 1e8 else f"  {n_bytes / 1e3:10.0f} kB   {name}")
-    rng, prefix = random.Random(0), 50 + unwrapped(model).config.image_seq_length  # 50: the template's own tokens
+    rng = random.Random(0)
     drawn = [[draw_length(rng, mean) for mean in (40, 110, 90)] for _ in range(30_000)]
     sizes = [(2 * (prefix + q + y_w + 1) + y_l + 1, 2 * (y_w + 1) + y_l + 1) for q, y_w, y_l in drawn]
     total = lambda group: [*map(sum, zip(*group))]
-    print("  peak, GiB, of the heaviest micro-batch of 30,000 examples (and of `--only ours`, above what is there before)")
-    for size in (1, 2, 4, 8, 16, 32):
-        with_, without = (max(predicted_peak(terms, *total(group), on) for group in train.split(sizes, size))
-                          for on in (True, False))  # fmt: skip
-        line = f"  {size:6}: {with_:6.1f} with checkpointing, {without:6.1f} without"
-        if size <= 4:
-            batch = make_batch(heaviest(make_pairs(16), size)[-1], processor)
-            tokens, targets = batch["input_ids"].numel(), batch["targets"].numel()
-            above = predicted_peak(terms, tokens, targets, True, gradient=False) - sum([*terms.values()][:2]) / 2**30
-            line += f"   ({above:.1f}: {tokens} tokens, {targets} of responses)"
-        print(line)
+    print("  peak of the heaviest micro-batch of 30,000 examples, GiB; in brackets: `--only ours`, as it is measured")
+    for n in (1, 2, 4, 8, 16, 32):
+        groups = [total(group) for group in train.split(sizes, n)]
+        peaks = [max(predicted_peak(terms, *group, checkpointing) for group in groups) for checkpointing in (1, 0)]
+        batch = make_batch(heaviest(make_pairs(max(16, 2 * n)), n)[-1], processor)
+        measured = predicted_peak(terms, batch["input_ids"].numel(), batch["targets"].numel(), True, gradient=False)
+        above = measured - (terms["weights in bf16"] + terms["adapter in float32"]) / 2**30
+        print(f"{n:8}: {peaks[0]:6.1f} with checkpointing, {peaks[1]:6.1f} without  ({above:.1f} above the first step)")
     for card, rate in {"H200": 990e12, "A100": 312e12}.items():  # dense bf16, by the vendor's data sheets
-        hours = [useful_flops(model, *total(sizes), 60_000, recomputed) / (0.6 * rate) / 3600 for recomputed in (1, 0)]
-        print(f"  10K x 3 epochs on an {card} at 0.6 of {rate / 1e12:.0f} TFLOP/s: {hours[0]:.1f} h, without {hours[1]:.1f} h")
+        hours = [useful_flops(model, *total(sizes), 60_000, again) / (0.6 * rate) / 3600 for again in (True, False)]
+        print("  10K x 3 epochs at 0.6 of an {}'s {:.0f} TFLOP/s: {:.1f} h with checkpointing, {:.1f} h without".format(
+            card, rate / 1e12, *hours))  # fmt: skip
 
 
 def main(argv=None):
@@ -540,8 +524,8 @@ def main(argv=None):
     add("--threads", type=int, default=1, help="on the CPU")
     add("--trl", action="store_true", help="also TRL's DPOTrainer")
     add("--json", type=Path, help="add every measurement to this file")
-    add("--only", choices=("speed", "memory-formula", *MEMORY), help="the comparison at identical settings; predictions "
-        "for the real shapes; or what memory a scheme takes: GiB before its first step, and above that")  # fmt: skip
+    add("--only", choices=("speed", "memory-formula", *MEMORY), help="the comparison at identical settings, "
+        "predictions for the real shapes, or the memory of one scheme")  # fmt: skip
     args = parser.parse_args(argv)
     train.quiet_libraries()
     torch.set_num_threads(args.threads)
@@ -553,11 +537,13 @@ def main(argv=None):
     if args.only == "memory-formula":
         return [*map(print_formula, ("bunny-3b", "llava-7b"))]
     if args.only in MEMORY:
-        return measure_memory(args)
+        return measure_memory(args, args.only)
     args.matmul_rate = matmul_rate(args.device, args.dtype)
     if args.only == "speed":
         return compare(args, True)
-    record(args, memory_gib={name: peak_memory(args, name) for name in MEMORY})  # nothing else is on the GPU yet
+    for name in MEMORY:  # each in a fresh process, while this one holds nothing on the GPU; what is freed goes back
+        subprocess.run([sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--only", name],
+                       env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, check=True)  # fmt: skip
     for identical in (True, False):
         compare(args, identical)
     one_by_one(args)
