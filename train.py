@@ -26,7 +26,8 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn in each DataLoader worker
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # shapes never repeat
+if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # shapes never repeat
 
 import peft
 import torch
