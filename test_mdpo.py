@@ -2774,25 +2774,97 @@ def test_nothing_ever_asks_a_question(bunny, small, tmp_path):
 
 
 README = (ROOT / "README.md").read_text()
+EXAMPLES_README = (ROOT / "examples" / "README.md").read_text()
+READMES = pytest.mark.parametrize("folder, text", [(ROOT, README), (ROOT / "examples", EXAMPLES_README)])
+
+
+def anchors_of(text):
+    """{anchor: heading} as GitHub makes them; lines of code that begin with # are no headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"): heading for heading in headings}
+
+
+@READMES
+def test_readme_links_lead_somewhere(folder, text):
+    """A file that was renamed, or a heading that was reworded, breaks links without a word."""
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text)
+    assert len(links) >= 12
+    for path, anchor in links:
+        target = folder / path if path else folder / "README.md"
+        assert target.is_file(), path
+        assert not anchor or anchor in anchors_of(target.read_text()), (path, anchor)
+
+
+@READMES
+def test_readme_contents_list_every_section(folder, text):
+    """In the order of the text, and under the sections' own names."""
+    contents = re.search(r"^## Contents\n(.*?)^(?:## |The )", text, re.MULTILINE | re.DOTALL)[1]
+    sections = {anchor: h for anchor, h in anchors_of(text).items() if f"\n## {h}\n" in text and h != "Contents"}
+    assert re.findall(r"\[(.*?)\]\(#(.*?)\)", contents) == [(h, anchor) for anchor, h in sections.items()]
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 2300
+
+
+@READMES
+def test_readme_commands_name_files_and_flags_that_exist(folder, text):
+    """Each line of a shell block: its script is there, and knows every flag by itself or as train.py does."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [(m[1], m[2]) for line in lines if (m := re.search(r"\bpython (\S+\.py)(.*)", line))]
+    assert len(commands) >= 5
+    for script, flags in commands:
+        source, options = (ROOT / script).read_text(), {*train.ARGUMENTS, *train.SWITCHES}
+        if "from examples.evaluate import" in source:  # its parser
+            source += (ROOT / "examples" / "evaluate.py").read_text()
+        for flag in re.findall(r" --([\w-]+)", flags.partition("#")[0]):
+            of_train = flag in options and re.search(r"train\.main|make_parser", source)
+            assert of_train or f'"{flag}"' in source or f'"--{flag}"' in source, (script, flag)
+
+
+def test_readme_hours_follow_from_its_numbers():
+    """TFLOP an example times 30,000 examples, at 60% of the rate in the column's head."""
+    head = re.search(r"^\| model \| TFLOP.*$", README, re.MULTILINE)[0]
+    rates = [float(rate) for rate in re.findall(r"\((\d+) TFLOP/s\)", head)]
+    rows = re.findall(r"^\| \S+ \| ([\d.]+) \| ([\d.]+) hours \| ([\d.]+) hours \|$", README, re.MULTILINE)
+    assert len(rows) == len(rates) == 2 and "30,000 examples (10,000 in 3 epochs) at 60%" in README
+    for tflop, *hours in rows:
+        for rate, said in zip(rates, hours):
+            assert float(said) == pytest.approx(float(tflop) * 30000 / (0.6 * rate) / 3600, abs=0.05)
+
+
+def test_readme_loss_is_the_loss():
+    """The eight lines of the first screen, against `mdpo_loss`."""
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    scope = {}
+    exec(code, scope)
+    assert len(code.splitlines()) == 8
+    for options in ({}, {"beta": 0.5, "delta": 0.25}):
+        assert torch.allclose(scope["mdpo"](POLICY, REF, **options), mdpo_loss(POLICY, REF, **options)[0])
 
 
 def test_readme_table_points_at_code_that_is_there():
     """A table of equations that rots sends a student to the wrong line."""
     source = inspect.getsource(mdpo_loss)
-    for equation, key in re.findall(r"^\| eq\. (\d).*`(\S+)` in `mdpo.mdpo_loss`", README, re.MULTILINE):
+    equations = re.findall(r"^\| eq\. (\d).*`(\S+)` in `mdpo.mdpo_loss`", README, re.MULTILINE)
+    assert len(equations) == 4
+    for equation, key in equations:
         assert re.search(rf"{re.escape(key)}.*# eq\. {equation}", source), (equation, key)
-    named = re.findall(r"`(mdpo|data|train)\.(\w+)`", README)
+    named = re.findall(r"`(mdpo|data|train)\.(\w+)(?:\(.*?\))?`", README + EXAMPLES_README)
     assert len(named) >= 8
     for module, name in named:
         assert name == "py" or hasattr(globals()[module], name), f"{module}.{name}"
 
 
 def test_readme_flags_exist():
-    """Each row of the table of paper settings must be a command that runs."""
+    """Each row of the table of paper settings must be a command that runs, and so must each flag in the text."""
     rows = re.findall(r"^\| (?:DPO|Fig|Table|4\.1).*\| `(--[^`]+)`", README, re.MULTILINE)
     assert len(rows) >= 12
     for flags in rows:
         train.parse_args(["--model", "m", "--data", "d", *flags.split()])
+    for flag in re.findall(r"`--([\w-]+)[^`]*`", README):
+        assert flag == "help" or flag in {*train.ARGUMENTS, *train.SWITCHES}, flag
 
 
 def test_readme_training_command_runs(bunny, tmp_path, monkeypatch):
