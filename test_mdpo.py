@@ -2809,8 +2809,8 @@ def test_readme_is_short():
 
 @READMES
 def test_readme_commands_name_files_and_flags_that_exist(folder, text):
-    """Each line of a shell block: its script is there, and knows every flag by itself or as train.py does."""
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    """Each line of a shell block, and commands in the text: its script is there, and knows every flag by itself or as train.py does."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]*python examples/[^`\n]*)`", text)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [(m[1], m[2]) for line in lines if (m := re.search(r"\bpython (\S+\.py)(.*)", line))]
     assert len(commands) >= 5
