@@ -250,7 +250,7 @@ def load_batches(pairs, micro_batches, collate, workers):
     try:
         yield from loader
     finally:
-        getattr(loader, "_shutdown_workers", int)()  # deaf to signals, they would be waited for at the exit
+        getattr(loader, "_shutdown_workers", int)()  # workers ignore signals: the exit would wait for them
 
 
 def ignore_interrupts(worker_id):
@@ -260,7 +260,7 @@ def ignore_interrupts(worker_id):
 
 @contextmanager
 def stop_signals():
-    """Ctrl-C and SIGTERM go into the list that this yields, and the step ends. A second one stops at once."""
+    """Yield a list that collects SIGINT and SIGTERM: training stops after the step. A second one stops at once."""
     noted = []
 
     def note(number, frame):
@@ -315,7 +315,7 @@ def run_folder(args):
 def replacing(out):
     """A folder for new files, which replace those of `out` when all are complete. Raises BadInput."""
     new = out / "new.tmp"
-    with about(f"{out}: cannot be written to (its files are complete)"):
+    with about(f"{out}: cannot be written to (existing files are unchanged)"):
         new.mkdir(exist_ok=True)
         yield new
         for file in new.iterdir():
@@ -349,7 +349,7 @@ def identity(args):
 
 
 def seal(args, content):
-    """32 bytes that end a checkpoint: they tell whether it is whole, and of this run."""
+    """SHA-256, appended to a checkpoint: it tells whether the file is complete, and of this run."""
     return hashlib.sha256(json.dumps(identity(args)).encode() + content).digest()
 
 
@@ -441,9 +441,9 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "resume": (None, str, "go on with the run in this folder, exactly, with its own arguments"),
     # data
     "subset": (None, str, "only ids with this prefix; the paper's is llava (4.1)"),
-    "limit": (None, whole, "a sample of so many examples; the paper's is 10000 (4.1)"),
+    "limit": (None, whole, "train on a random sample of so many examples; 10000 in the paper (4.1)"),
     "eval-size": (0, count, "examples held out, never trained on"),
-    "eval-data": (None, str, "a preference file that is held out as well"),
+    "eval-data": (None, str, "a second preference file, for evaluation only"),
     "max-length": (2048, whole, "tokens of prompt and one response (authors' config)"),
     "reject": ("crop", STRATEGIES, "how the rejected image is made (Table 3): " + "; ".join(
         f"{name}, {strategy.__doc__}" for name, strategy in STRATEGIES.items())),
@@ -470,7 +470,7 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "layout": (None, LAYOUTS, "two packed sequences an example, or three plain rows (default: packed if the "
         "first examples show that it is exact for the model)"),
     "workers": (4, count, "processes that decode images"),
-    "save-every": (None, whole, "a checkpoint every so many steps, beside each epoch's"),
+    "save-every": (None, whole, "also save a checkpoint every so many steps"),
 }  # fmt: skip
 SWITCHES = {
     "skip-bad": "drop bad records instead of stopping",
@@ -669,7 +669,7 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     It is measured on a few pairs, and does not depend on the model's name. layout: try only this one.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
-    problem = f"its layers see {window} tokens back, fewer than --max-length {max_length}"
+    problem = f"its attention window of {window} tokens is shorter than --max-length {max_length}"
     layouts = LAYOUTS if window >= max_length else ["plain"]
     layouts = [name for name in layouts if layout in (name, None)]
     with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts)} rows"):
