@@ -244,8 +244,8 @@ def packed_positions(model, batch):
     """Position ids of a packed row: (1, N), or (3, 1, N) for models with positions in space (Qwen-VL).
 
     Those models' `get_rope_index` treats the row as one sequence. A sequence by itself has the same positions
-    minus that of its first token. Token j of y_l gets the position of the token j places after the prefix: only
-    text follows the prefix, so positions there rise by one.
+    minus that of its first token. Token j of y_l gets the position of the token j places after the prefix:
+    only text follows the prefix, so positions there rise by one.
     """
     positions = batch["position_ids"]  # (1, N): counted from the start of each sequence; y_l's as y_w's
     rope_index = getattr(model.base_model, "get_rope_index", None)

@@ -260,7 +260,7 @@ def ignore_interrupts(worker_id):
 
 @contextmanager
 def stop_signals():
-    """Yield a list that collects SIGINT and SIGTERM; training stops after the step. A second stops at once."""
+    """Yield a list that collects SIGINT and SIGTERM; training stops after the step, or at a second one."""
     noted = []
 
     def note(number, frame):
