@@ -2181,14 +2181,14 @@ def set_shape(monkeypatch, kind, n_layers, vocab_size):
 
 @pytest.mark.parametrize("kind", ["phi", "llama"])
 def test_memory_formula_counts_what_autograd_saves_in_a_layer(kind, tiny, monkeypatch):
-    """Two layers more, one token's bytes more. Checkpointing saves nothing of a layer but its input."""
+    """Two layers more, one token's bytes more. Checkpointing saves a layer's input only."""
     saved = {}
     for n_layers, checkpointing in itertools.product((1, 3), (False, True)):
         set_shape(monkeypatch, kind, n_layers, 600)
         model, processor = throughput.make_model("tiny", "cpu", torch.bfloat16, 4)
         if checkpointing:
             train.enable_checkpointing(model.train())
-        batch = make_batch(throughput.make_pairs(2), processor)
+        batch = make_batch(throughput.make_pairs(1), processor)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         storages = {}
 
@@ -2204,18 +2204,17 @@ def test_memory_formula_counts_what_autograd_saves_in_a_layer(kind, tiny, monkey
     terms = [throughput.memory_terms(model)[f"a token, {w} checkpointing"] for w in ("with", "without")]
     layer = (terms[1] - 6 * 96) / 3
     assert (saved[3, False] - saved[1, False]) / 2 == pytest.approx(layer, rel=0.03)
-    assert saved[3, True] == pytest.approx(saved[1, True], rel=0.01) and terms[0] == (2 * 3 + 6) * 96
+    assert (saved[3, True] - saved[1, True]) / 2 == 2 * 96 and terms[0] == (2 * 3 + 6) * 96
 
 
-@pytest.mark.parametrize("kind", ["phi", "llama"])
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("vocab_size", [600, 20_000])
-def test_memory_formula_predicts_the_peak_of_a_step(kind, checkpointing, vocab_size, tiny, monkeypatch):
+@pytest.mark.parametrize(("kind", "vocab_size"), [("phi", 600), ("llama", 600), ("phi", 20_000)])
+def test_memory_formula_predicts_the_peak_of_a_step(kind, vocab_size, checkpointing, tiny, monkeypatch):
     """Of the tensors alive, on the CPU. The large vocabulary puts the peak where logits are."""
     set_shape(monkeypatch, kind, 3, vocab_size)
     tiny.dtype = torch.bfloat16
     model, processor = throughput.prepare(tiny, checkpointing)
-    batch = make_batch(throughput.make_pairs(2), processor)
+    batch = make_batch(throughput.make_pairs(1), processor)
     there = [x.untyped_storage() for x in [*model.parameters(), *batch.values()] if torch.is_tensor(x)]
     with Live(there) as live:
         throughput.our_losses(model, batch).mean().backward()
