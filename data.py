@@ -134,7 +134,8 @@ def open_image(path):
     """Decode a whole image file -> RGB, turned as its EXIF orientation says. Raises BadInput."""
     with about(f"image {path} cannot be decoded"), Image.open(path) as image:
         if max(image.size) > 50 * min(image.size) or image.width * image.height > 100e6:
-            raise BadInput(f"{image.width} x {image.height} pixels are no photograph")
+            size = f"{image.width} x {image.height} pixels"
+            raise BadInput(f"{size}: sides differ more than 50-fold, or more than 100 million pixels")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits
             image = image.convert("I").point(lambda value: value / 256).convert("L")
@@ -186,8 +187,8 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
     for (i, group), prefix in zip(sequences, prefixes):
         room = max_length - len(prefix["input_ids"])
         if room <= 0:
-            taken = f"{max_length - room} tokens of --max-length {max_length}"
-            raise BadInput(f"image and question take {taken}: no room to answer")
+            n_prompt = max_length - room
+            raise BadInput(f"prompt of {n_prompt} tokens, --max-length {max_length}: no room for a response")
         responses = [texts[i].responses[SCORED[name][1]][:room] for name in group]
         sequence, predictors = lay_out(prefix, responses)
         if layout == "plain" or not rows:
@@ -613,7 +614,7 @@ def run_command(command, argv=None):
         elif message.startswith("DataLoader worker"):  # raised wherever the main process is
             message += " (--workers 0 needs none)"
         elif not isinstance(error, (BadInput, OSError, MemoryError)):
-            message, status = f"a fault of this program, please report what --debug shows: {error!r}", 1
+            message, status = f"internal error, please report what --debug shows: {error!r}", 1
         print("error:", "\n  ".join(map(one_line, message.split("\n  "))), file=sys.stderr)
         return status
 

@@ -105,7 +105,7 @@ def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
     """One step's forward pass: a batch of `data.make_batch` -> losses (B,), with gradient, and metrics (B,).
 
     model: wrapped by peft, or any if ref_model is given. ref_model: by default `model` without its adapter.
-    loss: any function of (policy_logps, ref_logps, **options) -> losses, metrics.
+    loss: any function of (policy_logps, ref_logps, **options) -> losses, metrics; it may also take `batch`.
     """
     inputs = forward_inputs(model, batch)  # images are encoded once, for policy and reference
     with torch.no_grad():
@@ -115,7 +115,7 @@ def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
             with model.disable_adapter():
                 ref_logps = response_logps(model, batch, inputs)
     policy_logps = response_logps(model, batch, inputs)
-    losses, metrics = loss(policy_logps, ref_logps, **options)
+    losses, metrics = loss(policy_logps, ref_logps, **options, **known_arguments(loss, {"batch": batch}))
     return losses, {"loss": losses.detach(), **metrics}
 
 
@@ -244,8 +244,8 @@ def packed_positions(model, batch):
     """Position ids of a packed row: (1, N), or (3, 1, N) for models with positions in space (Qwen-VL).
 
     Those models' `get_rope_index` treats the row as one sequence. A sequence by itself has the same positions
-    minus that of its first token. Token j of y_l gets the position found j tokens after the prefix: that is
-    text, of y_w or, past its end, of y_l, and in text positions rise by one.
+    minus that of its first token. Token j of y_l gets the position of the token j places after the prefix:
+    only text follows the prefix, so positions there rise by one.
     """
     positions = batch["position_ids"]  # (1, N): counted from the start of each sequence; y_l's as y_w's
     rope_index = getattr(model.base_model, "get_rope_index", None)

@@ -26,7 +26,8 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn in each DataLoader worker
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # shapes never repeat
+if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # shapes never repeat
 
 import peft
 import torch
@@ -70,22 +71,10 @@ def run(args, loss):
     quiet_libraries()
     with run_folder(args) as out:
         say(f"reading and checking {args.data}")
-        processor = load_processor(args.model)
-        read = partial(read_examples, image_dir=args.images, with_images=not args.no_image, log=say,
-                       skip_bad=args.skip_bad, processor=processor, max_length=args.max_length)  # fmt: skip
-        examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
-        if args.eval_size >= len(examples):
-            raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
-        held = {*random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size)}
-        held_out = [example for i, example in enumerate(examples) if i in held]
-        training = [example for i, example in enumerate(examples) if i not in held]
-        held_out += read(args.eval_data) if args.eval_data else []
-        as_pairs = partial(Pairs, strategy=args.reject, crop=args.crop, seed=args.seed)
-        pairs = as_pairs(training, pool=examples)
-        held_out_pairs = as_pairs(held_out, pool=examples + held_out)
+        pairs, held_out = read_pairs(args)
 
         say(f"loading {args.model}")
-        model, _ = load_model(args.model, args.device)
+        model, processor = load_model(args.model, args.device)
         say(f"{model.num_parameters():,} parameters in {model.dtype} on {args.device}; checking the layout")
         with about(f"{args.model}: no adapter can be added"):
             model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
@@ -93,14 +82,14 @@ def run(args, loss):
         args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
         if not args.no_checkpointing:
             enable_checkpointing(model)
-        write_arguments(out, args, training, held_out, loss)
+        write_arguments(out, args, pairs.examples + held_out.examples, loss)
         anchors = set(args.anchors) - {"none"}
         loss = partial(loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors)
         # Training computes the log-probabilities that the loss needs, evaluation all that images allow.
         scored = [name for name in SCORED if name != "image_rejected" or not args.no_image]
         names = [name for name in scored if name != "image_rejected" or args.conditional or name in anchors]
 
-        plan = plan_steps(len(training), args.batch_size, args.micro_batch_size, args.epochs, args.seed)
+        plan = plan_steps(len(pairs), args.batch_size, args.micro_batch_size, args.epochs, args.seed)
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [{"params": parameters, "initial_lr": args.lr}]
         optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay,
@@ -116,11 +105,11 @@ def run(args, loss):
         collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
         keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
         load = lambda *parts, names: load_batches(*parts, partial(collate, names=names), args.workers)
-        load_held_out = partial(load, held_out_pairs, keys, names=scored)
+        load_held_out = partial(load, held_out, keys, names=scored)
         evaluate_now = partial(evaluate, model, load_held_out, loss) if held_out else dict
         batches = load(pairs, sum(plan[done:], []), names=names)
         save = partial(save_checkpoint, out, args, records, model, optimizer)
-        say(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(training)} examples, "
+        say(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(pairs)} examples, "
             f"{len(held_out)} held out, for {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
         note = partial(log, out, records)
         if held_out and not records:
@@ -135,6 +124,22 @@ def run(args, loss):
             processor.save_pretrained(new)
         say(f"\n{held_out_table(records)}\nadapter, log and arguments: {out}")
     return 0
+
+
+def read_pairs(args):
+    """-> the `Pairs` to train on, and those held out. Raises BadInput."""
+    read = partial(read_examples, image_dir=args.images, with_images=not args.no_image, log=say,
+                   skip_bad=args.skip_bad, processor=load_processor(args.model),
+                   max_length=args.max_length)  # fmt: skip
+    examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
+    if args.eval_size >= len(examples):
+        raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
+    held = sorted(random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size))
+    training = [example for i, example in enumerate(examples) if i not in held]
+    held_out = [examples[i] for i in held]
+    held_out += read(args.eval_data) if args.eval_data else []
+    options = args.reject, args.crop, args.seed
+    return Pairs(training, *options, examples), Pairs(held_out, *options, examples + held_out)
 
 
 def say(text):
@@ -210,8 +215,8 @@ def evaluate(model, load, loss):
 
 def means(metrics, **more):
     """[{name: (B,)}, ...] -> {name: mean over all examples}, and more tensors as numbers. Waits once."""
-    of_all = {name: torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]} | more
-    return dict(zip(of_all, torch.stack([*of_all.values()]).tolist()))
+    means = {name: torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]}
+    return dict(zip(means | more, torch.stack([*means.values(), *more.values()]).tolist()))
 
 
 def plan_steps(n_examples, batch_size, micro_batch_size, epochs, seed):
@@ -245,7 +250,7 @@ def load_batches(pairs, micro_batches, collate, workers):
     try:
         yield from loader
     finally:
-        getattr(loader, "_shutdown_workers", int)()  # deaf to signals, they would be waited for at the exit
+        getattr(loader, "_shutdown_workers", int)()  # workers ignore signals: the exit would wait for them
 
 
 def ignore_interrupts(worker_id):
@@ -255,7 +260,7 @@ def ignore_interrupts(worker_id):
 
 @contextmanager
 def stop_signals():
-    """Ctrl-C and SIGTERM go into the list that this yields, and the step ends. A second one stops at once."""
+    """Yield a list that collects SIGINT and SIGTERM; training stops after the step, or at a second one."""
     noted = []
 
     def note(number, frame):
@@ -310,7 +315,7 @@ def run_folder(args):
 def replacing(out):
     """A folder for new files, which replace those of `out` when all are complete. Raises BadInput."""
     new = out / "new.tmp"
-    with about(f"{out}: cannot be written to (its files are complete)"):
+    with about(f"{out}: cannot be written to (existing files are unchanged)"):
         new.mkdir(exist_ok=True)
         yield new
         for file in new.iterdir():
@@ -318,10 +323,10 @@ def replacing(out):
         new.rmdir()
 
 
-def write_arguments(out, args, training, held_out, loss):
+def write_arguments(out, args, examples, loss):
     """args.json: the run's arguments and versions, and what a resumed run must share. Raises BadInput."""
     names = lambda paths: [Path(path).name for path in paths]  # wherever the files are
-    contents = [(*e[:3], names(e.images), names(e.images_rejected), e.id) for e in training + held_out]
+    contents = [(*e[:3], names(e.images), names(e.images_rejected), e.id) for e in examples]
     shared = {"data": digest(contents), "weights": digest(weight_headers(args.model))}
     shared["loss"] = getattr(loss, "__qualname__", type(loss).__qualname__)
     if others := [name for name in shared if args.resume and args.shared[name] != shared[name]]:
@@ -344,7 +349,7 @@ def identity(args):
 
 
 def seal(args, content):
-    """32 bytes that end a checkpoint: they tell whether it is whole, and of this run."""
+    """SHA-256, appended to a checkpoint: it tells whether the file is complete, and of this run."""
     return hashlib.sha256(json.dumps(identity(args)).encode() + content).digest()
 
 
@@ -436,9 +441,9 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "resume": (None, str, "go on with the run in this folder, exactly, with its own arguments"),
     # data
     "subset": (None, str, "only ids with this prefix; the paper's is llava (4.1)"),
-    "limit": (None, whole, "a sample of so many examples; the paper's is 10000 (4.1)"),
+    "limit": (None, whole, "train on a random sample of so many examples; 10000 in the paper (4.1)"),
     "eval-size": (0, count, "examples held out, never trained on"),
-    "eval-data": (None, str, "a preference file that is held out as well"),
+    "eval-data": (None, str, "a second preference file, for evaluation only"),
     "max-length": (2048, whole, "tokens of prompt and one response (authors' config)"),
     "reject": ("crop", STRATEGIES, "how the rejected image is made (Table 3): " + "; ".join(
         f"{name}, {strategy.__doc__}" for name, strategy in STRATEGIES.items())),
@@ -465,7 +470,7 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "layout": (None, LAYOUTS, "two packed sequences an example, or three plain rows (default: packed if the "
         "first examples show that it is exact for the model)"),
     "workers": (4, count, "processes that decode images"),
-    "save-every": (None, whole, "a checkpoint every so many steps, beside each epoch's"),
+    "save-every": (None, whole, "also save a checkpoint every so many steps"),
 }  # fmt: skip
 SWITCHES = {
     "skip-bad": "drop bad records instead of stopping",
@@ -664,7 +669,7 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     It is measured on a few pairs, and does not depend on the model's name. layout: try only this one.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
-    problem = f"its layers see {window} tokens back, fewer than --max-length {max_length}"
+    problem = f"its attention window of {window} tokens is shorter than --max-length {max_length}"
     layouts = LAYOUTS if window >= max_length else ["plain"]
     layouts = [name for name in layouts if layout in (name, None)]
     with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts)} rows"):

@@ -1,28 +1,21 @@
 """How fast is a training step? This loop against the authors' scheme and TRL's DPO, on the same model and examples.
 
-    python examples/throughput.py --shape tiny                       # CPU, one thread, minutes
-    python examples/throughput.py --shape bunny-3b --json gpu.jsonl  # one GPU; also llava-7b
-    python examples/throughput.py --shape tiny --trl                 # also TRL's DPOTrainer (needs trl)
+    python examples/throughput.py --json FILE               # bunny-3b on a GPU, tiny on a CPU; --trl: TRL's, too
+    python examples/throughput.py --only memory-formula     # predicted memory and hours; needs no GPU
 
-Models have random weights and are made on the device: speed does not depend on the weights, and nothing is downloaded.
-Texts have lengths as in Silkie: questions of about 40 tokens, answers of about 110 and 90, log-normal around these.
+Weights are random: speed does not depend on them. Texts have lengths as in Silkie: questions of about 40 tokens,
+answers of about 110 and 90, log-normal around these.
 
     ours         two packed sequences an example, images encoded once, logits of response tokens only
     authors      what their release does, on the same model: three rows padded to the longest, policy and reference
                  each with their own encoding of three images an example, float32 logits of the whole sequence
     trl          TRL's DPOTrainer: plain DPO, so two rows and no rejected image, under TRL's own padding mask
 
-Before it times anything, ours and authors are checked to give equal log-probabilities. They are timed in turns
-of --items examples, so that a change in the machine's speed meets both: first with identical settings (the same
-checkpointing, LoRA layers and activation function; the authors' rows are padded on the right, so that their
-attention needs no mask), then ours without checkpointing against the authors' as released: with checkpointing,
-peft's own LoRA layers and Phi's own activation, under autocast on a GPU. Each measurement is a line of JSON as
-soon as it is there; a table comes last.
-
-Useful FLOPs are 2 x parameters x tokens for each of: the reference's forward pass, the policy's, and its backward
-pass, which is as dear as a forward pass, as frozen weights need no gradient. Counted are the language model's
-layers over real (unpadded) tokens, its head over response tokens, and the vision tower over patches.
-Recomputation, attention's products of queries and keys, LoRA and padding are not counted.
+Ours and authors are first checked to give equal log-probabilities. They are timed in turns of --items examples, so
+that a change in the machine's speed meets both: with identical settings (checkpointing, LoRA layers, activation; the
+authors' rows are padded on the right, so that attention needs no mask), then ours without checkpointing against theirs
+as released: with it, peft's own LoRA layers, Phi's own activation, and autocast on a GPU. As in training, no step sees
+a batch again. Each measurement is a line of JSON, printed and added to FILE as soon as it is there.
 """
 
 import argparse
@@ -36,7 +29,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -48,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import SCORED, Example, Pairs, make_batch, read_examples
+from data import SCORED, Example, make_batch
 from examples import tiny_bunny
 from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps, unwrapped
 
@@ -56,34 +48,29 @@ WORDS = "there is a red circle and blue square here the picture of on in with sm
 LEARNING_RATE = 1e-4
 
 
-def siglip(**sizes):
-    return transformers.SiglipVisionConfig(**sizes, vision_use_head=False)
+TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+VISION = (*TEXT[:4], "image_size", "patch_size")
 
 
-SHAPES = {  # language model, vision tower, patches a side
-    "tiny": (
-        transformers.PhiConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                               vocab_size=2560, hidden_act="gelu_pytorch_tanh", attention_dropout=0.0, resid_pdrop=0.0),
-        siglip(hidden_size=48, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4, image_size=216, patch_size=8),
-    ),
-    "bunny-3b": (
-        transformers.PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32,
-                               vocab_size=51200, partial_rotary_factor=0.4, hidden_act="gelu_pytorch_tanh",
-                               attention_dropout=0.0, resid_pdrop=0.0),
-        siglip(hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=384,
-               patch_size=14),
-    ),
-    "llava-7b": (
-        transformers.LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                                 num_key_value_heads=32, vocab_size=32064),
-        transformers.CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                                      image_size=336, patch_size=14),
-    ),
+def siglip(*sizes):
+    return transformers.SiglipVisionConfig(**dict(zip(VISION, sizes)), vision_use_head=False)
+
+
+def phi(*sizes, **options):
+    return transformers.PhiConfig(**dict(zip(TEXT, sizes)), **options, hidden_act="gelu_pytorch_tanh")
+
+
+SHAPES = {  # language model, vision tower
+    "tiny": (phi(128, 512, 4, 4, 2560), siglip(48, 192, 4, 4, 216, 8)),
+    "bunny-3b": (phi(2560, 10240, 32, 32, 51200, partial_rotary_factor=0.4), siglip(1152, 4304, 26, 16, 384, 14)),
+    "llava-7b": (transformers.LlamaConfig(**dict(zip(TEXT, (4096, 11008, 32, 32, 32064)))),
+                 transformers.CLIPVisionConfig(**dict(zip(VISION, (1024, 4096, 24, 16, 336, 14))))),
 }  # fmt: skip
 
 
 def make_model(shape, device, dtype, rank):
     """A Llava with random weights, LoRA on its language model -> (peft model, processor)."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in training: it plans anew for each shape, and ours never repeat
     text, vision = SHAPES[shape]
     side = vision.image_size // vision.patch_size
     clip = isinstance(vision, transformers.CLIPVisionConfig)
@@ -104,11 +91,14 @@ def make_model(shape, device, dtype, rank):
     return train.add_lora(model.requires_grad_(False), rank, 2 * rank), processor
 
 
+def draw_length(rng, mean):
+    return max(3, round(mean * math.exp(rng.gauss(0, 0.5) - 0.125)))
+
+
 def make_pairs(n, seed=0):
     """n pairs of Silkie-like lengths."""
     rng = random.Random(seed)
-    length = lambda mean: max(3, round(mean * math.exp(rng.gauss(0, 0.5) - 0.125)))
-    words = lambda mean: " ".join(rng.choices(WORDS, k=length(mean)))
+    words = lambda mean: " ".join(rng.choices(WORDS, k=draw_length(rng, mean)))
     drawn = lambda detail: Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), detail).convert("RGB")
     images = lambda: (drawn(rng.randint(10, 90)),)
     return [Example(words(40), words(110), words(90), images(), images()) for _ in range(n)]
@@ -118,13 +108,9 @@ def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def n_pairs(batch):
-    return len(batch["n_targets"]) // len(batch["names"])
-
-
 # ----------------------------------------------------------------------------------------------------- three schemes
 #
-# A scheme is a function that makes a batch of pairs, and one of a model and a batch -> losses (B,).
+# A scheme is a function that makes a batch of (pairs, processor), and one of a model and a batch -> losses (B,).
 
 
 def our_losses(model, batch):
@@ -161,52 +147,33 @@ def plain_batch(pairs, processor):
 authors_losses = in_two_passes(authors_logps)
 
 
-def trl_rival(model, processor, groups):
-    """-> (batches, losses) of TRL's DPOTrainer on these micro-batches of pairs."""
+def trl_rival(model, processor, pairs):
+    """-> (how a batch is made, losses) of TRL's DPOTrainer. pairs: any micro-batch, which the trainer looks at."""
+    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
+
+    def rows(pairs):  # in TRL's vision format
+        say = lambda role, text: [{"role": role, "content": text}]
+        return [{"prompt": say("user", pair.question), "chosen": say("assistant", pair.chosen),
+                 "rejected": say("assistant", pair.rejected), "images": [*pair.images]} for pair in pairs]  # fmt: skip
 
     cuda = model.device.type == "cuda"
     config = DPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(groups[0]), beta=0.1, report_to="none",
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(pairs), beta=0.1, report_to="none",
         bf16=cuda, use_cpu=not cuda, gradient_checkpointing=True, remove_unused_columns=False, max_length=None,
     )  # fmt: skip
-    datasets = [trl_dataset(group) for group in groups]
-    trainer = DPOTrainer(model, args=config, train_dataset=datasets[0], processing_class=processor)
-    batches = [trainer.data_collator([*rows]) for rows in datasets]
-    return batches, lambda model, batch: trainer.compute_loss(trainer.model, batch)
+    dataset = Dataset.from_list(rows(pairs))
+    trainer = DPOTrainer(model, args=config, train_dataset=dataset, processing_class=processor)
+    losses = lambda model, batch: trainer.compute_loss(trainer.model, batch)
+    return lambda pairs, processor: trainer.data_collator(rows(pairs)), losses
 
 
-def trl_dataset(pairs):
-    """Pairs -> a `datasets.Dataset` in TRL's vision format; a pair is asked for when its row is read."""
-    from datasets import Dataset
-
-    say = lambda role, text: [{"role": role, "content": text}]
-
-    def load(columns):
-        rows = [pairs[i] for i in columns["index"]]
-        prompt = lambda question: say("user", question) if isinstance(question, str) else question
-        return {
-            "prompt": [prompt(row.question) for row in rows],
-            "chosen": [say("assistant", row.chosen) for row in rows],
-            "rejected": [say("assistant", row.rejected) for row in rows],
-            "images": [[*row.images] for row in rows],
-        }
-
-    return Dataset.from_dict({"index": range(len(pairs))}).with_transform(load)
-
-
-def with_pefts_layers(model):
-    """The model with peft's own LoRA layers, in place of `train.LoraLinear`; they need `autocast`."""
+def as_released(model, layers=True, activation=True):
+    """The model with peft's own LoRA layers, which need `autocast`, and the activation that a Bunny's config names."""
     for module in model.modules():
-        if isinstance(module, train.LoraLinear):
+        if layers and isinstance(module, train.LoraLinear):
             module.__class__ = peft.tuners.lora.Linear
-    return model
-
-
-def with_phis_activation(model):
-    """The model with the activation that a Bunny's config names, if its language model is a Phi."""
-    for module in model.modules():
-        if isinstance(module, transformers.models.phi.modeling_phi.PhiMLP):
+        if activation and isinstance(module, transformers.models.phi.modeling_phi.PhiMLP):
             module.activation_fn = transformers.activations.ACT2FN["gelu_new"]
     return model
 
@@ -249,31 +216,26 @@ def unshared_batch(pairs, processor):
 
 def padded_batch(pairs, processor):
     """Our two sequences an example, as rows padded to the longest, under a boolean mask (2B, 1, T, T)."""
-    batch, n = make_batch(pairs, processor), len(pairs)
-    lengths, n_targets = batch["lengths"], batch["n_targets"]
-    tokens = [sum(sequence) for sequence in lengths]
-    starts = torch.tensor(tokens).cumsum(0) - torch.tensor(tokens)
-    parts = [torch.tensor([*range(1, len(s) + 1)]).repeat_interleave(torch.tensor(s)) for s in lengths]
+    kinds = ("chosen", "rejected"), ("image_rejected",)
+    rows = [make_batch([pair], processor, names=names) for names in kinds for pair in pairs]
+    padded = lambda name, padding=0: pad_sequence([row[name][0] for row in rows], True, padding)
+    parts = [torch.arange(len(s)).add(1).repeat_interleave(torch.tensor(s)) for row in rows for s in row["lengths"]]
     part = pad_sequence(parts, True)  # (2B, T): 1 in the prefix, 2 and above in a response each, 0 in padding
     causal = torch.ones(part.shape[1], part.shape[1], dtype=torch.bool).tril()
     same, prefix = part[:, :, None] == part[:, None, :], (part[:, None, :] == 1) & (part[:, :, None] > 0)
-    in_rows = lambda name: pad_sequence(batch[name][0].split(tokens), True)
-
-    def of_responses(name, padding):  # (2B, K): a row's y_w and y_l, then those of y_w on m_l
-        each = batch[name][0].split(n_targets)
-        return pad_sequence([*map(torch.cat, zip(each[:n], each[n : 2 * n])), *each[2 * n :]], True, padding)
-
-    targets = of_responses("targets", -100)
-    width = targets.shape[1]
-    return batch | {
-        "input_ids": in_rows("input_ids"),
-        "position_ids": in_rows("position_ids"),
+    width = padded("targets").shape[1]
+    of_pairs = [n for row in rows[: len(pairs)] for n in (row["n_targets"][0], width - row["n_targets"][0])]
+    return {
+        "input_ids": padded("input_ids"),
+        "position_ids": padded("position_ids"),
+        "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
         "attention_mask": (causal & (same | prefix))[:, None],
-        "predictors": (of_responses("predictors", 0) - starts[:, None]).clamp(0),
-        "targets": targets,
-        "n_targets": [count for y_w in n_targets[:n] for count in (y_w, width - y_w)] + [width] * n,
+        "predictors": padded("predictors"),
+        "targets": padded("targets", -100),
+        "n_targets": of_pairs + [width] * len(pairs),
         "lengths": None,
-        "processor_keys": [*batch["processor_keys"], "position_ids", "attention_mask"],
+        "names": tuple(SCORED),
+        "processor_keys": ["pixel_values", "position_ids", "attention_mask"],
     }
 
 
@@ -307,37 +269,43 @@ def synchronize(device):
 
 
 class Stepper:
-    """A scheme with its own optimizer: `step()` -> seconds. The batches come round and round."""
+    """A scheme with its own optimizer: `step()` -> seconds, of the next micro-batch of `groups`.
 
-    def __init__(self, name, model, batches, losses):
-        self.name, self.model, self.batches, self.losses = name, model, batches, losses
+    No batch comes twice: in training shapes never repeat, and what plans or allocates by shape would gain by it.
+    """
+
+    def __init__(self, name, model, processor, groups, losses, make=make_batch):
+        self.name, self.model, self.losses = name, model, losses
+        self.batches = (make(pairs, processor) for pairs in groups)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, fused=self.device.type == "cuda")
-        self.times, self.count = [], 0
+        self.times = []
 
     def step(self):
+        batch = next(self.batches)
         synchronize(self.device)
         started = time.perf_counter()
-        batch = to_device(self.batches[self.count % len(self.batches)], self.device)
-        self.loss = self.losses(self.model, batch).mean()
-        self.loss.backward()
+        self.losses(self.model, to_device(batch, self.device)).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         synchronize(self.device)
-        self.count += 1
         return time.perf_counter() - started
 
 
-def useful_flops(model, batch):
-    """FLOPs of one example's three useful passes, averaged over a packed batch; see the module's text."""
+def useful_flops(model, tokens, targets, images, recomputed=0):
+    """2 x parameters x tokens for three passes: the reference's forward, the policy's forward and backward.
+
+    A backward pass costs as much as a forward pass, as frozen weights need no gradient. Counted are the layers over
+    real tokens (recomputed: once more), the head over response tokens, and the tower over patches; not attention's
+    products of queries and keys, LoRA and padding.
+    """
     model = unwrapped(model)
     count = lambda module: sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
     layers, head, tower = count(model.get_decoder().layers), count(model.lm_head), count(model.model.vision_tower)
-    tokens, targets = batch["input_ids"].numel(), batch["targets"].numel()
-    patches = len(batch["pixel_values"]) * model.config.image_seq_length
-    return (3 * 2 * (layers * tokens + head * targets) + 2 * tower * patches) / n_pairs(batch)
+    patches = images * model.config.image_seq_length
+    return 2 * (layers * tokens * (3 + recomputed) + head * targets * 3 + tower * patches)
 
 
 def matmul_rate(device, dtype, size=8192, times=30):
@@ -355,49 +323,48 @@ def matmul_rate(device, dtype, size=8192, times=30):
 
 
 def prepare(args, checkpointing):
-    """-> (peft model, processor, micro-batches of pairs)."""
+    """-> (peft model, processor)."""
     torch.manual_seed(0)
     model, processor = make_model(args.shape, args.device, args.dtype, rank=64 if args.shape != "tiny" else 8)
     if checkpointing:
         train.enable_checkpointing(model)
-    return model.train(), processor, train.split(make_pairs(args.items), args.micro_batch_size)
+    return model.train(), processor
 
 
-MEMORY = {  # whose peak is measured: losses, how a batch is made, checkpointing, as released
-    "ours": (our_losses, make_batch, True, False),
-    "authors": (authors_losses, plain_batch, True, False),
-    "ours, no checkpointing": (our_losses, make_batch, False, False),
-    "authors, as released": (autocast(authors_losses), plain_batch, True, True),
+def micro_batches(args):
+    """-> (pairs of each step of a scheme, of which two come before the clock starts; steps in a turn)."""
+    in_turn = -(-args.items // args.micro_batch_size)
+    pairs = make_pairs((2 + args.rounds * in_turn) * args.micro_batch_size)
+    return train.split(pairs, args.micro_batch_size), in_turn
+
+
+MEMORY = {  # whose peak is measured: losses, how a batch is made, checkpointing
+    "ours": (our_losses, make_batch, True),
+    "authors": (authors_losses, plain_batch, True),
+    "ours, no checkpointing": (our_losses, make_batch, False),
 }
 
 
-def peak_memory(args, name):
-    """GiB before the first step (on a GPU: the weights) and, above that, at the worst moment of two steps.
+def measure_memory(args, name):
+    """GiB before the first step (on a GPU: the weights) and, above that, at the peak of two steps.
 
-    Measured in a fresh process, on the micro-batch with the longest texts.
+    The second of them, when the optimizer has its state, is on the micro-batch with the longest texts.
     """
-    command = [sys.executable, __file__, "--shape", args.shape, "--device", args.device,
-               "--dtype", args.dtype_name, "--micro-batch-size", str(args.micro_batch_size),
-               "--threads", str(args.threads), "--only", name]  # fmt: skip
-    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once, and is not counted again
-    done = subprocess.run(command, env=os.environ | at_once, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {name} failed:\n{done.stderr}")
-    before, above = map(float, done.stdout.split()[-2:])
-    return {"before": before, "above": above}
-
-
-def measure_memory(args):
-    losses, make, checkpointing, released = MEMORY[args.only]
-    model, processor, groups = prepare(args, checkpointing)
-    model = with_pefts_layers(with_phis_activation(model)) if released else model
-    heaviest = max(groups, key=lambda group: sum(len(text) for pair in group for text in pair[:3]))
-    stepper = Stepper(args.only, model, [make(heaviest, processor)], losses)
+    losses, make, checkpointing = MEMORY[name]
+    model, processor = prepare(args, checkpointing)
+    groups = heaviest(make_pairs(max(args.items, 2 * args.micro_batch_size)), args.micro_batch_size)
+    stepper = Stepper(name, model, processor, groups, losses, make)
     gc.collect()
     before = memory_now(args.device)
-    for _ in range(2):
+    for _ in groups:
         stepper.step()
-    print(before, memory_now(args.device, peak=True) - before)
+    return record(args, memory_gib={name: {"before": before, "above": memory_now(args.device, peak=True) - before}})
+
+
+def heaviest(pairs, size):
+    """The two micro-batches with the longest texts, in rising order."""
+    length = lambda group: sum(len(text) for pair in group for text in pair[:3])
+    return sorted(train.split(pairs, size), key=length)[-2:]
 
 
 def memory_now(device, peak=False):
@@ -422,78 +389,55 @@ def in_turns(steppers, n_batches, rounds):
 
 def compare(args, identical):
     """Time ours against the others: at identical settings, or ours at its best and theirs as released."""
-    model, processor, groups = prepare(args, identical)
-    model_of_authors, *_ = prepare(args, True)
+    (model, processor), (groups, in_turn) = prepare(args, identical), micro_batches(args)
+    model_of_authors, _ = prepare(args, True)
     model_of_authors.load_state_dict(model.state_dict())
     check_equal(model, processor, groups[0])
-    ours = Stepper("ours", model, [make_batch(group, processor) for group in groups], our_losses)
-    rivals = {"authors": ([plain_batch(group, processor) for group in groups], authors_losses)}
+    rivals = {"authors": (plain_batch, authors_losses)}
     if args.trl:
-        rivals["trl"] = trl_rival(model_of_authors, processor, groups)
+        rivals["trl"] = trl_rival(model_of_authors, processor, groups[0])
     if not identical:
-        with_pefts_layers(with_phis_activation(model_of_authors))
-        rivals = {name: (batches, autocast(losses)) for name, (batches, losses) in rivals.items()}
-    steppers = [ours] + [Stepper(name, model_of_authors, *rival) for name, rival in rivals.items()]
-    speedup = in_turns(steppers, len(groups), args.rounds)
-    seconds = statistics.median(ours.times)
-    mean = lambda values: sum(values) / len(groups)
-    flops = mean(useful_flops(model, batch) for batch in ours.batches) * args.micro_batch_size
+        as_released(model_of_authors)
+        rivals = {name: (make, autocast(losses)) for name, (make, losses) in rivals.items()}
+    ours = Stepper("ours", model, processor, groups, our_losses)
+    steppers = [ours] + [Stepper(name, model_of_authors, processor, groups, losses, make)
+                         for name, (make, losses) in rivals.items()]  # fmt: skip
+    speedup = in_turns(steppers, in_turn, args.rounds)
+    seconds = statistics.median(ours.times) / args.micro_batch_size
+    batches, n = [make_batch(group, processor) for group in groups[2:]], len(groups[2:]) * args.micro_batch_size
+    tokens, targets = (sum(batch[name].numel() for batch in batches) for name in ("input_ids", "targets"))
+    flops = useful_flops(model, tokens, targets, 2 * n) / n
     return record(
         args,
         settings="identical" if identical else "ours at its best, theirs as released",
         speedup=speedup,
         examples_per_second={s.name: args.micro_batch_size / statistics.median(s.times) for s in steppers},
-        real_tokens_per_second=mean(batch["input_ids"].numel() for batch in ours.batches) / seconds,
+        real_tokens_per_second=tokens / n / seconds,
         useful_share_of_matmul_rate=flops / seconds / args.matmul_rate,
-        hours_for_10k_x_3=30_000 * seconds / args.micro_batch_size / 3600,
+        hours_for_10k_x_3=30_000 * seconds / 3600,
     )
 
 
 def one_by_one(args):
     """What each measure gains alone: the time of a step without it over the time with it, all else as by default."""
-    model, processor, groups = prepare(args, True)
+    (model, processor), (groups, in_turn) = prepare(args, True), micro_batches(args)
     another = lambda checkpointing=True: prepare(args, checkpointing)[0]
-    batches = lambda make: [make(group, processor) for group in groups]
-    packed = batches(make_batch)
-    without = {
-        "y_w and y_l behind one prefix": (model, batches(unshared_batch), our_losses),
-        "sequences end to end in causal blocks, not padded under a mask":
-            (model, batches(padded_batch), padded_losses),
-        "each image encoded once for both passes": (model, packed, in_two_passes(response_logps)),
-        "logits of response tokens only": (model, batches(all_logits_batch), our_losses),
-        "LoRA added in its matrix product": (with_pefts_layers(another()), packed, autocast(our_losses)),
-        "Bunny's activation in one kernel": (with_phis_activation(another()), packed, our_losses),
-    }  # fmt: skip
     chosen = "activations kept (--no-checkpointing)"  # by the user: the step has the measure, ours has not
-    without[chosen] = (another(checkpointing=False), packed, our_losses)
-    steppers = [Stepper("ours", model, packed, our_losses)]
-    steppers += [Stepper(name, *measure) for name, measure in without.items()]
-    gains = in_turns(steppers, len(groups), args.rounds)
+    without = {
+        "y_w and y_l behind one prefix": (model, our_losses, unshared_batch),
+        "sequences end to end in causal blocks, not padded under a mask": (model, padded_losses, padded_batch),
+        "each image encoded once for both passes": (model, in_two_passes(response_logps)),
+        "logits of response tokens only": (model, our_losses, all_logits_batch),
+        "LoRA added in its matrix product": (as_released(another(), activation=False), autocast(our_losses)),
+        "Bunny's activation in one kernel": (as_released(another(), layers=False), our_losses),
+        chosen: (another(checkpointing=False), our_losses),
+    }
+    without = {"ours": (model, our_losses), **without}
+    steppers = [Stepper(name, model, processor, groups, *rest) for name, (model, *rest) in without.items()]
+    gains = in_turns(steppers, in_turn, args.rounds)
     median, low, high = gains[chosen].values()
     gains[chosen] = {"median": 1 / median, "low": 1 / high, "high": 1 / low}
     return record(args, gain_alone=gains)
-
-
-def follow(args, steps=20):
-    """The loss of some training steps, packed against plain rows -> how far apart at most, and what rounding does.
-
-    For rounding, the plain rows' micro-batches are run with their examples in reverse order: the same mean.
-    """
-    model, processor, groups = prepare(args, True)
-    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    curves = []
-    for layout, order in (("plain", 1), ("packed", 1), ("plain", -1)):
-        model.load_state_dict(start, strict=False)
-        batches = [make_batch(group[::order], processor, layout) for group in groups]
-        stepper = Stepper("", model, batches, our_losses)
-        curves.append([])
-        for _ in range(steps):
-            stepper.step()
-            curves[-1].append(stepper.loss.item())
-    apart = lambda curve: max(abs(a - b) for a, b in zip(curves[0], curve))
-    _, packed, reordered = curves
-    return record(args, loss_of_first_and_last_step=[packed[0], packed[-1]], packed_off_plain_by=apart(packed),
-                  plain_reordered_off_plain_by=apart(reordered))  # fmt: skip
 
 
 @torch.no_grad()
@@ -506,29 +450,72 @@ def check_equal(model, processor, pairs):
         assert difference < (1e-5 if model.dtype == torch.float32 else 1e-2), f"{name}: {difference:.1e} apart"
 
 
-def data_side(args, processor):
-    """Examples a second that the loader decodes, crops and lays out, by number of workers."""
-    rates = {}
-    with tempfile.TemporaryDirectory() as folder:
-        records = []
-        for i, (question, chosen, rejected, (image,), *_) in enumerate(make_pairs(4 * args.items)):
-            image.save(Path(folder) / f"{i}.jpg")
-            records.append({"image": f"{i}.jpg", "question": question, "chosen": chosen, "rejected": rejected})
-        (Path(folder) / "data.json").write_text(json.dumps(records))
-        pairs = Pairs(read_examples(Path(folder) / "data.json"))
-        keys = train.split([(epoch, i) for epoch in range(4) for i in range(len(pairs))], 4)
-        for workers in [n for n in (0, 1, 2, 4, 8, 16) if n <= (os.cpu_count() or 1)]:
-            loader = train.load_batches(pairs, keys, partial(make_batch, processor=processor), workers)
-            next(loader)  # the workers have started
-            started, count = time.perf_counter(), sum(map(n_pairs, loader))
-            rates[workers] = count / (time.perf_counter() - started)
-    return record(args, data_examples_per_second_by_workers=rates)
+# -------------------------------------------------------------------------------------------------- memory, predicted
+
+
+def memory_terms(model):
+    """What a step of ours holds in bf16, by what it grows with -> {term: bytes}.
+
+    For its backward pass a layer keeps of a token: its input, LoRA's inputs, q, k, v, attention's output by block and
+    in a row, and half of the keys and values again, for y_l's block: 16 times the width in Phi, 24 in Llama, whose two
+    norms keep their inputs in float32. Of the MLP: 2 numbers in Phi, 4 in Llama. Gradients take 2 more at the peak.
+    """
+    text, adapter = unwrapped(model).config.get_text_config(), [p for p in model.parameters() if p.requires_grad]
+    h, f, n_layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    n = sum(p.numel() for p in adapter)
+    layer = 16 * h + 4 * f if text.model_type == "phi" else 24 * h + 8 * f
+    layer += 2 * len(adapter[0]) * len(adapter) // 2 // n_layers  # A x of each linear layer: rank numbers
+    return {
+        "weights in bf16": 2 * (sum(p.numel() for p in model.parameters()) - n),
+        "adapter in float32": 4 * n,
+        "its AdamW state": 8 * n,
+        "its gradient": 4 * n,
+        "a token, with checkpointing": 2 * h * n_layers + 6 * h,  # each layer's input; at both ends 3 more
+        "a token, in the layer that is recomputed": layer + 4 * f,
+        "a token, without checkpointing": layer * n_layers + 6 * h,
+        "adapter in bf16, without checkpointing": 2 * n,
+        "a response token's logits": 12 * text.vocab_size,  # log-softmax, its gradient, the logits': float32
+    }
+
+
+def predicted_peak(terms, tokens, targets, checkpointing, gradient=True):
+    """GiB at the peak of a step. gradient=False: of the first micro-batch, before the adapter has one."""
+    weights, adapter, state, grads, kept, layer, all_kept, cast, logit = terms.values()
+    held = weights + adapter + state + gradient * grads
+    if checkpointing:
+        return (held + kept * tokens + max(layer * tokens, logit * targets)) / 2**30
+    return (held + cast + all_kept * tokens + logit * targets) / 2**30
+
+
+def print_formula(shape):
+    """The terms, the peak by micro-batch size, and the hours of the paper's run."""
+    model, processor = make_model(shape, "meta", torch.bfloat16, rank=64)
+    terms, prefix = memory_terms(model), 50 + unwrapped(model).config.image_seq_length  # 50: the template's tokens
+    print(f"\n{shape}: predicted, not measured")
+    for name, n_bytes in terms.items():
+        print(f"  {n_bytes / 2**30:10.2f} GiB  {name}" if n_bytes > 1e8 else f"  {n_bytes / 1e3:10.0f} kB   {name}")
+    rng = random.Random(0)
+    drawn = [[draw_length(rng, mean) for mean in (40, 110, 90)] for _ in range(30_000)]
+    sizes = [(2 * (prefix + q + y_w + 1) + y_l + 1, 2 * (y_w + 1) + y_l + 1) for q, y_w, y_l in drawn]
+    total = lambda group: [*map(sum, zip(*group))]
+    print("  peak of the heaviest micro-batch of 30,000 examples, GiB; in brackets: `--only ours`, as it is measured")
+    for n in (1, 2, 4, 8, 16, 32):
+        groups = [total(group) for group in train.split(sizes, n)]
+        peaks = [max(predicted_peak(terms, *group, checkpointing) for group in groups) for checkpointing in (1, 0)]
+        batch = make_batch(heaviest(make_pairs(max(16, 2 * n)), n)[-1], processor)
+        measured = predicted_peak(terms, batch["input_ids"].numel(), batch["targets"].numel(), True, gradient=False)
+        above = measured - (terms["weights in bf16"] + terms["adapter in float32"]) / 2**30
+        print(f"{n:8}: {peaks[0]:6.1f} with checkpointing, {peaks[1]:6.1f} without  ({above:.1f} above the first step)")
+    for card, rate in {"H200": 990e12, "A100": 312e12}.items():  # dense bf16, by the vendor's data sheets
+        hours = [useful_flops(model, *total(sizes), 60_000, again) / (0.6 * rate) / 3600 for again in (True, False)]
+        print("  10K x 3 epochs at 0.6 of an {}'s {:.0f} TFLOP/s: {:.1f} h with checkpointing, {:.1f} h without".format(
+            card, rate / 1e12, *hours))  # fmt: skip
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--shape", choices=SHAPES, default="tiny")
+    add("--shape", choices=SHAPES, help="(default: bunny-3b on a GPU, else tiny)")
     add("--device", choices=("cuda", "cpu"), default=train.best_device())
     add("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU, else float32)")
     add("--micro-batch-size", type=int, default=4)
@@ -537,8 +524,8 @@ def main(argv=None):
     add("--threads", type=int, default=1, help="on the CPU")
     add("--trl", action="store_true", help="also TRL's DPOTrainer")
     add("--json", type=Path, help="add every measurement to this file")
-    add("--only", choices=("speed", *MEMORY), help="the comparison at identical settings; or what memory a scheme "
-        "takes: GiB before its first step, and above that")  # fmt: skip
+    add("--only", choices=("speed", "memory-formula", *MEMORY), help="the comparison at identical settings, "
+        "predictions for the real shapes, or the memory of one scheme")  # fmt: skip
     args = parser.parse_args(argv)
     train.quiet_libraries()
     torch.set_num_threads(args.threads)
@@ -546,36 +533,20 @@ def main(argv=None):
     args.dtype_name = args.dtype or ("bfloat16" if cuda else "float32")
     args.dtype = getattr(torch, args.dtype_name)
     args.device_name = torch.cuda.get_device_name() if cuda else f"CPU, {args.threads} thread(s)"
+    args.shape = args.shape or ("bunny-3b" if cuda else "tiny")
+    if args.only == "memory-formula":
+        return [*map(print_formula, ("bunny-3b", "llava-7b"))]
     if args.only in MEMORY:
-        return measure_memory(args)
+        return measure_memory(args, args.only)
     args.matmul_rate = matmul_rate(args.device, args.dtype)
     if args.only == "speed":
-        return compare(args, identical=True)
-    memory = {name: peak_memory(args, name) for name in MEMORY}  # while this process holds nothing on the GPU
-    record(args, memory_gib=memory)
-    records = [compare(args, identical=True), compare(args, identical=False)]
-    gains = one_by_one(args)["gain_alone"]
-    followed = follow(args)
-    rates = data_side(args, make_model("tiny", "cpu", torch.float32, 8)[1])["data_examples_per_second_by_workers"]
-
-    print(f"\n{args.shape}, {args.device_name}, {args.dtype_name}, micro-batch {args.micro_batch_size}, "
-          f"matmul {args.matmul_rate / 1e12:.3g} TFLOP/s")  # fmt: skip
-    for result in records:
-        print(f"  {result['settings']}:")
-        for rival, ratio in result["speedup"].items():
-            print(f"    {ratio['median']:.2f}x {rival} ({ratio['low']:.2f} to {ratio['high']:.2f})")
-        rate, share = result["examples_per_second"]["ours"], result["useful_share_of_matmul_rate"]
-        tokens, hours = result["real_tokens_per_second"], result["hours_for_10k_x_3"]
-        print(f"    {rate:.2f} examples/s, {tokens:.0f} real tokens/s, {share:.0%} of the matmul rate, "
-              f"{hours:.2f} h for 10K x 3 epochs")  # fmt: skip
-    print("  a step without it takes, alone:")
-    for name, gain in gains.items():
-        print(f"    {gain['median']:.2f}x {name} ({gain['low']:.2f} to {gain['high']:.2f})")
-    for name, gib in memory.items():
-        print(f"  memory: {gib['before']:.2f} GiB, and {gib['above']:.2f} more at the peak of a step: {name}")
-    print(f"  loss of 20 steps: packed at most {followed['packed_off_plain_by']:.1e} off plain rows, "
-          f"plain rows in another order {followed['plain_reordered_off_plain_by']:.1e}")  # fmt: skip
-    print("  data, examples/s by workers: " + ", ".join(f"{n}: {rate:.0f}" for n, rate in rates.items()))
+        return compare(args, True)
+    for name in MEMORY:  # each in a fresh process, while this one holds nothing on the GPU; what is freed goes back
+        subprocess.run([sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--only", name],
+                       env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, check=True)  # fmt: skip
+    for identical in (True, False):
+        compare(args, identical)
+    one_by_one(args)
 
 
 if __name__ == "__main__":

@@ -53,16 +53,17 @@ def opa_dpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, **fixed):
     return with_metrics(terms, policy_logps, ref_logps, beta)
 
 
-def rpo_loss(policy_logps, ref_logps, beta=0.1, alpha=0.05, **fixed):
-    """DPO + alpha * NLL of y_w: -log sigmoid(r_w - r_l) - alpha * log pi(y_w | m_w, q).
+def rpo_loss(policy_logps, ref_logps, beta=0.1, alpha=1.0, *, batch, **fixed):
+    """DPO + alpha * NLL of y_w per token: -log sigmoid(r_w - r_l) - alpha * log pi(y_w | m_w, q) / |y_w|.
 
-    The SFT term of RPO (arXiv:2405.16436) keeps the chosen answer likely, as mDPO's anchor does. It is the
-    SUM over the tokens of y_w: a long answer counts more. TRL's `rpo_alpha` weighs the mean over tokens, but
-    their number is not given to a loss here. For answers of 20 tokens, 0.05 of the sum is 1 of the mean.
+    The SFT term of RPO (arXiv:2405.16436) keeps the chosen answer likely, as mDPO's anchor does. alpha is
+    TRL's `rpo_alpha`. batch: of `make_batch`, whose names begin with "chosen": it holds the tokens of y_w.
     """
     r = rewards(policy_logps, ref_logps, beta, ("chosen", "rejected"), ())
     terms = {"dpo": -F.logsigmoid(r["chosen"] - r["rejected"])}
-    terms["sft"] = -alpha * policy_logps[0].to(r["chosen"].dtype)
+    of_responses = batch["targets"].flatten().split(batch["n_targets"])[: len(r["chosen"])]  # of all y_w
+    n_tokens = torch.stack([(targets >= 0).sum() for targets in of_responses]).to(r["chosen"].device)
+    terms["sft"] = -alpha * policy_logps[0].to(r["chosen"].dtype) / n_tokens
     return with_metrics(terms, policy_logps, ref_logps, beta)
 
 

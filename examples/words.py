@@ -32,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Pairs, about, make_batch, read_examples, run_command, texts_of
+from data import BadInput, Pairs, about, chat_messages, make_batch, read_examples, run_command, texts_of
 from examples import miniature, shapes
 from examples.answer import load_tuned
 from examples.evaluate import load, make_parser
@@ -95,7 +95,7 @@ b {display: inline-block; min-width: 11em} figure {display: inline-block; margin
 
 
 def as_html(title, pair, rows):
-    parts = [f"<h2>{html.escape(' / '.join([title, *texts_of(pair.question)]))}</h2>"]
+    parts = [f"<h2>{html.escape(' / '.join([title, *texts_of(chat_messages(pair.question, 0))]))}</h2>"]
     for caption, image in captioned(pair):
         image.save(file := io.BytesIO(), "PNG")
         source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
@@ -117,7 +117,7 @@ def as_image(pair, rows):
         draw.text((x, 4), caption, "black", font)
         sheet.paste(image, (x, 30))
         x, y = x + SIZE[0] + 20, 40 + SIZE[1]
-    draw.text((10, y), " / ".join(texts_of(pair.question)), "black", font)
+    draw.text((10, y), " / ".join(texts_of(chat_messages(pair.question, 0))), "black", font)
     for title, words in rows:
         x, y = 190, y + LINE
         draw.text((10, y), title, "black", font)
