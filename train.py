@@ -70,34 +70,24 @@ def run(args, loss):
     quiet_libraries()
     with run_folder(args) as out:
         say(f"reading and checking {args.data}")
-        processor = load_processor(args.model)
-        read = partial(read_examples, image_dir=args.images, with_images=not args.no_image, log=say,
-                       skip_bad=args.skip_bad, processor=processor, max_length=args.max_length)  # fmt: skip
-        examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
-        if args.eval_size >= len(examples):
-            raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
-        held = {*random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size)}
-        held_out, training = ([e for i, e in enumerate(examples) if (i in held) is out] for out in (True, False))
-        held_out += read(args.eval_data) if args.eval_data else []
-        as_pairs = partial(Pairs, strategy=args.reject, crop=args.crop, seed=args.seed)
-        pairs, held_out_pairs = as_pairs(training, pool=examples), as_pairs(held_out, pool=examples + held_out)
+        pairs, held_out = read_pairs(args)
 
         say(f"loading {args.model}")
-        model, _ = load_model(args.model, args.device)
+        model, processor = load_model(args.model, args.device)
         say(f"{model.num_parameters():,} parameters in {model.dtype} on {args.device}; checking the layout")
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         first = [pairs[0, i] for i in range(len(pairs))[:2]]
         args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
         if not args.no_checkpointing:
             enable_checkpointing(model)
-        write_arguments(out, args, training, held_out, loss)
+        write_arguments(out, args, pairs.examples + held_out.examples, loss)
         anchors = set(args.anchors) - {"none"}
         loss = partial(loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors)
         # Training computes the log-probabilities that the loss needs, evaluation all that images allow.
         scored = [name for name in SCORED if name != "image_rejected" or not args.no_image]
         names = [name for name in scored if name != "image_rejected" or args.conditional or name in anchors]
 
-        plan = plan_steps(len(training), args.batch_size, args.micro_batch_size, args.epochs, args.seed)
+        plan = plan_steps(len(pairs), args.batch_size, args.micro_batch_size, args.epochs, args.seed)
         parameters = [p for p in model.parameters() if p.requires_grad]
         groups = [{"params": parameters, "initial_lr": args.lr}]
         optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay,
@@ -111,12 +101,12 @@ def run(args, loss):
 
         collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
         keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
-        load_held_out = partial(load_batches, held_out_pairs, keys, partial(collate, names=scored), args.workers)
+        load_held_out = partial(load_batches, held_out, keys, partial(collate, names=scored), args.workers)
         evaluate_now = partial(evaluate, model, load_held_out, loss) if held_out else dict
         batches = load_batches(pairs, sum(plan[done:], []), partial(collate, names=names), args.workers)
         save = partial(save_checkpoint, out, args, records, model, optimizer)
         say(f"training {sum(map(torch.numel, parameters)):,} parameters for {len(plan)} steps of {args.batch_size}; "
-            f"{len(training)} examples, {len(held_out)} held out -> {out}")  # fmt: skip
+            f"{len(pairs)} examples, {len(held_out)} held out -> {out}")  # fmt: skip
         if held_out and not records:
             log(out, records, {"step": 0, **evaluate_now()})
         with closing(batches):
@@ -129,6 +119,21 @@ def run(args, loss):
             processor.save_pretrained(new)
         say(f"\n{held_out_table(records)}\nadapter, log and arguments: {out}")
     return 0
+
+
+def read_pairs(args):
+    """-> the `Pairs` to train on, and those held out. Raises BadInput."""
+    read = partial(read_examples, image_dir=args.images, with_images=not args.no_image, log=say, skip_bad=args.skip_bad,
+                   processor=load_processor(args.model), max_length=args.max_length)  # fmt: skip
+    examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
+    if args.eval_size >= len(examples):
+        raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
+    held = sorted(random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size))
+    training = [example for i, example in enumerate(examples) if i not in held]
+    held_out = [examples[i] for i in held]
+    held_out += read(args.eval_data) if args.eval_data else []
+    options = args.reject, args.crop, args.seed
+    return Pairs(training, *options, examples), Pairs(held_out, *options, examples + held_out)
 
 
 def say(text):
@@ -311,10 +316,10 @@ def replacing(out):
         new.rmdir()
 
 
-def write_arguments(out, args, training, held_out, loss):
+def write_arguments(out, args, examples, loss):
     """args.json: the run's arguments and versions, and what a resumed run must share. Raises BadInput."""
     names = lambda paths: [Path(path).name for path in paths]  # wherever the files are
-    contents = [(*e[:3], names(e.images), names(e.images_rejected), e.id) for e in training + held_out]
+    contents = [(*e[:3], names(e.images), names(e.images_rejected), e.id) for e in examples]
     shared = {"data": digest(contents), "weights": digest(weight_headers(args.model))}
     shared["loss"] = getattr(loss, "__qualname__", type(loss).__qualname__)
     if others := [name for name in shared if args.resume and args.shared[name] != shared[name]]:
