@@ -12,6 +12,7 @@ import random
 import re
 import statistics
 import sys
+import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -333,7 +334,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
                 return function(*arguments)
         except BadInput as error:
             cause = error.__cause__
-            full = getattr(cause, "errno", None) == errno.ENOSPC or "CUDA" in str(cause)
+            full = getattr(cause, "errno", None) == errno.ENOSPC or str(cause).startswith("CUDA")
             if full or isinstance(cause, MemoryError):  # no fault of the record
                 raise
             problems[number] = str(error)
@@ -381,7 +382,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 def load_records(path):
     """A JSON list or JSON lines, by the first character -> [(number from 1, record or its line)]."""
     with about(f"{path}: cannot be read"):
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).read_text("utf-8-sig", "surrogateescape")
         if text.lstrip().startswith("["):
             return [*enumerate(json.loads(text), 1)]
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -574,7 +575,8 @@ def about(what):
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
         if reason.startswith("Caught"):  # in a DataLoader worker: its traceback, then the message
-            reason = reason.splitlines()[-1].partition(": ")[2]
+            last = reason.splitlines()[-1]
+            reason = last.partition(": ")[2] or last
         elif isinstance(error, KeyError):
             reason = f"has no {reason}"
         elif isinstance(error, json.JSONDecodeError):
@@ -595,7 +597,10 @@ def run_command(command, argv=None):
     --debug raises it.
     """
     argv = sys.argv[1:] if argv is None else argv
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
     sys.stdout.reconfigure(errors="backslashreplace")
+    if "--debug" not in argv:
+        warnings.simplefilter("ignore")  # of libraries: about their renames, or an image's odd metadata
     try:
         status = command(argv)
         sys.stdout.flush()
@@ -622,11 +627,17 @@ def run_command(command, argv=None):
 # ----------------------------------------------------------------------------------------------- command line
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, as for every other mistake
+        raise BadInput(f"{message} (--help lists the arguments)")
+
+
 def check_file(argv):
-    parser = argparse.ArgumentParser(description="Check a preference file and its images, without any model.")
+    parser = Parser(description="Check a preference file and its images, without any model.")
     parser.add_argument("file")
     parser.add_argument("--images", help="folder where relative image paths begin (default: the file's)")
     parser.add_argument("--subset", help="only ids that begin so, e.g. llava (paper 4.1)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     examples = read_examples(args.file, args.images, subset=args.subset)
     n_images = len({image for example in examples for image in example.images})

@@ -873,7 +873,7 @@ def test_five_images_of_which_three_differ_stay_five(folder, loaded):
     # The check of the room knows it: a prompt of n tokens has room for an answer in n + 1, and not in n.
     n = batch["lengths"][0][0]
     assert len(read_examples(path, processor=processor, max_length=n + 1)) == 1
-    with pytest.raises(BadInput, match=f"take {n} tokens of --max-length {n}"):
+    with pytest.raises(BadInput, match=f"prompt of {n} tokens, --max-length {n}: no room"):
         read_examples(path, processor=processor, max_length=n)
 
 
@@ -1571,7 +1571,7 @@ def test_lines_are_numbered_as_an_editor_does(folder):
 
 UNREADABLE = {
     "x: cannot be read: .*No such file": None,
-    "x: cannot be read: 'utf-8' codec can't decode": b"\xff\xfe[",
+    "1 bad records:\n  record 1: not valid JSON: .*": b"\xff\xfe[",
     "x: cannot be read: not valid JSON": b"[{},",
     "2 bad records:\n  record 1: not valid JSON": b"a table\nof text\n",
     "x: no example is left$": b"[]",
@@ -1712,7 +1712,7 @@ def test_the_check_of_the_room_counts_each_prompts_own_images(folder, loaded):
         options = {"processor": processor, "max_length": max_length, "skip_bad": True}
         good = [e.id for e in read_examples(path, **options, log=lambda text: None)]
         assert good == [id for id, n in zip(("one", "two", "other"), needs) if n <= max_length]
-    with pytest.raises(BadInput, match=f"no example is left|take {min(needs) - 1} tokens"):
+    with pytest.raises(BadInput, match=f"no example is left|prompt of {min(needs) - 1} tokens"):
         read_examples(path, processor=processor, max_length=min(needs) - 1)
 
 
@@ -2679,7 +2679,7 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "no example is left with an id in 'llava'": lambda b, t: ["--subset", "llava"],
     "not valid JSON": lambda b, t: ["--data", write(t / "x.json", "[{]")],
     "2 bad records": lambda b, t: ["--data", write(t / "x.json", '{\n"a": 1}')],
-    "'utf-8' codec can't decode": lambda b, t: ["--data", ROOT / Path(b) / "model-00001-of-00002.safetensors"],
+    "record 1: not valid JSON": lambda b, t: ["--data", ROOT / Path(b) / "model-00001-of-00002.safetensors"],
     "no such image folder": lambda b, t: ["--images", t / "none"],
     "--beta: must be within 1e-12 to 1000000.0, got 0": lambda b, t: ["--beta", 0],
     "--beta: must be within 1e-12 to 1000000.0, got -0.1": lambda b, t: ["--beta", -0.1],
@@ -2689,7 +2689,7 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "--weight-decay: must be within 0 to 1, got -1e-3": lambda b, t: ["--weight-decay", "-1e-3"],
     "--warmup: must be within 0 to 1, got 1.5": lambda b, t: ["--warmup", 1.5],
     "--betas: must be within 0 to 0.999999, got 1": lambda b, t: ["--betas", 0.9, 1],
-    "--epochs: must be within 1 to 10000000, got 0": lambda b, t: ["--epochs", 0],
+    "--epochs: must be within 1 to 1000, got 0": lambda b, t: ["--epochs", 0],
     "--eval-size: must be within 0 to 9223372036854775807, got -1": lambda b, t: ["--eval-size", -1],
     "--seed: must be within 0 to 9223372036854775807, got -1": lambda b, t: ["--seed", -1],
     "--crop: must be within 0 to 1, got -1": lambda b, t: ["--crop", -1, 0.2],
@@ -3182,6 +3182,70 @@ train.main({[str(word) for word in command(bunny, small, tmp_path / "out")]!r})
     with open(tmp_path / "log", "w") as log:
         assert subprocess.run([sys.executable, "-c", script], stdout=log, stderr=subprocess.DEVNULL).returncode == 7
     assert (tmp_path / "log").read_text() == f"reading and checking {small}\nloading {bunny}\n"
+
+
+def test_a_byte_of_another_encoding_is_one_bad_record(folder, capsys):
+    """A file of 80,000 lines must not be refused for one of them without saying which."""
+    (folder / "x.jsonl").write_bytes(json.dumps(authors()).encode() + b'\n{"id": "x", "prompt": "\xe9"}\n')
+    assert [one.id for one in read_examples(folder / "x.jsonl", skip_bad=True)] == ["1"]
+    assert "record 2" in capsys.readouterr().out
+
+
+def test_closed_output_is_no_traceback(folder):
+    """Schedulers start commands with their output closed."""
+    script = f"{sys.executable} {ROOT / 'data.py'} {write(folder / 'x.json', [authors()])} >&-"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_run_without_its_checkpoint_is_refused(finished, tmp_path, capsys):
+    """It would begin anew, and replace the adapter that is there."""
+    shutil.copytree(finished, copy := tmp_path / "copy")
+    (copy / "checkpoint.pt").unlink()
+    before = bytes_of(copy)
+    assert "checkpoint.pt: cannot be resumed from" in one_line_of(capsys, train.main(["--resume", str(copy)]))
+    assert bytes_of(copy) == before
+
+
+def test_half_a_file_of_a_kill_replaces_nothing(finished, tmp_path):
+    """What was being written stays in new.tmp; moved over the good files at the next save, it would destroy them."""
+    shutil.copytree(finished, copy := tmp_path / "copy")
+    (copy / "new.tmp").mkdir()
+    (copy / "new.tmp" / "adapter_model.safetensors").write_bytes(b"half")
+    assert train.main(["--resume", str(copy)]) == 0
+    assert all(torch.equal(v, adapter(finished)[k]) for k, v in adapter(copy).items())
+
+
+def test_ones_own_empty_folder_stays(bunny, tmp_path, capsys):
+    """Nothing that the user made is removed; what the run made and did not use is."""
+    (mine := tmp_path / "mine").mkdir()
+    for out in (mine, tmp_path / "new"):
+        one_line_of(capsys, train.main(command(bunny, tmp_path / "none.json", out)))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"] and not [*mine.iterdir()]
+
+
+def test_the_command_that_goes_on_is_quoted(bunny, small, tmp_path, monkeypatch, capsys):
+    """Copied from the terminal, a folder with a space would be two arguments."""
+    assert stopped_at(1, monkeypatch, [*command(bunny, small, "x")[:4], "--out", str(tmp_path / "my run"), "--workers", "0", "--lora-rank", "4"]) == 128 + signal.SIGTERM
+    assert f"--resume '{tmp_path / 'my run'}'" in capsys.readouterr().out
+
+
+def test_a_broken_bunny_is_the_models_fault(bunny, small, tmp_path, capsys):
+    """Its processor is made here, of sizes in its config: reported record by record, good data would be searched."""
+    shutil.copytree(bunny, folder := tmp_path / "model")
+    edited(folder / "config.json", lambda config: config.update(mm_vision_tower="google/siglip-so400m-patch0-32"))
+    line = one_line_of(capsys, train.main(command(folder, small, tmp_path / "out")))
+    assert str(folder) in line and "record" not in line
+
+
+def test_the_layout_check_of_long_answers_takes_no_longer(bunny, folder, monkeypatch, tmp_path):
+    """It runs whole answers through the model, in float32 on a CPU; one of a book would take hours."""
+    seen = []
+    choose = train.choose_layout
+    monkeypatch.setattr(train, "choose_layout", lambda model, processor, pairs, *rest: seen.extend(pairs) or choose(model, processor, pairs, *rest))
+    path = write(folder / "x.json", [authors(chosen="a red circle " * 5000), authors(rejected="no. " * 5000)] * 2)
+    assert train.main(command(bunny, path, tmp_path / "out", "--epochs", 1)) == 0
+    assert seen and all(len(one.chosen) <= 1000 and len(one.rejected) <= 1000 for one in seen)
 
 
 def test_cudnn_attention_is_off(bunny):

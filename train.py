@@ -17,11 +17,12 @@ import math
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import sys
 import time
-import warnings
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,7 @@ from data import (
     BadInput,
     Example,
     Pairs,
+    Parser,
     about,
     encode_prompts,
     make_batch,
@@ -78,7 +80,8 @@ def run(args, loss):
         say(f"{model.num_parameters():,} parameters in {model.dtype} on {args.device}; checking the layout")
         with about(f"{args.model}: no adapter can be added"):
             model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-        first = [pairs[0, i] for i in range(len(pairs))[:2]]
+        cut = lambda pair: pair._replace(chosen=pair.chosen[:1000], rejected=pair.rejected[:1000])
+        first = [cut(pairs[0, i]) for i in range(len(pairs))[:2]]
         args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
         if not args.no_checkpointing:
             enable_checkpointing(model)
@@ -118,7 +121,7 @@ def run(args, loss):
             stopped_by = train(model, plan, batches, loss, optimizer, schedule, note, save, evaluate_now,
                                args.max_grad_norm, args.save_every)  # fmt: skip
         if stopped_by:
-            say(f"stopped and saved; to continue: python train.py --resume {out}")
+            say(f"stopped and saved; to continue: python train.py --resume {shlex.quote(str(out))}")
             return 128 + stopped_by
         with replacing(out) as new:
             processor.save_pretrained(new)
@@ -176,8 +179,7 @@ def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=d
         for step, micro_batches in enumerate(plan[done:], done + 1):
             started, metrics, ids, n_examples = time.perf_counter(), [], [], sum(map(len, micro_batches))
             for _ in micro_batches:  # gradient accumulation
-                with about("a process that loads data"):
-                    batch = next(batches)
+                batch = next(batches)
                 losses, values = mdpo_step(model, batch, loss)
                 (losses.sum() / n_examples).backward()  # the mean over the batch, not over micro-batches
                 metrics.append(values)
@@ -199,7 +201,8 @@ def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=d
             log(record)
             shown = f"loss {record['loss']:.3f}, reward {record['rewards/chosen']:.3f}"
             bar.set_postfix_str(shown, refresh=False)
-            bar.update()
+            with suppress(OSError):
+                bar.update()
             if end_of_epoch or stop or step % (save_every or len(plan)) == 0:
                 save()
             if stop and step < len(plan):
@@ -248,9 +251,12 @@ def load_batches(pairs, micro_batches, collate, workers):
         timeout=300 if workers else 0,  # a worker without shared memory would hang
     ))  # fmt: skip
     try:
-        yield from loader
+        with about("a process that loads data"):
+            yield from loader
     finally:
-        getattr(loader, "_shutdown_workers", int)()  # workers ignore signals: the exit would wait for them
+        getattr(loader, "_shutdown_workers", int)()
+        for worker in getattr(loader, "_workers", ()):
+            worker.kill()  # one that hangs ignores other signals: the exit would wait for it
 
 
 def ignore_interrupts(worker_id):
@@ -267,7 +273,8 @@ def stop_signals():
         if noted:
             raise KeyboardInterrupt
         noted.append(number)
-        tqdm.write("stopping after this step (again to stop at once)", file=sys.stderr)
+        with suppress(OSError):  # `| tee` dies of the same Ctrl-C
+            tqdm.write("stopping after this step (again to stop at once)", file=sys.stderr)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -295,6 +302,7 @@ def run_folder(args):
     files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
     if not args.resume and any(path.suffix not in left_by_a_kill for path in files):
         raise BadInput(f"{out}: already exists; choose another --out, or continue the run by --resume {out}")
+    made = not out.exists()
     with about(f"{out}: cannot be written to"):
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "run.lock", "a")
@@ -305,10 +313,11 @@ def run_folder(args):
     try:
         yield out
     finally:
-        lock.close()
         if [*out.glob("*")] == [out / "run.lock"]:
             (out / "run.lock").unlink()
-            out.rmdir()
+            if made:
+                out.rmdir()
+        lock.close()
 
 
 @contextmanager
@@ -316,7 +325,8 @@ def replacing(out):
     """A folder for new files, which replace those of `out` when all are complete. Raises BadInput."""
     new = out / "new.tmp"
     with about(f"{out}: cannot be written to (existing files are unchanged)"):
-        new.mkdir(exist_ok=True)
+        shutil.rmtree(new, ignore_errors=True)  # what a kill left
+        new.mkdir()
         yield new
         for file in new.iterdir():
             os.replace(file, out / file.name)
@@ -329,8 +339,9 @@ def write_arguments(out, args, examples, loss):
     contents = [(*e[:3], names(e.images), names(e.images_rejected), e.id) for e in examples]
     shared = {"data": digest(contents), "weights": digest(weight_headers(args.model))}
     shared["loss"] = getattr(loss, "__qualname__", type(loss).__qualname__)
-    if others := [name for name in shared if args.resume and args.shared[name] != shared[name]]:
-        raise BadInput(f"{out}: the run began with other {' and '.join(others)}")
+    with about(f"{out}: cannot be resumed"):
+        if others := [name for name in shared if args.resume and args.shared[name] != shared[name]]:
+            raise BadInput(f"the run began with other {' and '.join(others)}")
     args.shared = shared
     if not args.resume:
         versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
@@ -363,13 +374,13 @@ def save_checkpoint(out, args, records, model, optimizer):
     with replacing(out) as new:
         (new / "checkpoint.pt").write_bytes(file.getvalue() + seal(args, file.getvalue()))
         model.save_pretrained(new, save_embedding_layers=False)
-        (new / "README.md").write_text(model_card(args, records))
+        (new / "README.md").write_text(model_card(args, records), "utf-8", "backslashreplace")
 
 
 def load_checkpoint(out, args, model, optimizer):
     """-> the log of the steps done, empty if the run was stopped before its first checkpoint."""
     path = out / "checkpoint.pt"
-    if not os.path.lexists(path):
+    if not os.path.lexists(path) and not (out / "adapter_model.safetensors").exists():
         return []
     with about(f"{path}: cannot be resumed from"):
         content, end = path.read_bytes()[:-32], path.read_bytes()[-32:]
@@ -485,15 +496,11 @@ MAY_DIFFER = "resume argv out model data images workers save-every debug".split(
 MAY_DIFFER += "micro-batch-size device layout no-checkpointing".split()  # the same but for rounding
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, as for every other mistake
-        raise BadInput(f"{message} (--help lists the arguments)")
-
-
 def parse_args(argv):
     """The command line -> a Namespace in which every argument has its final value. Raises BadInput."""
     description = "Train a multimodal model with mDPO. --demo: a tiny one, on drawn data."
-    parser, resuming = Parser(description=description, allow_abbrev=False), "--resume" in " ".join(argv)
+    parser = Parser(description=description, allow_abbrev=False)
+    resuming = any(word.partition("=")[0] == "--resume" for word in argv)
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
     for name, (default, kind, text) in ARGUMENTS.items():
         options = {"type": kind} if callable(kind) else {"choices": kind}
@@ -564,11 +571,12 @@ def load_processor(name_or_path):
     """The model's processor, with a chat template, an image token and a pad token. Raises BadInput."""
     with about(f"{name_or_path}: cannot be loaded"):
         if is_bunny(config := read_config(name_or_path)):
-            return bunny_processor(name_or_path, config)
-        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        if config.is_encoder_decoder:
-            raise BadInput("is an encoder-decoder, in which a response does not follow its prompt in a row")
-        processor = transformers.AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+            processor = bunny_processor(name_or_path, config)
+        else:
+            options = {"trust_remote_code": False}
+            if transformers.AutoConfig.from_pretrained(name_or_path, **options).is_encoder_decoder:
+                raise BadInput("is an encoder-decoder: there a response does not follow its prompt in a row")
+            processor = transformers.AutoProcessor.from_pretrained(name_or_path, **options)
         if getattr(processor, "image_token", None) is None:
             raise BadInput("its processor has no image token: not a model of images and text")
         if processor.tokenizer.pad_token is None:
@@ -601,7 +609,6 @@ def best_device():
 
 
 def quiet_libraries():
-    warnings.simplefilter("ignore", FutureWarning)  # about the libraries' renames, which concern developers
     transformers.logging.set_verbosity_error()
 
 
