@@ -1992,31 +1992,31 @@ def test_useful_flops_by_hand(tiny):
 
 
 class Clock:
-    """In place of the module `time`: it moves when it is told to, and by `tick` whenever it is read."""
+    """In place of the module `time`: it moves when it is told to."""
 
-    def __init__(self, tick=0.0):
-        self.now, self.tick = 0.0, tick
+    now = 0.0
 
     def move(self, seconds):
         self.now += seconds
 
     def perf_counter(self):
-        self.now += self.tick
         return self.now
 
 
 def test_matmul_rate_is_of_the_products_that_are_timed(monkeypatch):
-    """Each product of 1024 x 1024 takes half a second here, for 2 x 1024^3 FLOPs; those before do not
-    count."""
-    clock = Clock()
+    """A product of 1024 x 1024 takes half a second here, for 2 x 1024^3 FLOPs."""
+    timers = []
 
-    class Matrix:
-        def __matmul__(self, other):
-            clock.move(0.5)
+    class Timer:
+        def __init__(self, code, globals, num_threads):
+            timers.append((code, [m.shape for m in globals.values()], num_threads))
 
-    monkeypatch.setattr(throughput, "time", clock)
-    monkeypatch.setattr(torch, "randn", lambda *size, **options: Matrix())
+        def timeit(self, times):
+            return SimpleNamespace(mean=0.5)
+
+    monkeypatch.setattr(torch.utils.benchmark, "Timer", Timer)
     assert throughput.matmul_rate("cpu", torch.float32) == 4 * 1024**3
+    assert timers == [("a @ b", [(1024, 1024)] * 2, torch.get_num_threads())]
 
 
 def test_stepper_times_the_whole_of_a_training_step(tiny, monkeypatch):
@@ -2123,8 +2123,8 @@ def test_model_of_throughput_has_no_dropout_and_the_papers_lora(tiny, monkeypatc
 
 @pytest.mark.parametrize("name", throughput.MEMORY)
 def test_memory_is_measured_of_the_scheme_that_is_named(name, tiny, monkeypatch):
-    """What a user rents a GPU by. The last step is on the micro-batch of the longest texts; the peak is what is
-    above the start."""
+    """What a user rents a GPU by. The last step is on the micro-batch of the longest texts; the peak is above
+    the start."""
     pairs = [
         pair("there is " * 9, "a red " * 9, "blue", noise(3), noise(4)),
         pair("there", "is", "a", noise(1), noise(2)),
@@ -2133,7 +2133,8 @@ def test_memory_is_measured_of_the_scheme_that_is_named(name, tiny, monkeypatch)
     monkeypatch.setattr(throughput, "make_pairs", lambda n: pairs)
     tiny.micro_batch_size, tiny.dtype = 1, torch.bfloat16
     kept, step = [], throughput.Stepper.step
-    monkeypatch.setattr(throughput.Stepper, "step", lambda stepper: kept.append((stepper, next(stepper.batches))))
+    keep = lambda stepper: kept.append((stepper, next(stepper.batches)))
+    monkeypatch.setattr(throughput.Stepper, "step", keep)
     monkeypatch.setattr(throughput, "memory_now", lambda device, peak=False: 4.0 if peak else 1.5)
     assert throughput.measure_memory(tiny, name) == {"memory_gib": {name: {"before": 1.5, "above": 2.5}}}
     (stepper, second), (same, heaviest) = kept
@@ -2228,10 +2229,9 @@ def test_memory_formula_predicts_the_peak_of_a_step(kind, vocab_size, checkpoint
 
 
 def test_throughput_command_measures_everything(tiny, monkeypatch, tmp_path, capsys):
-    """The README's first command of its section: every measurement is a line of the file. Memory is measured by
-    the same command in fresh processes."""
-    rate = throughput.matmul_rate
-    monkeypatch.setattr(throughput, "matmul_rate", lambda device, dtype: rate(device, dtype, times=1))
+    """The README's first command of its section: every measurement is a line of the file. Memory is measured
+    by the same command in fresh processes."""
+    monkeypatch.setattr(throughput, "matmul_rate", lambda device, dtype: 1e9)
     commands = []
     run = lambda command, **options: commands.append((command[2:], options["check"]))
     monkeypatch.setattr(subprocess, "run", run)
@@ -2240,7 +2240,8 @@ def test_throughput_command_measures_everything(tiny, monkeypatch, tmp_path, cap
     throughput.main(given)
     assert commands == [([*given, "--only", name], True) for name in throughput.MEMORY]
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [record["settings"] for record in records[:2]] == ["identical", "ours at its best, theirs as released"]
+    settings = [record["settings"] for record in records[:2]]
+    assert settings == ["identical", "ours at its best, theirs as released"]
     assert len(records) == 3 and len(records[2]["gain_alone"]) == 7 and records[0]["shape"] == "tiny"
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == records
 
@@ -2249,19 +2250,20 @@ def test_throughput_takes_the_real_shape_on_a_gpu(monkeypatch):
     """There `tiny` is bound by launches, and would say that we are slower."""
     measured = []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(throughput, "measure_memory", lambda args, name: measured.append((args.shape, args.dtype)))
+    note = lambda args, name: measured.append((args.shape, args.dtype))
+    monkeypatch.setattr(throughput, "measure_memory", note)
     for device in ("cuda", "cpu"):
         throughput.main(["--device", device, "--only", "ours"])
     throughput.main(["--device", "cuda", "--shape", "tiny", "--only", "ours"])
-    shapes = ("bunny-3b", torch.bfloat16), ("tiny", torch.float32), ("tiny", torch.bfloat16)
-    assert measured == [*shapes]
+    in_bf16 = lambda shape: (shape, torch.bfloat16)
+    assert measured == [in_bf16("bunny-3b"), ("tiny", torch.float32), in_bf16("tiny")]
 
 
 def test_memory_formula_prints_terms_peaks_and_hours(tiny, monkeypatch, capsys):
     """For any shape: on a machine without a GPU, before one is rented. Nothing is measured."""
     throughput.print_formula("tiny")
     printed = capsys.readouterr().out
-    assert "tiny: predicted, not measured" in printed and printed.count("without  (") == 6
+    assert "tiny: predicted, not measured" in printed and printed.count("`--only ours") == 3
     assert "0.6 of an H200's 990 TFLOP/s" in printed and "0.6 of an A100's 312 TFLOP/s" in printed
 
 

@@ -125,7 +125,7 @@ def test_tokens_loss_and_gradients_are_train_pys(name, request, drawn, tmp_path)
     """TRL's own rows lose </s> or learn a newline on most families; `train.py`'s do not."""
     in_families = name in families.FAMILIES
     model = families.write_family(name, tmp_path / "model") if in_families else request.getfixturevalue(name)
-    trainer = trl_mdpo.make_trainer(*trl_mdpo.parse(flags(model, drawn, tmp_path / "out")))
+    trainer = trl_mdpo.MDPOTrainer(*trl_mdpo.parse(flags(model, drawn, tmp_path / "out")))
     inputs = next(iter(trainer.get_train_dataloader()))
     kept_out = trainer.held_out.examples
     pairs = Pairs([e for e in read_examples(str(drawn)) if e not in kept_out])
@@ -169,7 +169,7 @@ def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):
     config, args = trl_mdpo.parse(
         flags(bunny, drawn, tmp_path / "out", *more, "--max_length", 70, "--limit", 8)
     )
-    trainer = trl_mdpo.make_trainer(config, args)
+    trainer = trl_mdpo.MDPOTrainer(config, args)
     inputs = next(iter(trainer.get_train_dataloader()))
     assert inputs["names"] == ["chosen", "rejected"] and trainer.loss.keywords["beta"] == 0.2
     assert (len(trainer.pairs), len(trainer.held_out)) == (5, 3)

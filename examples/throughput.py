@@ -34,6 +34,7 @@ from unittest.mock import patch
 
 import peft
 import torch
+import torch.utils.benchmark
 import transformers
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
@@ -46,8 +47,6 @@ from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps, un
 
 WORDS = "there is a red circle and blue square here the picture of on in with small large near left right".split()
 LEARNING_RATE = 1e-4
-
-
 TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 VISION = (*TEXT[:4], "image_size", "patch_size")
 
@@ -263,11 +262,6 @@ def record(args, **measurement):
     return measurement
 
 
-def synchronize(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
 class Stepper:
     """A scheme with its own optimizer: `step()` -> seconds, of the next micro-batch of `groups`.
 
@@ -280,17 +274,18 @@ class Stepper:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, fused=self.device.type == "cuda")
+        self.synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         self.times = []
 
     def step(self):
         batch = next(self.batches)
-        synchronize(self.device)
+        self.synchronize()
         started = time.perf_counter()
         self.losses(self.model, to_device(batch, self.device)).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        synchronize(self.device)
+        self.synchronize()
         return time.perf_counter() - started
 
 
@@ -308,18 +303,12 @@ def useful_flops(model, tokens, targets, images, recomputed=0):
     return 2 * (layers * tokens * (3 + recomputed) + head * targets * 3 + tower * patches)
 
 
-def matmul_rate(device, dtype, size=8192, times=30):
+def matmul_rate(device, dtype):
     """FLOP/s that this device reaches on a large product of matrices."""
-    size = size if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(5):
-        a @ b
-    synchronize(device)
-    started = time.perf_counter()
-    for _ in range(times):
-        a @ b
-    synchronize(device)
-    return times * 2 * size**3 / (time.perf_counter() - started)
+    size = 8192 if device == "cuda" else 1024
+    matrices = {name: torch.randn(size, size, device=device, dtype=dtype) for name in "ab"}
+    timer = torch.utils.benchmark.Timer("a @ b", globals=matrices, num_threads=torch.get_num_threads())
+    return 2 * size**3 / timer.timeit(30).mean  # after a warm-up
 
 
 def prepare(args, checkpointing):
@@ -346,10 +335,7 @@ MEMORY = {  # whose peak is measured: losses, how a batch is made, checkpointing
 
 
 def measure_memory(args, name):
-    """GiB before the first step (on a GPU: the weights) and, above that, at the peak of two steps.
-
-    The second of them, when the optimizer has its state, is on the micro-batch with the longest texts.
-    """
+    """GiB before the first step and, above that, at the peak of two, of which the second has the longest texts."""
     losses, make, checkpointing = MEMORY[name]
     model, processor = prepare(args, checkpointing)
     groups = heaviest(make_pairs(max(args.items, 2 * args.micro_batch_size)), args.micro_batch_size)
@@ -498,18 +484,19 @@ def print_formula(shape):
     drawn = [[draw_length(rng, mean) for mean in (40, 110, 90)] for _ in range(30_000)]
     sizes = [(2 * (prefix + q + y_w + 1) + y_l + 1, 2 * (y_w + 1) + y_l + 1) for q, y_w, y_l in drawn]
     total = lambda group: [*map(sum, zip(*group))]
-    print("  peak of the heaviest micro-batch of 30,000 examples, GiB; in brackets: `--only ours`, as it is measured")
+    print("  peak of the heaviest micro-batch of 30,000 examples, GiB:")
     for n in (1, 2, 4, 8, 16, 32):
         groups = [total(group) for group in train.split(sizes, n)]
         peaks = [max(predicted_peak(terms, *group, checkpointing) for group in groups) for checkpointing in (1, 0)]
-        batch = make_batch(heaviest(make_pairs(max(16, 2 * n)), n)[-1], processor)
+        print(f"{n:8}: {peaks[0]:6.1f} with checkpointing, {peaks[1]:6.1f} without")
+    for n in (1, 2, 4):
+        batch = make_batch(heaviest(make_pairs(16), n)[-1], processor)
         measured = predicted_peak(terms, batch["input_ids"].numel(), batch["targets"].numel(), True, gradient=False)
         above = measured - (terms["weights in bf16"] + terms["adapter in float32"]) / 2**30
-        print(f"{n:8}: {peaks[0]:6.1f} with checkpointing, {peaks[1]:6.1f} without  ({above:.1f} above the first step)")
-    for card, rate in {"H200": 990e12, "A100": 312e12}.items():  # dense bf16, by the vendor's data sheets
-        hours = [useful_flops(model, *total(sizes), 60_000, again) / (0.6 * rate) / 3600 for again in (True, False)]
-        print("  10K x 3 epochs at 0.6 of an {}'s {:.0f} TFLOP/s: {:.1f} h with checkpointing, {:.1f} h without".format(
-            card, rate / 1e12, *hours))  # fmt: skip
+        print(f"  `--only ours --micro-batch-size {n}`, above what is there before: {above:.1f} GiB")
+    for card, rate in {"H200": 990, "A100": 312}.items():  # TFLOP/s, dense bf16, by the vendor's data sheets
+        slow, fast = (useful_flops(model, *total(sizes), 60_000, again) / (0.6e12 * rate * 3600) for again in (1, 0))
+        print(f"  10K x 3 epochs at 0.6 of an {card}'s {rate} TFLOP/s: {slow:.1f} h, without checkpointing {fast:.1f} h")
 
 
 def main(argv=None):

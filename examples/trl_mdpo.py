@@ -1,17 +1,11 @@
-"""mDPO on many GPUs: the numbers of train.py from TRL's DPOTrainer (needs trl, written for 1.16).
+"""mDPO on many GPUs: the numbers of train.py from TRL's DPOTrainer. Flags are TRL's (1.16) and train.py's.
 
-    torchrun --nproc_per_node 8 examples/trl_mdpo.py --model llava-hf/llava-1.5-7b-hf --data silkie.json \
-        --output_dir OUT      # DDP; --fsdp full_shard or --deepspeed CONFIG shard the model
-
-Model, batches, order, rejected images and loss are train.py's. Flags are `DPOConfig`'s, with the paper's
-values as defaults, and train.py's for data, loss and adapter. One that would do nothing is refused by name.
+    torchrun --nproc_per_node 8 examples/trl_mdpo.py --model M --data FILE --output_dir OUT
 """
 
 import os
-import random
 import re
 import sys
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -20,39 +14,29 @@ import peft
 import torch
 import transformers
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.utils.data import DataLoader
 from trl import DPOConfig, DPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import SCORED, BadInput, Pairs, about, make_batch, read_examples, run_command
+from data import SCORED, BadInput, about, make_batch, run_command
 from mdpo import forward_inputs, mdpo_loss, response_logps
 
-DEFAULTS = {  # of TRL's flags: the paper's, as in train.py; for the two that are None see `share_out`
-    "learning_rate": 1e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "num_train_epochs": 3,
-    "adam_beta1": 0.9, "adam_beta2": 0.98, "weight_decay": 0.05, "max_grad_norm": 1.0, "beta": 0.1, "seed": 0,
-    "max_length": 2048, "per_device_train_batch_size": None, "gradient_accumulation_steps": None,
-    "per_device_eval_batch_size": 4, "dataloader_num_workers": 4, "logging_steps": 1,
-    "save_strategy": "epoch", "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False,
-}  # fmt: skip
-HONOURED = re.compile(  # TRL's flags that work as documented; any other must keep its default
-    f"{'|'.join(DEFAULTS)}|output_dir|(log|logging|trackio|hub|save|ddp)_.*|report_to|run_name|project|bf16|"
-    "disable_tqdm|push_to_hub|resume_from_checkpoint|restore_callback_states_from_checkpoint|max_steps|optim|"
-    "eval_(strategy|steps|delay|on_start)|load_best_model_at_end|metric_for_best_model|greater_is_better|"
-    "optim_args|adam_epsilon|lr_scheduler_kwargs|(gradient|activation)_checkpointing|fsdp|fsdp_config|debug|"
-    "deepspeed|use_cpu|tf32|full_determinism|torch_empty_cache_steps|skip_memory_metrics|local_rank|"
-    "include_num_input_tokens_seen"
-)
-OURS = "model data images subset limit skip-bad eval-size reject crop delta anchors no-conditional".split()
-OURS += "lora-rank lora-alpha layout".split()
+# The flags that are used, TRL's and then train.py's, with the paper's values as defaults. Others are refused.
+FLAGS = """learning_rate=1e-5 lr_scheduler_type=cosine warmup_steps=0.1 num_train_epochs=3 adam_beta1=0.9
+    adam_beta2=0.98 weight_decay=0.05 max_grad_norm=1 beta=0.1 seed=0 max_length=2048 dataloader_num_workers=4
+    per_device_train_batch_size=0 gradient_accumulation_steps=0 per_device_eval_batch_size=4 logging_steps=1
+    save_strategy=epoch ddp_find_unused_parameters=False ddp_broadcast_buffers=False output_dir max_steps fsdp
+    optim adam_epsilon use_cpu fsdp_config deepspeed local_rank (log|logging|run|save|hub|ddp|trackio)_.*
+    report_to push_to_hub disable_tqdm resume_from_checkpoint eval_(strategy|steps|delay|on_start) project
+    include_num_input_tokens_seen gradient_checkpointing model data images subset limit skip-bad eval-size
+    reject crop delta anchors no-conditional lora-rank lora-alpha layout""".split()
 CARD = """---
 library_name: peft
 {base}tags: [mdpo, dpo, trl, lora]
 ---
 A LoRA adapter for `{args.model}`, trained with mDPO (https://arxiv.org/abs/2406.11839): {n} examples,
-{config.num_train_epochs:g} epochs, {config.batch_size} examples an update, learning rate
-{config.learning_rate}, beta {config.beta}, {options}, rejected images: {args.reject},
-LoRA rank {args.lora_rank}, alpha {args.lora_alpha}.
+{config.num_train_epochs:g} epochs, {config.batch_size} examples an update, {loss}, learning rate
+{config.learning_rate}, rejected images: {args.reject}, LoRA rank {args.lora_rank}, alpha {args.lora_alpha}.
 """
 
 
@@ -62,72 +46,66 @@ class MDPOConfig(DPOConfig):
 
 
 class MDPOTrainer(DPOTrainer):
-    """DPOTrainer with train.py's batches and loss. Metrics are means over examples, of all processes."""
+    """DPOTrainer on train.py's batches. Loss and metrics are means over the examples of all processes."""
 
     loss_is_scaled_for_ga = True
-    _tag_names = ["mdpo", "dpo", "trl"]
 
-    def __init__(self, model, config, processor, pairs, held_out, loss, collate):
-        self.pairs, self.held_out, self.loss, self.collate = pairs, held_out, loss, collate
+    def __init__(self, config, args):
+        args.seed, args.max_length = config.seed, config.max_length
+        self.pairs, self.held_out = train.read_pairs(args)
+        sharded = config.deepspeed_plugin or "ACCELERATE_USE_FSDP" in os.environ  # --fsdp sets it, too
+        transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # every process reads all weights
+        device, layer = ("cpu", peft.tuners.lora.Linear) if sharded else (config.device, train.LoraLinear)
+        dtype = torch.bfloat16 if config.device.type == "cuda" else torch.float32
+        model, processor = train.load_model(args.model, device, dtype)
+        model = train.add_lora(model, args.lora_rank, args.lora_alpha, config.seed, layer)
+        first = [self.pairs[0, i] for i in range(len(self.pairs))[:2]]
+        layout = train.choose_layout(model, processor, first, args.layout, config.max_length)
+        if config.gradient_checkpointing:
+            train.enable_checkpointing(model)
+        config.gradient_checkpointing = config.activation_checkpointing = False  # not by the Trainer as well
+        self.loss = partial(mdpo_loss, beta=config.beta, delta=args.delta, conditional=args.conditional,
+                            anchors={*args.anchors} - {"none"})  # fmt: skip
+        names = [n for n in SCORED if n != "image_rejected" or args.conditional or n in args.anchors]
+        collate = partial(counted_batch, spare=first[:1], processor=processor, layout=layout, names=names,
+                          max_length=config.max_length)  # fmt: skip
+        self.load = partial(torch.utils.data.DataLoader, num_workers=config.dataloader_num_workers)
         marker = datasets.Dataset.from_dict({"images": [0]})  # in place of `pairs`: TRL looks for this column
         super().__init__(model, args=config, train_dataset=marker, processing_class=processor,
-                         eval_dataset=marker if len(held_out) else None, data_collator=collate)  # fmt: skip
+                         eval_dataset=marker if self.held_out else None, data_collator=collate)  # fmt: skip
         model.delete_adapter("ref")  # TRL's copy of the adapter: the reference is the model without one
+        base = "" if Path(args.model).is_dir() else f"base_model: {args.model}\n"
+        card = CARD.format(args=args, config=config, n=len(self.pairs), loss=self.loss.keywords, base=base)
+        model.create_or_update_model_card = lambda folder: Path(folder, "README.md").write_text(card)
+        self.create_model_card = lambda **options: None  # not TRL's: the model's is saved with it
 
     def get_train_dataloader(self):
         batches = Epochs(self.args, len(self.pairs))
-        loader = make_loader(self.pairs, batches, self.collate, self.args.dataloader_num_workers)
+        loader = self.load(self.pairs, batch_sampler=batches, collate_fn=self.data_collator)
         loader.set_epoch = batches.set_epoch
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None):
         keys = [("held out", i) for i in range(len(self.held_out))]
         keys = deal(train.split(keys, self.args.per_device_eval_batch_size), self.args)
-        collate = partial(self.collate, names=tuple(SCORED))
-        return make_loader(self.held_out, keys, collate, self.args.dataloader_num_workers)
-
-    def _get_num_items_in_batch(self, batch_samples, device):  # of an update, on all processes
-        n_examples = sum(batch["n_examples"] for batch in batch_samples)
-        return self.accelerator.gather(torch.tensor(n_examples, device=device)).sum()
+        collate = partial(self.data_collator, names=tuple(SCORED))
+        return self.load(self.held_out, batch_sampler=keys, collate_fn=collate)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inner, n_examples = self.accelerator.unwrap_model(model), inputs["n_examples"]
-        if not hasattr(inner, "forward_inputs"):  # with FSDP2 the weights must be gathered to encode images
-            inner.forward_inputs = partial(forward_inputs, inner)
-            register_fsdp_forward_method(inner, "forward_inputs")
+        inner, n_examples = self.accelerator.unwrap_model(model), len(inputs["shift_labels"])
+        inner.forward_inputs = partial(forward_inputs, inner)
+        register_fsdp_forward_method(inner, "forward_inputs")  # FSDP2 gathers the weights that encode images
         shared = inner.forward_inputs(inputs)
         policy_logps = response_logps(model, inputs, shared)  # first: FSDP2 notes here which weights train
         with torch.no_grad(), inner.disable_adapter():
             ref_logps = response_logps(inner, inputs, shared)
         losses, metrics = self.loss(policy_logps, ref_logps)
-        for name, values in {"loss": losses.detach(), **metrics}.items():
-            self._metrics["train" if model.training else "eval"][name].append(values[:n_examples])
+        rows = torch.stack([losses.detach(), *metrics.values()], dim=1)[:n_examples].tolist()
+        rows = self.accelerator.gather_for_metrics(rows, use_gather_object=True)  # of all processes
+        for name, values in zip(["loss", *metrics], zip(*rows)):
+            self._metrics["train" if model.training else "eval"][name] += values
         # The mean over the update: processes average their gradients, so each multiplies by their number.
-        n_in_update = len(losses) if num_items_in_batch is None else num_items_in_batch
-        loss = losses[:n_examples].sum() * self.args.world_size / n_in_update
-        return (loss, None) if return_outputs else loss
-
-    def log(self, logs, start_time=None):
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        if metrics:
-            values = [torch.cat(micro_batches).double() for micro_batches in metrics.values()]
-            sums = torch.stack([torch.ones_like(values[0]).sum(), *(v.sum() for v in values)])
-            n_examples, *sums = self.accelerator.reduce(sums).tolist()
-            metrics.update(zip([*metrics], ([total / n_examples] for total in sums)))
-        super().log(logs, start_time)
-
-    def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        self.create_model_card(folder=output_dir)  # in place of peft's blank one
-
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None, folder=None):
-        if self.is_world_process_zero():
-            Path(folder or self.args.output_dir, "README.md").write_text(self.args.card)
-
-
-def make_loader(pairs, batches, collate, workers):
-    return DataLoader(pairs, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      worker_init_fn=train.ignore_interrupts)  # fmt: skip
+        return losses[:n_examples].sum() * self.args.world_size / (num_items_in_batch or len(losses))
 
 
 class Epochs(list):
@@ -140,8 +118,7 @@ class Epochs(list):
     def set_epoch(self, epoch):
         sizes = self.config.batch_size, self.config.per_device_train_batch_size
         plan = train.plan_steps(self.n_examples, *sizes, epoch + 1, self.config.seed)
-        steps = plan[len(plan) // (epoch + 1) * epoch :]
-        self[:] = sum((deal(step, self.config) for step in steps), [])
+        self[:] = sum((deal(step, self.config) for step in plan if step[0][0][0] == epoch), [])
 
 
 def deal(micro_batches, config):
@@ -151,19 +128,20 @@ def deal(micro_batches, config):
 
 
 def counted_batch(pairs, spare, **options):
-    return make_batch(pairs or spare, **options) | {"n_examples": len(pairs)}
+    return make_batch(pairs or spare, **options) | {"labels": None, "shift_labels": torch.zeros(len(pairs))}
 
 
 def parse(argv):
     """The command line -> TRL's arguments, with `batch_size`, and train.py's. Raises BadInput."""
-    parser = transformers.HfArgumentParser(MDPOConfig, allow_abbrev=False, epilog=f"From train.py: {OURS}")
+    parser = transformers.HfArgumentParser(MDPOConfig, allow_abbrev=False, epilog=f"Used: {FLAGS}")
     parser.error = partial(train.Parser.error, parser)
-    parser.set_defaults(**DEFAULTS)
+    parser.set_defaults(**dict(flag.split("=") for flag in FLAGS if "=" in flag))
     flags, rest = parser.parse_known_args(argv)
-    given = [f.name for f in fields(DPOConfig) if getattr(flags, f.name) != parser.get_default(f.name)]
-    unused = [f"--{name}" for name in given if not HONOURED.fullmatch(name)]
-    unused += [word for word in rest if word[:2] == "--" and word[2:].partition("=")[0] not in OURS]
-    if unused:
+    given = [name for name, value in vars(flags).items() if value != parser.get_default(name)]
+    given += [word[2:].partition("=")[0] for word in rest if word.startswith("--")]
+    shards = torch.cuda.is_available()  # on a CPU, accelerate would take DDP for --fsdp
+    used = "|".join(flag.partition("=")[0] for flag in FLAGS if shards or "fsdp" not in flag)
+    if unused := [f"--{name}" for name in given if not re.fullmatch(used, name)]:
         raise BadInput(f"not used by mDPO in TRL: {' '.join(unused)} (--help lists the arguments)")
     args = train.parse_args(rest)
     if args.eval_size and flags.eval_strategy == "no":
@@ -174,66 +152,23 @@ def parse(argv):
         raise BadInput(f"{folder}: holds no checkpoint to resume from")
     batch_size, *sizes = share_out(int(os.environ.get("WORLD_SIZE", 1)), flags)
     flags.per_device_train_batch_size, flags.gradient_accumulation_steps = sizes
-    if flags.bf16 is None:
-        flags.bf16 = torch.cuda.is_available() and not flags.use_cpu
-    with about("arguments"):
-        config = MDPOConfig(**vars(flags))
+    flags.bf16 = bool(flags.fsdp or flags.deepspeed) and torch.cuda.is_available()  # else no autocast
+    config = about("arguments")(MDPOConfig)(**vars(flags))
     config.batch_size = batch_size
     return config, args
 
 
 def share_out(n_processes, flags):
     """-> examples an update (32 if no flag says otherwise), examples at a time, micro-batches an update."""
-    micro, accumulation = flags.per_device_train_batch_size, flags.gradient_accumulation_steps
-    micro = micro or min(4, -(-32 // n_processes))
+    micro = flags.per_device_train_batch_size or min(4, -(-32 // n_processes))
     at_once = n_processes * micro
-    size = at_once * accumulation if accumulation else max(32, at_once)
+    size = at_once * (flags.gradient_accumulation_steps or 0) or max(32, at_once)
     return size, micro, -(-size // at_once)
-
-
-def make_trainer(config, args):
-    processor = train.load_processor(args.model)
-    options = {name: getattr(args, name) for name in ("skip_bad", "subset", "limit")}
-    options |= {"seed": config.seed, "processor": processor, "max_length": config.max_length}
-    examples = read_examples(args.data, args.images, **options)
-    if args.eval_size >= len(examples):
-        raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
-    held = sorted(random.Random(f"{config.seed} held out").sample(range(len(examples)), args.eval_size))
-    parts = [e for i, e in enumerate(examples) if i not in held], [examples[i] for i in held]
-    pairs, held_out = (Pairs(part, args.reject, args.crop, config.seed, pool=examples) for part in parts)
-    first = [pairs[0, i] for i in range(len(pairs))[:2]]
-
-    sharded = config.fsdp or config.deepspeed_plugin or "ACCELERATE_USE_FSDP" in os.environ
-    if sharded:  # every process reads all weights, and the Trainer shards them
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        transformers.integrations.deepspeed.unset_hf_deepspeed_config()
-    else:
-        config.mixed_precision = "no"  # as in train.py: no autocast, a bf16 model with an adapter of float32
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model, processor = train.load_model(args.model, "cpu" if sharded else config.device, dtype)
-    layer = peft.tuners.lora.Linear if sharded else train.LoraLinear
-    model = train.add_lora(model, args.lora_rank, args.lora_alpha, config.seed, layer)
-    layout = train.choose_layout(model, processor, first, args.layout, config.max_length)
-    if config.gradient_checkpointing:
-        train.enable_checkpointing(model)
-    config.gradient_checkpointing = config.activation_checkpointing = False  # not by the Trainer as well
-
-    options = {"delta": args.delta, "conditional": args.conditional, "anchors": {*args.anchors} - {"none"}}
-    names = [name for name in SCORED if name != "image_rejected" or args.conditional or name in args.anchors]
-    rows = {"processor": processor, "layout": layout, "names": names, "max_length": config.max_length}
-    base = "" if Path(args.model).is_dir() else f"base_model: {args.model}\n"
-    config.card = CARD.format(args=args, config=config, n=len(pairs), options=options, base=base)
-    loss = partial(mdpo_loss, beta=config.beta, **options)
-    collate = partial(counted_batch, spare=first[:1], **rows)
-    trainer = MDPOTrainer(model, config, processor, pairs, held_out, loss, collate)
-    if sharded and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise BadInput("FSDP: accelerate shards on two or more GPUs only, and would train in DDP")
-    return trainer
 
 
 def run(argv):
     train.quiet_libraries()
-    trainer = make_trainer(*parse(argv))
+    trainer = MDPOTrainer(*parse(argv))
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()  # trainer_state.json: the log
