@@ -95,8 +95,6 @@ def test_two_processes_equal_one(runs, drawn, tmp_path):
     """A last update of one example leaves a process without any: counted, repeated or waited for, it would be
     wrong. So would gradients or metrics that are means over processes."""
     model, _, log = runs
-    if "llava" in str(model):
-        pytest.skip("one model is enough")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = flags(model, drawn, tmp_path / "out", "--gradient_accumulation_steps", 1, "--ddp_backend", "gloo")
     done = subprocess.run(
