@@ -2808,7 +2808,7 @@ def test_no_record_is_a_traceback(folder, bunny, capsys):
     """600 records of every format, each with a part of another type, missing, ragged or hostile: each is read, left out
     or named on one line; none hides the good one, and none takes long."""
     rng, good, started = random.Random(0), authors(id="good"), time.monotonic()
-    for number in range(100):
+    for _ in range(100):
         kinds = [authors(), VLFEEDBACK, AS_COLUMNS, MESSAGES, PLAIN, NO_PROMPT]
         records = [good, *(mutated(record, rng) for record in kinds)]
         path = write(folder / "x.json", records)

@@ -748,7 +748,6 @@ def table_below(head):
 def test_readme_sentences_about_the_miniature_are_in_its_json():
     """Conclusions that the runs no longer bear out."""
     grounding = lambda method, study=STUDY: mean_of(method, "grounding", study)
-    left = lambda method, study: of_seeds(method, "margin_no_image_share", study)
     assert [mean_of("DPO", "margin_no_image_share")] == near(sentence("(N of it is left without one)"))
     falls = [-value for value in of_seeds("DPO", "chosen")]
     assert [min(falls), max(falls)] == near(sentence("falls by N to N nats under DPO"), 1)
