@@ -2846,9 +2846,25 @@ def test_images_that_are_no_photographs_are_bad_records(folder, monkeypatch):
 def test_a_fault_of_the_machine_is_no_bad_record(folder, monkeypatch, error):
     """With --skip-bad, good records would be dropped for want of memory or disk."""
     monkeypatch.setattr(data, "open_image", lambda path: (_ for _ in ()).throw(error))
-    with pytest.raises(BadInput) as raised:
+    with pytest.raises(BadInput, match="^record 1: ") as raised:
         read_examples(write(folder / "x.json", [authors()]), skip_bad=True)
     assert "bad record" not in str(raised.value)
+
+
+def test_a_text_about_cuda_is_no_fault_of_the_machine(folder):
+    """A file of that name that is missing would hide all other problems, and --skip-bad would not drop it."""
+    path = write(folder / "x.json", [authors(), authors(img_path="CUDA.png"), authors(chosen="")])
+    with pytest.raises(BadInput, match="would drop 2 bad records"):
+        read_examples(path)
+
+
+def test_the_mask_has_the_models_dtype(bunny, monkeypatch):
+    """Of another one, each layer would convert it, and CUDA's kernels refuse it."""
+    model, processor = train.load_model(str(bunny), dtype=torch.bfloat16)
+    seen, blocks = [], mdpo.attention_blocks
+    monkeypatch.setattr(mdpo, "attention_blocks", lambda *args: seen.append(args) or blocks(*args))
+    mdpo.forward_inputs(model, make_batch(PAIRS[:1], processor))
+    assert seen[0][1:] == (torch.device("cpu"), torch.bfloat16)
 
 
 def test_what_is_our_own_fault_says_so(capsys):
