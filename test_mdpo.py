@@ -3207,6 +3207,22 @@ def test_a_byte_of_another_encoding_is_one_bad_record(folder, capsys):
     assert "record 2" in capsys.readouterr().out
 
 
+def test_a_notebooks_output_will_do(folder, monkeypatch):
+    """In one, standard output is no file, and has no encoding to set."""
+    path = write(folder / "x.json", [authors()])
+    monkeypatch.setattr(sys, "stdout", output := SimpleNamespace(write=lambda text: None, flush=lambda: None))
+    assert check_file([path]) == 0 and sys.stdout is output
+
+
+def test_a_folder_with_files_of_ones_own_is_refused(bunny, small, tmp_path, capsys):
+    """Only what a killed run leaves may be there: poetry.lock or a .tmp of the user's is no such thing."""
+    for name in ("poetry.lock", "mine.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        line = one_line_of(capsys, train.main(command(bunny, small, tmp_path / name)))
+        assert "already exists" in line and bytes_of(tmp_path / name) == {name: b"mine"}
+
+
 def test_closed_output_is_no_traceback(folder):
     """Schedulers start commands with their output closed."""
     script = f"{sys.executable} {ROOT / 'data.py'} {write(folder / 'x.json', [authors()])} >&-"

@@ -18,9 +18,9 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import sys
+import tempfile
 import time
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -80,6 +80,7 @@ def run(args, loss):
         say(f"{model.num_parameters():,} parameters in {model.dtype} on {args.device}; checking the layout")
         with about(f"{args.model}: no adapter can be added"):
             model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+        # The check runs whole answers through the model, so that long ones would take all time and memory.
         cut = lambda pair: pair._replace(chosen=pair.chosen[:1000], rejected=pair.rejected[:1000])
         first = [cut(pairs[0, i]) for i in range(len(pairs))[:2]]
         args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
@@ -218,8 +219,8 @@ def evaluate(model, load, loss):
 
 def means(metrics, **more):
     """[{name: (B,)}, ...] -> {name: mean over all examples}, and more tensors as numbers. Waits once."""
-    means = {name: torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]}
-    return dict(zip(means | more, torch.stack([*means.values(), *more.values()]).tolist()))
+    of_all = {name: torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]}
+    return dict(zip(of_all | more, torch.stack([*of_all.values(), *more.values()]).tolist()))
 
 
 def plan_steps(n_examples, batch_size, micro_batch_size, epochs, seed):
@@ -266,7 +267,7 @@ def ignore_interrupts(worker_id):
 
 @contextmanager
 def stop_signals():
-    """Yield a list that collects SIGINT and SIGTERM; training stops after the step, or at a second one."""
+    """Yield a list that collects SIGINT and SIGTERM, for the loop to end its step. A second stops at once."""
     noted = []
 
     def note(number, frame):
@@ -298,9 +299,10 @@ def run_folder(args):
         while Path("runs", f"{stem}-{number}").exists():
             number += 1
         args.out = str(Path("runs", f"{stem}-{number}"))
-    out, left_by_a_kill = Path(args.out), (".tmp", ".lock")
+    out = Path(args.out)
+    left_by_a_kill = lambda path: path.name == "run.lock" or path.match("new.*tmp")
     files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
-    if not args.resume and any(path.suffix not in left_by_a_kill for path in files):
+    if not args.resume and not all(map(left_by_a_kill, files)):
         raise BadInput(f"{out}: already exists; choose another --out, or continue the run by --resume {out}")
     made = not out.exists()
     with about(f"{out}: cannot be written to"):
@@ -323,14 +325,11 @@ def run_folder(args):
 @contextmanager
 def replacing(out):
     """A folder for new files, which replace those of `out` when all are complete. Raises BadInput."""
-    new = out / "new.tmp"
     with about(f"{out}: cannot be written to (existing files are unchanged)"):
-        shutil.rmtree(new, ignore_errors=True)  # what a kill left
-        new.mkdir()
-        yield new
-        for file in new.iterdir():
-            os.replace(file, out / file.name)
-        new.rmdir()
+        with tempfile.TemporaryDirectory(".tmp", "new.", out) as new:
+            yield Path(new)
+            for file in Path(new).iterdir():
+                os.replace(file, out / file.name)
 
 
 def write_arguments(out, args, examples, loss):
@@ -371,8 +370,9 @@ def save_checkpoint(out, args, records, model, optimizer):
         raise BadInput(f"step {records[-1]['step']}: its update made a weight infinite; try a lower --lr")
     file, state = io.BytesIO(), optimizer.state_dict()["state"]
     torch.save({"records": records, "adapter": adapter, "optimizer": state}, file)
+    content = file.getvalue()
     with replacing(out) as new:
-        (new / "checkpoint.pt").write_bytes(file.getvalue() + seal(args, file.getvalue()))
+        (new / "checkpoint.pt").write_bytes(content + seal(args, content))
         model.save_pretrained(new, save_embedding_layers=False)
         (new / "README.md").write_text(model_card(args, records), "utf-8", "backslashreplace")
 
@@ -383,7 +383,8 @@ def load_checkpoint(out, args, model, optimizer):
     if not os.path.lexists(path) and not (out / "adapter_model.safetensors").exists():
         return []
     with about(f"{path}: cannot be resumed from"):
-        content, end = path.read_bytes()[:-32], path.read_bytes()[-32:]
+        content = path.read_bytes()
+        content, end = content[:-32], content[-32:]
         if end != seal(args, content):
             raise BadInput("is damaged, or belongs to a run with other arguments, data or weights")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
