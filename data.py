@@ -16,6 +16,7 @@ import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,11 +187,10 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
 
     rows, lengths, scored = [], [], {}
     for (i, group), prefix in zip(sequences, prefixes):
-        room = max_length - len(prefix["input_ids"])
-        if room <= 0:
-            n_prompt = max_length - room
-            raise BadInput(f"prompt of {n_prompt} tokens, --max-length {max_length}: no room for a response")
-        responses = [texts[i].responses[SCORED[name][1]][:room] for name in group]
+        n_prefix = len(prefix["input_ids"])
+        if n_prefix >= max_length:
+            raise BadInput(f"prompt of {n_prefix} tokens, --max-length {max_length}: no room for a response")
+        responses = [texts[i].responses[SCORED[name][1]][: max_length - n_prefix] for name in group]
         sequence, predictors = lay_out(prefix, responses)
         if layout == "plain" or not rows:
             rows.append(defaultdict(list))
@@ -199,7 +199,7 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
             rows[-1][name] += values
         for name, positions, response in zip(group, predictors, responses):
             scored[name, i] = [start + position for position in positions], response
-        lengths.append([len(prefix["input_ids"]), *map(len, responses)])
+        lengths.append([n_prefix, *map(len, responses)])
 
     predictors, targets = zip(*(scored[name, i] for name in names for i in range(len(pairs))))
     n_targets = [*map(len, targets)]
@@ -208,8 +208,9 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
     else:
         n_targets, lengths = [max(n_targets)] * len(n_targets), None
     as_rows = lambda rows, padding=0: pad_sequence([torch.tensor(row) for row in rows], True, padding)
-    batch = {name: as_rows([row[name] for row in rows]) for name in rows[0]} | image_inputs
-    batch["input_ids"] = as_rows([row["input_ids"] for row in rows], processor.tokenizer.pad_token_id)
+    padding = {"input_ids": processor.tokenizer.pad_token_id}
+    batch = {name: as_rows([row[name] for row in rows], padding.get(name, 0)) for name in rows[0]}
+    batch |= image_inputs
     keys = [name for name in batch if name not in ("input_ids", "position_ids")]
     batch["ids"] = [pair.id for pair in pairs]
     batch |= {"predictors": as_rows(predictors), "targets": as_rows(targets, -100), "n_targets": n_targets}
@@ -243,12 +244,11 @@ def expand_prefixes(processor, texts, images):
     per_token = {name: values for name, values in encoded.items() if values.shape[:2] == masks.shape}
     for name, values in per_token.items():
         if values.ndim > 2:  # such as Mllama's cross-attention mask
-            shape = tuple(values.shape)
-            raise BadInput(f"the processor returns {name} of shape {shape}, which rows cannot extend")
+            raise BadInput(f"its processor returns {name}, which a response cannot extend")
     prefixes = []
-    for i, tokens in enumerate(texts):
-        prefix = {name: values[i][masks[i]].tolist() for name, values in per_token.items()}
-        prefixes.append({name: values[: len(values) - tokens.n_merged] for name, values in prefix.items()})
+    for i, (mask, tokens) in enumerate(zip(masks, texts)):
+        n = mask.sum() - tokens.n_merged
+        prefixes.append({name: values[i][mask][:n].tolist() for name, values in per_token.items()})
     return prefixes, {name: values for name, values in encoded.items() if name not in per_token}
 
 
@@ -265,7 +265,7 @@ def tokenize(processor, pair):
     """A pair -> `Tokens`. Prompt and response are tokenised together, since tokens may merge across them."""
     tokenizer = processor.tokenizer
     messages = chat_messages(pair.question, len(pair.images))
-    template = lambda messages, **options: processor.apply_chat_template(messages, tokenize=False, **options)
+    template = partial(processor.apply_chat_template, tokenize=False)
     prompt = template(messages, add_generation_prompt=True)
     stand_in = "\ue000"  # in place of the response, it shows what the template puts before it and after it
     assistant = {"role": "assistant", "content": [{"type": "text", "text": stand_in}]}
@@ -342,8 +342,9 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
     for number, record in load_records(path):
         if isinstance(record, str):
             record = attempt(number, str(number), json.loads, record)
-        id = str(number if not isinstance(record, dict) or record.get("id") is None else record["id"])
-        if number in problems or subset and isinstance(record, dict) and not id.startswith(subset):
+        fields = record if isinstance(record, dict) else {}
+        id = str(number if fields.get("id") is None else fields["id"])
+        if number in problems or subset and fields and not id.startswith(subset):
             continue
         example = attempt(number, id, parse_record, record, id, roots, placeholders)
         if example:
@@ -354,8 +355,8 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 
     def check(example):  # as training will use it, so that whatever fails there fails here
         pairs = [Pairs([example])[0, 0]]
-        own = example.images_rejected
-        names = [name for name, (images, _) in SCORED.items() if images == "images" or own]
+        drawn = () if example.images_rejected else ("image_rejected",)  # of the size of its image
+        names = [name for name in SCORED if name not in drawn]
         if processor is not None:
             make_batch(pairs, processor, names=names, max_length=max_length)
         return example
@@ -501,8 +502,7 @@ def read_question(question, n_images):
         question = [{"role": "user", "content": without_template(question)}]
     messages = [read_message(message, "prompt") for message in question]
     roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if not turns or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+    if not re.fullmatch("(system )?(user assistant )*user", " ".join(roles)):
         raise BadInput(f"'prompt' has the roles {roles}: user and assistant must take turns, user last")
     n_shown = sum(part["type"] == "image" for message in messages for part in message["content"])
     if n_images is not None and n_shown not in (0, n_images):
@@ -574,10 +574,8 @@ def about(what):
         raise
     except Exception as error:
         reason = str(error).strip() or type(error).__name__
-        if reason.startswith("Caught"):  # in a DataLoader worker: its traceback, then the message
-            last = reason.splitlines()[-1]
-            reason = last.partition(": ")[2] or last
-        elif isinstance(error, KeyError):
+        reason = re.sub(r"(?s)^Caught .*\n\S+: ", "", reason)  # a DataLoader worker's traceback
+        if isinstance(error, KeyError):
             reason = f"has no {reason}"
         elif isinstance(error, json.JSONDecodeError):
             reason = f"not valid JSON: {reason}"
@@ -597,14 +595,13 @@ def run_command(command, argv=None):
     --debug raises it.
     """
     argv = sys.argv[1:] if argv is None else argv
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+    if hasattr(sys.stdout, "reconfigure"):  # neither closed nor a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")
     if "--debug" not in argv:
         warnings.simplefilter("ignore")  # of libraries: about their renames, or an image's odd metadata
     try:
         status = command(argv)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return status
     except KeyboardInterrupt:
         return 130

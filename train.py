@@ -12,6 +12,7 @@ import argparse
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ import transformers
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers.modeling_utils import load_state_dict
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import cached_file
 
@@ -70,7 +72,6 @@ def main(argv=None, loss=mdpo_loss):
 
 def run(args, loss):
     """One run, from its arguments to the saved adapter -> exit status."""
-    quiet_libraries()
     with run_folder(args) as out:
         say(f"reading and checking {args.data}")
         pairs, held_out = read_pairs(args)
@@ -86,7 +87,7 @@ def run(args, loss):
         args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
         if not args.no_checkpointing:
             enable_checkpointing(model)
-        write_arguments(out, args, pairs.examples + held_out.examples, loss)
+        write_arguments(out, args, pairs.examples + held_out.examples, model, loss)
         anchors = set(args.anchors) - {"none"}
         loss = partial(loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors)
         # Training computes the log-probabilities that the loss needs, evaluation all that images allow.
@@ -99,19 +100,19 @@ def run(args, loss):
         optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay,
                                       fused=args.device == "cuda")  # fmt: skip
         records = load_checkpoint(out, args, model, optimizer) if args.resume else []
-        with about(f"{out}/metrics.jsonl: cannot be written"):  # steps logged after the checkpoint come again
-            (out / "metrics.jsonl").write_text("".join(map(as_line, records)))
+        write_log(out, records, "w")  # without the steps after the checkpoint, which come again
         done = records[-1]["step"] if records else 0
         warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # its first step has rate 0
         cosine = transformers.get_cosine_schedule_with_warmup
         schedule = cosine(optimizer, warmup_steps, len(plan), last_epoch=done - 1)
 
-        collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
+        load = lambda pairs, keys, names: load_batches(
+            pairs, keys, partial(make_batch, processor=processor, layout=args.layout, names=names,
+                                 max_length=args.max_length), args.workers)  # fmt: skip
         keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
-        load = lambda *parts, names: load_batches(*parts, partial(collate, names=names), args.workers)
-        load_held_out = partial(load, held_out, keys, names=scored)
+        load_held_out = partial(load, held_out, keys, scored)
         evaluate_now = partial(evaluate, model, load_held_out, loss) if held_out else dict
-        batches = load(pairs, sum(plan[done:], []), names=names)
+        batches = load(pairs, sum(plan[done:], []), names)
         save = partial(save_checkpoint, out, args, records, model, optimizer)
         say(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(pairs)} examples, "
             f"{len(held_out)} held out, for {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
@@ -138,16 +139,14 @@ def read_pairs(args):
     examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
     if args.eval_size >= len(examples):
         raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
-    held = sorted(random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size))
-    training = [example for i, example in enumerate(examples) if i not in held]
-    held_out = [examples[i] for i in held]
+    held = {*random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size)}
+    training, held_out = ([e for i, e in enumerate(examples) if (i in held) == out] for out in (False, True))
     held_out += read(args.eval_data) if args.eval_data else []
     options = args.reject, args.crop, args.seed
     return Pairs(training, *options, examples), Pairs(held_out, *options, examples + held_out)
 
 
-def say(text):
-    print(text, flush=True)  # so that a log file shows it at once
+say = partial(print, flush=True)  # so that a log file shows it at once
 
 
 def held_out_table(records):
@@ -200,8 +199,7 @@ def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=d
             if end_of_epoch:
                 record |= evaluate()
             log(record)
-            shown = f"loss {record['loss']:.3f}, reward {record['rewards/chosen']:.3f}"
-            bar.set_postfix_str(shown, refresh=False)
+            bar.set_postfix(loss=record["loss"], reward=record["rewards/chosen"], refresh=False)
             with suppress(OSError):
                 bar.update()
             if end_of_epoch or stop or step % (save_every or len(plan)) == 0:
@@ -295,14 +293,11 @@ def run_folder(args):
     One process at a time holds it. It is removed again if the run ends before it wrote anything.
     """
     if args.out is None:
-        stem, number = f"{Path(args.model).name}-{Path(args.data).stem}", 1
-        while Path("runs", f"{stem}-{number}").exists():
-            number += 1
-        args.out = str(Path("runs", f"{stem}-{number}"))
+        stem = f"runs/{Path(args.model).name}-{Path(args.data).stem}"
+        args.out = next(out for i in itertools.count(1) if not os.path.exists(out := f"{stem}-{i}"))
     out = Path(args.out)
     left_by_a_kill = lambda path: path.name == "run.lock" or path.match("new.*tmp")
-    files = out.iterdir() if out.is_dir() else [out] if out.exists() else []
-    if not args.resume and not all(map(left_by_a_kill, files)):
+    if not args.resume and (out.is_file() or not all(map(left_by_a_kill, out.glob("*")))):
         raise BadInput(f"{out}: already exists; choose another --out, or continue the run by --resume {out}")
     made = not out.exists()
     with about(f"{out}: cannot be written to"):
@@ -332,12 +327,15 @@ def replacing(out):
                 os.replace(file, out / file.name)
 
 
-def write_arguments(out, args, examples, loss):
+def write_arguments(out, args, examples, model, loss):
     """args.json: the run's arguments and versions, and what a resumed run must share. Raises BadInput."""
     names = lambda paths: [Path(path).name for path in paths]  # wherever the files are
     contents = [(*e[:3], names(e.images), names(e.images_rejected), e.id) for e in examples]
-    shared = {"data": digest(contents), "weights": digest(weight_headers(args.model))}
-    shared["loss"] = getattr(loss, "__qualname__", type(loss).__qualname__)
+    # The first numbers of each weight tell models apart; bf16 is what every device and dtype can hold.
+    weights = [(name, *p.shape, p.flatten()[:8].bfloat16().tolist())
+               for name, p in model.named_parameters() if not p.requires_grad]  # fmt: skip
+    shared = {"data": digest(contents), "weights": digest(weights),
+              "loss": getattr(loss, "__qualname__", type(loss).__qualname__)}  # fmt: skip
     with about(f"{out}: cannot be resumed"):
         if others := [name for name in shared if args.resume and args.shared[name] != shared[name]]:
             raise BadInput(f"the run began with other {' and '.join(others)}")
@@ -354,8 +352,7 @@ def digest(value):
 
 def identity(args):
     """The arguments that decide a run's result, which a checkpoint shares with it."""
-    decides = lambda name: name.replace("_", "-") not in MAY_DIFFER
-    return {name: value for name, value in sorted(vars(args).items()) if decides(name)}
+    return {k: v for k, v in sorted(vars(args).items()) if k.replace("_", "-") not in MAY_DIFFER}
 
 
 def seal(args, content):
@@ -366,7 +363,7 @@ def seal(args, content):
 def save_checkpoint(out, args, records, model, optimizer):
     """The adapter, and what a resumed run needs; order and rejected images are pure functions of the seed."""
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    if not torch.stack([weight.isfinite().all() for weight in adapter.values()]).all():
+    if not all(weight.isfinite().all() for weight in adapter.values()):
         raise BadInput(f"step {records[-1]['step']}: its update made a weight infinite; try a lower --lr")
     file, state = io.BytesIO(), optimizer.state_dict()["state"]
     torch.save({"records": records, "adapter": adapter, "optimizer": state}, file)
@@ -418,12 +415,12 @@ A LoRA adapter, trained with mDPO (arXiv:2406.11839) on {Path(args.data).name}: 
 
 def log(out, records, record):
     records.append(record)
-    with about(f"{out}/metrics.jsonl: cannot be written"), open(out / "metrics.jsonl", "a") as file:
-        file.write(as_line(record))
+    write_log(out, [record], "a")
 
 
-def as_line(record):
-    return json.dumps(record) + "\n"
+def write_log(out, records, mode):
+    with about(f"{out}/metrics.jsonl: cannot be written"), open(out / "metrics.jsonl", mode) as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -501,14 +498,12 @@ def parse_args(argv):
     """The command line -> a Namespace in which every argument has its final value. Raises BadInput."""
     description = "Train a multimodal model with mDPO. --demo: a tiny one, on drawn data."
     parser = Parser(description=description, allow_abbrev=False)
-    resuming = any(word.partition("=")[0] == "--resume" for word in argv)
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
     for name, (default, kind, text) in ARGUMENTS.items():
         options = {"type": kind} if callable(kind) else {"choices": kind}
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "+"
         text += f" (default: {default})" if default else ""
-        options["required"] = name in ("model", "data") and not resuming
         parser.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"), **options)
     for name, text in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
@@ -528,6 +523,8 @@ def parse_args(argv):
 
 def resolve(args, argv):
     """Fill in what depends on other arguments, and refuse what does not go together."""
+    if None in (args.model, args.data):
+        raise BadInput("--model and --data are required (--help lists the arguments)")
     args.argv = argv
     args.conditional = not (args.no_conditional or args.no_image)
     args.anchors = [*args.anchors] or ["none" if args.no_image else "chosen"]
@@ -570,6 +567,7 @@ def load_model(name_or_path, device="cpu", dtype=None):
 
 def load_processor(name_or_path):
     """The model's processor, with a chat template, an image token and a pad token. Raises BadInput."""
+    transformers.logging.set_verbosity_error()
     with about(f"{name_or_path}: cannot be loaded"):
         if is_bunny(config := read_config(name_or_path)):
             processor = bunny_processor(name_or_path, config)
@@ -587,30 +585,12 @@ def load_processor(name_or_path):
     return processor
 
 
-def weight_headers(name_or_path):
-    """{safetensors file: (size, header: names, types and shapes as JSON)}. No weights are read."""
-    index = "model.safetensors.index.json"
-    index = cached_file(name_or_path, index, _raise_exceptions_for_missing_entries=False)
-    names = json.loads(Path(index).read_text())["weight_map"].values() if index else ["model.safetensors"]
-    headers = {}
-    for name in sorted({*names}):
-        path = cached_file(name_or_path, name)
-        with open(path, "rb") as file:
-            n_bytes = int.from_bytes(file.read(8), "little")
-            headers[name] = os.path.getsize(path), file.read(n_bytes).decode()
-    return headers
-
-
 def read_config(name_or_path):
     return transformers.PreTrainedConfig.get_config_dict(name_or_path)[0]
 
 
 def best_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def quiet_libraries():
-    transformers.logging.set_verbosity_error()
 
 
 def disable_dropout(model):
@@ -651,13 +631,10 @@ def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
     Rank and alpha are the paper's (4.1), the choice of layers is the authors' config.
     layer: `LoraLinear`, or `peft.tuners.lora.Linear` for frameworks that gather sharded weights by module.
     """
-    decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    linear = [name for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear)]
-    leaves = sorted({name.rpartition(".")[2] for name in linear})
-    pattern = rf"{re.escape(prefix)}\.(.*\.)?({'|'.join(leaves)})"
+    linear = {module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)}
+    names = [name for name, module in model.named_modules() if module in linear]
     torch.manual_seed(seed)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=pattern)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
     model = peft.get_peft_model(model, config)
     for module in model.modules():
         if type(module) is peft.tuners.lora.Linear:
@@ -668,7 +645,7 @@ def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
 # ------------------------------------------------------------------------------------------- layout, measured
 
 # How far a response of n tokens may be off, in nats over the square root of n, as rounding errors add up.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 def choose_layout(model, processor, pairs, layout=None, max_length=2048):
@@ -680,11 +657,11 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     problem = f"its attention window of {window} tokens is shorter than --max-length {max_length}"
     layouts = LAYOUTS if window >= max_length else ["plain"]
     layouts = [name for name in layouts if layout in (name, None)]
+    bound = TOLERANCE[model.dtype]
     with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts)} rows"):
         for chosen, error in layout_errors(model, processor, pairs, layouts, max_length):
-            if error <= TOLERANCE[model.dtype]:
+            if error <= bound:
                 break
-            bound = TOLERANCE[model.dtype]
             problem = f"{error:.2g} nats off the library's own call, where up to {bound} is rounding"
         else:
             raise BadInput(problem)
@@ -701,8 +678,8 @@ def layout_errors(model, processor, pairs, layouts=LAYOUTS, max_length=2048):
     for images, response in SCORED.values():
         for pair in pairs:
             tokens = tokenize(processor, pair)
-            whole = encode_prompts(processor, [tokens.wholes[response]], [getattr(pair, images)])
-            whole = whole.to(model.device)
+            text, of_pair = tokens.wholes[response], getattr(pair, images)
+            whole = encode_prompts(processor, [text], [of_pair]).to(model.device)
             labels = whole["input_ids"].clone()
             labels[:, : -len(tokens.responses[response])] = labels[:, max_length:] = -100
             exact.append(sequence_logps(model(**whole, use_cache=False).logits, labels))
@@ -748,14 +725,17 @@ def is_bunny(config):
 
 def bunny_config(name_or_path, config, processor):
     """Bunny's config.json -> LlavaConfig. Sizes of the vision tower that it lacks are the weights'."""
+    index = "model.safetensors.index.json"
+    index = cached_file(name_or_path, index, _raise_exceptions_for_missing_entries=False)
+    files = json.loads(Path(index).read_text())["weight_map"].values() if index else ["model.safetensors"]
     weights = {}
-    for _, header in weight_headers(name_or_path).values():
-        weights |= json.loads(header)
+    for file in {*files}:
+        weights |= load_state_dict(cached_file(name_or_path, file), "meta")  # names and shapes alone
     # One a layer. The hub's checkpoint holds 26: Bunny drops the last of SigLIP's 27.
     layers = [name for name in weights if "vision_tower" in name and name.endswith("mlp.fc1.weight")]
     if not layers:
         raise BadInput("holds no weights of a vision tower")
-    intermediate_size, hidden_size = weights[layers[0]]["shape"]
+    intermediate_size, hidden_size = weights[layers[0]].shape
     patch_size, image_size = bunny_patch_and_image_size(config)
     text_config = {k: v for k, v in config.items() if k not in ("model_type", "auto_map") and v is not None}
     if text_config.get("hidden_act") == "gelu_new":
@@ -783,7 +763,6 @@ def bunny_processor(name_or_path, config):
     )
     if tokenizer.image_token_id >= config["vocab_size"]:
         raise BadInput("its tokenizer has no token of nine tabs, which stands for the image")
-    tokenizer.pad_token = tokenizer.eos_token
     image_processor = LlavaImageProcessorPil(
         size={"height": image_size, "width": image_size},
         do_pad=True,  # to a square, in the mean colour

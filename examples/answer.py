@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, chat_messages, encode_prompts, open_image, run_command
-from train import Parser, best_device, load_model, quiet_libraries, whole
+from train import Parser, best_device, load_model, whole
 
 
 def load_tuned(name_or_path, adapter=None, device=None):
@@ -80,7 +80,6 @@ def run(argv):
     parser.add_argument("--question", required=True)
     parser.add_argument("--max-new-tokens", type=whole, default=256)
     args = parser.parse_args(argv)
-    quiet_libraries()
     question = [([*map(open_image, args.image)], args.question)]
     model, processor = load_tuned(args.model, args.adapter, args.device)
     with model.disable_adapter() if args.adapter else nullcontext():

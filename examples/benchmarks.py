@@ -24,7 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, load_records, open_image, run_command
 from examples.answer import generate_answers, load_tuned, make_parser
-from train import quiet_libraries, replacing, whole
+from train import replacing, whole
 
 # A benchmark is a function: number, item of its file, image folder, answer -> image, question, the scorer's record.
 
@@ -103,7 +103,6 @@ def run(argv):
     add("--max-new-tokens", type=whole, default=512)
     add("--batch-size", type=whole, default=8)
     args = parser.parse_args(argv)
-    quiet_libraries()
     to = Path(args.to)
     if to.exists():
         raise BadInput(f"{to}: already exists")

@@ -93,7 +93,6 @@ def make_parser(doc, needs_adapter=True):
 
 def load(args):
     """-> what the run was trained with (or train.py's defaults), examples, `Pairs`, model, processor."""
-    train.quiet_libraries()
     trained, path = train.parse_args(["--model", "?", "--data", "?"]), Path(args.adapter or "", "args.json")
     if args.adapter and path.is_file():
         with about(f"{path}: cannot be read"):

@@ -247,7 +247,6 @@ def run(argv):
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"(default: all) {', '.join(FAMILIES)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     args = parser.parse_args(argv)
-    train.quiet_libraries()
     if unknown := [name for name in args.names if name not in FAMILIES]:
         raise BadInput(f"{unknown[0]} is none of {', '.join(FAMILIES)}")
     print(f"{'family':16} {'rows':8} {'packed off by':>14} {'plain off by':>13}   answers before and after")

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, Example, make_batch, run_command
 from examples.answer import generate_answers, load_tuned, read_adapter
 from mdpo import response_logps
-from train import Parser, quiet_libraries, read_config
+from train import Parser, read_config
 
 MOST_OFF = 0.01  # nats a response: in float32 the merge only adds in another order
 QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is it?", "Is there a person?")
@@ -86,7 +86,6 @@ def run(argv):
     parser.add_argument("--model", help="the base model (default: as the adapter names it)")
     parser.add_argument("--to", required=True, help="a new folder")
     args = parser.parse_args(argv)
-    quiet_libraries()
     print(merge(args.adapter, args.to, args.model))
     return 0
 

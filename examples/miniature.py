@@ -86,7 +86,6 @@ def yes_leanings(model, processor, questions):
 def in_folder(out, seed):
     """The folder of a seed, in which what is said goes to log.txt; one thread, so that a rerun gives the same numbers."""
     torch.set_num_threads(1)
-    train.quiet_libraries()
     folder = Path(out) / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log, contextlib.redirect_stderr(log), contextlib.redirect_stdout(log):

@@ -77,6 +77,7 @@ def make_model(shape, device, dtype, rank):
         tiny_bunny.write_tokenizer(Path(folder), [" ".join(WORDS)] * 3)
         tower = f"patch{vision.patch_size}-{vision.image_size}"
         processor = train.bunny_processor(folder, {"mm_vision_tower": tower, "vocab_size": text.vocab_size})
+    processor.tokenizer.pad_token = processor.tokenizer.eos_token
     if clip:  # its first token stands for the whole image, and is left out
         processor.num_additional_image_tokens, processor.vision_feature_select_strategy = 1, "default"
     config = transformers.LlavaConfig(
@@ -514,7 +515,6 @@ def main(argv=None):
     add("--only", choices=("speed", "memory-formula", *MEMORY), help="the comparison at identical settings, "
         "predictions for the real shapes, or the memory of one scheme")  # fmt: skip
     args = parser.parse_args(argv)
-    train.quiet_libraries()
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"
     args.dtype_name = args.dtype or ("bfloat16" if cuda else "float32")

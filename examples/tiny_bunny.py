@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BUNNY_SYSTEM, BadInput, lay_out, run_command
 from examples import shapes
 from mdpo import attention_blocks
-from train import BUNNY_IMAGE_TOKEN, Parser, count, load_model, quiet_libraries
+from train import BUNNY_IMAGE_TOKEN, Parser, count, load_model
 
 
 def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layers=2, vision_tower="siglip-patch8-64",
@@ -206,7 +206,6 @@ def run(argv):
     args = parser.parse_args(argv)
     if args.folder.exists():
         raise BadInput(f"{args.folder}: already exists")
-    quiet_libraries()
     torch.set_num_threads(1)  # so that any machine of a kind makes the same weights
     write_base(args.folder, args.seed)
     return 0

@@ -167,7 +167,6 @@ def share_out(n_processes, flags):
 
 
 def run(argv):
-    train.quiet_libraries()
     trainer = MDPOTrainer(*parse(argv))
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
