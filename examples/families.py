@@ -207,19 +207,6 @@ def write_family(name, folder):
     return folder
 
 
-def layout_errors(folder, examples):
-    """How far each layout is from the library's own call, in nats a token; nan where the model refuses it."""
-    model, processor = train.load_model(str(folder))
-    pairs = [Pairs(examples)[0, i] for i in range(2)]
-    errors = {}
-    for layout in ("packed", "plain"):
-        try:
-            errors |= train.layout_errors(model, processor, pairs, [layout])
-        except Exception:
-            errors[layout] = float("nan")
-    return errors
-
-
 def try_family(name, device):
     """Train the family's model in a temporary folder -> its line of the table. What is said there is muted."""
     with TemporaryDirectory() as path, open(f"{path}/log", "w", 1) as log, redirect_stdout(log), redirect_stderr(log):
@@ -231,11 +218,11 @@ def try_family(name, device):
         if train.main(flags.split()):
             raise BadInput(f"{name}: {(folder / 'log').read_text().rpartition('error: ')[2].strip()}")
         examples = read_examples(data)
-        errors = layout_errors(folder / "model", examples)
+        pairs = [Pairs(examples)[0, i] for i in range(2)]
+        errors = dict(train.layout_errors(*train.load_model(str(folder / "model")), pairs))
         layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
         model, processor = load_tuned(folder / "model", folder / "out", device)
-        first = Pairs(examples)[0, 0]
-        ask = [(first.images, first.question)]
+        ask = [(pairs[0].images, pairs[0].question)]
         after = generate_answers(model, processor, ask, 6)
         with model.disable_adapter():
             answers = generate_answers(model, processor, ask, 6) + after

@@ -1851,37 +1851,6 @@ def test_throughput_compares_ours_at_its_best_with_the_others_as_released(tiny, 
     assert what_a_step_does(timed["authors"]) == authors | released
 
 
-def test_throughput_takes_away_one_measure_at_a_time(tiny, timed):
-    """A gain is one measure's only if the step without it is ours in all else. What ours has not (no
-    checkpointing) is the other way round: 4 (2 to 5) times as long becomes 1/4 (1/5 to 1/2). Without the
-    shared prefix y_l has an image of its own: six in two examples."""
-    gains = throughput.one_by_one(tiny)["gain_alone"]
-    n_tokens, n_targets = batch_sizes(timed["ours"])
-    ours = ours_at_identical_settings(n_tokens, n_targets)
-    assert what_a_step_does(timed["ours"]) == ours
-    unshared, padded = (next(timed[name].batches) for name in list(timed)[1:3])
-    in_rows = padded["input_ids"]
-    assert unshared["input_ids"].numel() > n_tokens and len(unshared["lengths"]) == 6
-    assert in_rows.shape[0] == 4 and in_rows.numel() > n_tokens and padded["targets"].shape[0] == 4
-    changes = {
-        "y_w and y_l behind one prefix": {"images": 6, "tokens": [unshared["input_ids"].numel()] * 2},
-        "sequences end to end": {
-            "tokens": [in_rows.numel()] * 2,
-            "logits": [padded["targets"].numel()] * 2,
-            "masks": {torch.Tensor},
-        },
-        "each image encoded once": {"images": 8},
-        "logits of response tokens only": {"logits": [n_tokens + 2] * 2},  # two predict for y_w and y_l
-        "LoRA added in its matrix product": {"LoRA": PEFTS_LAYERS},
-        "Bunny's activation": {"activation": "NewGELUActivation"},
-        "activations kept": {"checkpointing": False},
-    }
-    for (beginning, change), name in zip(changes.items(), list(timed)[1:], strict=True):
-        assert name.startswith(beginning) and what_a_step_does(timed[name]) == ours | change, name
-    as_long = {"median": 4, "low": 2, "high": 5}
-    assert list(gains.values()) == [as_long] * 6 + [{"median": 0.25, "low": 0.2, "high": 0.5}]
-
-
 def test_throughput_ratio_is_of_the_same_round_and_above_1_where_ours_is_faster():
     """Upside down, the README's "2.27 times as long" would be its opposite. Two steps a round, after two that
     do not count. Ours takes 1, 2, 3 and 4 seconds, so 1.5 and 3.5 a step; the other 6, 6, 7 and 7: 6 / 1.5 =
@@ -1932,9 +1901,6 @@ def test_throughput_rivals_have_the_same_loss(tiny):
     assert (expected - 3 * math.log(2)).abs().min() > 1e-3
     schemes = [
         (throughput.in_two_passes(response_logps), make_batch),
-        (throughput.our_losses, throughput.all_logits_batch),
-        (throughput.our_losses, throughput.unshared_batch),
-        (throughput.padded_losses, throughput.padded_batch),
         (throughput.authors_losses, throughput.plain_batch),
     ]
     for losses, make in schemes:
@@ -2068,7 +2034,7 @@ def test_every_step_of_every_scheme_has_pairs_of_its_own_and_all_schemes_the_sam
 
     monkeypatch.setattr(throughput, "Stepper", Step)
     tiny.rounds = 2
-    for measure in (lambda: throughput.compare(tiny, True), lambda: throughput.one_by_one(tiny)):
+    for measure in (lambda: throughput.compare(tiny, True), lambda: throughput.compare(tiny, False)):
         seen.clear()
         measure()
         assert len(seen) > 1 and all(ids == [str(i) for i in range(12)] for ids in seen.values())
@@ -2241,7 +2207,7 @@ def test_throughput_command_measures_everything(tiny, monkeypatch, tmp_path, cap
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     settings = [record["settings"] for record in records[:2]]
     assert settings == ["identical", "ours at its best, theirs as released"]
-    assert len(records) == 3 and len(records[2]["gain_alone"]) == 7 and records[0]["shape"] == "tiny"
+    assert len(records) == 2 and records[0]["shape"] == "tiny"
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == records
 
 
@@ -2267,20 +2233,6 @@ def test_memory_formula_prints_terms_peaks_and_hours(tiny, monkeypatch, capsys):
 
 
 # ----------------------------------------------------------------------- families, and the making of the base
-
-
-def test_layout_errors_are_each_layouts_own(tmp_path, monkeypatch):
-    """`examples/families.py` prints them; a layout that a model refuses is no layout that is exact."""
-
-    def measured(model, processor, pairs, layouts):
-        if layouts == ["packed"]:
-            raise ValueError("no such mask")
-        return [(layout, 0.25 if len(pairs) == 2 else 0.5) for layout in layouts]
-
-    monkeypatch.setattr(train, "load_model", lambda folder: (None, None))
-    monkeypatch.setattr(train, "layout_errors", measured)
-    errors = families.layout_errors("x", as_examples(tmp_path))
-    assert errors == {"packed": pytest.approx(math.nan, nan_ok=True), "plain": 0.25}
 
 
 def test_pixels_of_the_base_models_training_are_its_processors():

@@ -30,18 +30,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 import peft
 import torch
 import torch.utils.benchmark
 import transformers
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import SCORED, Example, make_batch
+from data import Example, make_batch
 from examples import tiny_bunny
 from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps, unwrapped
 
@@ -168,12 +166,12 @@ def trl_rival(model, processor, pairs):
     return lambda pairs, processor: trainer.data_collator(rows(pairs)), losses
 
 
-def as_released(model, layers=True, activation=True):
+def as_released(model):
     """The model with peft's own LoRA layers, which need `autocast`, and the activation that a Bunny's config names."""
     for module in model.modules():
-        if layers and isinstance(module, train.LoraLinear):
+        if isinstance(module, train.LoraLinear):
             module.__class__ = peft.tuners.lora.Linear
-        if activation and isinstance(module, transformers.models.phi.modeling_phi.PhiMLP):
+        if isinstance(module, transformers.models.phi.modeling_phi.PhiMLP):
             module.activation_fn = transformers.activations.ACT2FN["gelu_new"]
     return model
 
@@ -186,67 +184,6 @@ def autocast(losses):
             return losses(model, batch)
 
     return under_autocast
-
-
-# ------------------------------------------------------------------------------ our step, less one measure at a time
-
-
-def all_logits_batch(pairs, processor):
-    """Logits at every position of a packed row; those that predict no response token count for nothing."""
-    batch = make_batch(pairs, processor)
-    others = sorted({*range(batch["input_ids"].shape[1])} - {*batch["predictors"][0].tolist()})
-    append = lambda name, values: torch.cat([batch[name], torch.tensor([values])], 1)
-    *n_targets, last = batch["n_targets"]
-    return batch | {
-        "predictors": append("predictors", others),
-        "targets": append("targets", [-100] * len(others)),
-        "n_targets": [*n_targets, last + len(others)],
-    }
-
-
-class Unshared(Example):
-    images_again = property(lambda self: self.images)
-
-
-def unshared_batch(pairs, processor):
-    """Three sequences an example, end to end as ours are: y_w and y_l each have a prefix of their own."""
-    with patch.dict(SCORED, rejected=("images_again", "rejected")):
-        return make_batch([Unshared(*pair) for pair in pairs], processor)
-
-
-def padded_batch(pairs, processor):
-    """Our two sequences an example, as rows padded to the longest, under a boolean mask (2B, 1, T, T)."""
-    kinds = ("chosen", "rejected"), ("image_rejected",)
-    rows = [make_batch([pair], processor, names=names) for names in kinds for pair in pairs]
-    padded = lambda name, padding=0: pad_sequence([row[name][0] for row in rows], True, padding)
-    parts = [torch.arange(len(s)).add(1).repeat_interleave(torch.tensor(s)) for row in rows for s in row["lengths"]]
-    part = pad_sequence(parts, True)  # (2B, T): 1 in the prefix, 2 and above in a response each, 0 in padding
-    causal = torch.ones(part.shape[1], part.shape[1], dtype=torch.bool).tril()
-    same, prefix = part[:, :, None] == part[:, None, :], (part[:, None, :] == 1) & (part[:, :, None] > 0)
-    width = padded("targets").shape[1]
-    of_pairs = [n for row in rows[: len(pairs)] for n in (row["n_targets"][0], width - row["n_targets"][0])]
-    return {
-        "input_ids": padded("input_ids"),
-        "position_ids": padded("position_ids"),
-        "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
-        "attention_mask": (causal & (same | prefix))[:, None],
-        "predictors": padded("predictors"),
-        "targets": padded("targets", -100),
-        "n_targets": of_pairs + [width] * len(pairs),
-        "lengths": None,
-        "names": tuple(SCORED),
-        "processor_keys": ["pixel_values", "position_ids", "attention_mask"],
-    }
-
-
-def padded_losses(model, batch):
-    """As ours, from the order of `padded_batch`: y_w and y_l of each example, then each y_w on m_l."""
-
-    def by_name(logps):
-        pairs, image_rejected = torch.cat(logps).tensor_split([2 * len(logps.chosen)])
-        return LogPs(*pairs.view(-1, 2).T, image_rejected)
-
-    return mdpo_step(model, batch, lambda policy, ref: mdpo_loss(by_name(policy), by_name(ref)))[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -405,28 +342,6 @@ def compare(args, identical):
     )
 
 
-def one_by_one(args):
-    """What each measure gains alone: the time of a step without it over the time with it, all else as by default."""
-    (model, processor), (groups, in_turn) = prepare(args, True), micro_batches(args)
-    another = lambda checkpointing=True: prepare(args, checkpointing)[0]
-    chosen = "activations kept (--no-checkpointing)"  # by the user: the step has the measure, ours has not
-    without = {
-        "y_w and y_l behind one prefix": (model, our_losses, unshared_batch),
-        "sequences end to end in causal blocks, not padded under a mask": (model, padded_losses, padded_batch),
-        "each image encoded once for both passes": (model, in_two_passes(response_logps)),
-        "logits of response tokens only": (model, our_losses, all_logits_batch),
-        "LoRA added in its matrix product": (as_released(another(), activation=False), autocast(our_losses)),
-        "Bunny's activation in one kernel": (as_released(another(), layers=False), our_losses),
-        chosen: (another(checkpointing=False), our_losses),
-    }
-    without = {"ours": (model, our_losses), **without}
-    steppers = [Stepper(name, model, processor, groups, *rest) for name, (model, *rest) in without.items()]
-    gains = in_turns(steppers, in_turn, args.rounds)
-    median, low, high = gains[chosen].values()
-    gains[chosen] = {"median": 1 / median, "low": 1 / high, "high": 1 / low}
-    return record(args, gain_alone=gains)
-
-
 @torch.no_grad()
 def check_equal(model, processor, pairs):
     """Both schemes on the same model and examples. Raises AssertionError if they do not compute the same."""
@@ -533,7 +448,6 @@ def main(argv=None):
                        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, check=True)  # fmt: skip
     for identical in (True, False):
         compare(args, identical)
-    one_by_one(args)
 
 
 if __name__ == "__main__":
