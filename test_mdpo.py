@@ -574,12 +574,20 @@ def test_attention_of_packed_sequences_is_attention_under_their_mask(kv_heads):
 def test_packed_attention_is_sdpa_for_all_else(bunny, tmp_path):
     """Plain rows, generation and a saved model must not know that it was ever replaced."""
     model, processor = train.load_model(str(bunny))
-    batch, inputs = make_batch(PAIRS, processor, "plain"), processor(text=["Hi"], return_tensors="pt", padding=True)
-    generate = lambda: model.generate(**inputs, max_new_tokens=8, do_sample=False).tolist()
-    results = [(response_logps(model, batch), generate())]
-    model.set_attn_implementation("sdpa")
-    results.append((response_logps(model, batch), generate()))
-    assert all(map(torch.equal, results[0][0], results[1][0])) and results[0][1] == results[1][1]
+    texts = ["There is a red circle.", "There"]  # the second is padded: without a mask it would see the padding
+    inputs = processor(text=texts, return_tensors="pt", padding=True, padding_side="left")
+    batch, results = make_batch(PAIRS, processor, "plain"), []
+    for implementation in "packed", "sdpa":
+        if implementation == "packed":
+            mdpo.use_packed_attention(model)
+        else:
+            model.set_attn_implementation("sdpa")
+        assert model.config.text_config._attn_implementation == implementation
+        generated = model.generate(**inputs, max_new_tokens=8, do_sample=False).tolist()
+        results.append((response_logps(model, batch), model(**inputs).logits[:, -1], generated))
+    (logps, logits, generated), expected = results
+    assert all(map(torch.equal, logps, expected[0])) and torch.equal(logits, expected[1])
+    assert generated == expected[2]
     mdpo.use_packed_attention(model)
     model.save_pretrained(tmp_path)
     assert "packed" not in (tmp_path / "config.json").read_text()
