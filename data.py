@@ -351,7 +351,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
             found.append((number, example))
         n_unpaired += example is None and number not in problems
     if limit is not None and limit < len(found):
-        found = [found[i] for i in sorted(random.Random(seed).sample(range(len(found)), limit))]
+        found = sorted(random.Random(seed).sample(found, limit))
 
     def check(example):  # as training will use it, so that whatever fails there fails here
         pairs = [Pairs([example])[0, 0]]
