@@ -1,12 +1,15 @@
-"""A model's answers to AMBER, MMHal-Bench or Object HalBench, in the very file that each official scorer reads.
+"""A model's answers to AMBER, POPE, MMHal-Bench or Object HalBench, in the very file that each official scorer reads.
 
     python examples/benchmarks.py amber --questions query_generative.json --images AMBER/image \
         --model M --adapter OUT --to amber.json
+    python examples/benchmarks.py pope --questions coco_pope_random.json --images val2014 --model M --to FILE
     python examples/benchmarks.py mmhal --questions response_template.json --images mmhal/images --model M --to FILE
     python examples/benchmarks.py objhal --questions obj_halbench_300_with_image.jsonl --model M --to FILE
 
 Greedy and batched. Answers are kept in TO.partial as they come; the same command goes on where a killed one was.
 A missing image stops the run before the first answer: an empty answer would count as free of hallucination.
+Where an answer's first word is yes or no, it becomes Yes or No for POPE and AMBER's discriminative questions. Any other
+is written as it is: AMBER's scorer counts it as wrong, POPE's as yes, unless its first sentence has a no or a not.
 """
 
 import base64
@@ -30,11 +33,25 @@ from train import replacing, whole
 
 
 def amber(number, item, images, answer):
-    """query_*.json. To discriminative questions (ids from 1005) AMBER's inference.py takes Yes or No alone, so
-    that the answer is cut to its first word; one that begins otherwise is left, and counts as wrong."""
-    word = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
-    answer = word[1].capitalize() if word and item["id"] > 1004 else answer
+    """query_generative.json: AMBER's inference.py reads `id` and `response`."""
+    if item["id"] > 1004:
+        raise BadInput(f"question {item['id']} is discriminative: answer it by amber-discriminative")
     return Path(images or ".", item["image"]), item["query"], {"id": item["id"], "response": answer}
+
+
+def amber_discriminative(number, item, images, answer):
+    """query_discriminative*.json."""
+    return Path(images or ".", item["image"]), item["query"], {"id": item["id"], "response": yes_or_no(answer)}
+
+
+def pope(number, item, images, answer):
+    """coco_pope_*.json, JSON lines with labels: POPE's evaluate.py reads the answers by order."""
+    return Path(images or ".", item["image"]), item["text"], {"question": item["text"], "answer": yes_or_no(answer)}
+
+
+def yes_or_no(answer):
+    word = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
+    return word[1].capitalize() if word else answer
 
 
 def mmhal(number, item, images, answer):
@@ -51,7 +68,30 @@ def objhal(number, item, images, answer):
     return item["image"], item["question"], record | {"model_id": "mdpo"}
 
 
-BENCHMARKS = {"amber": amber, "mmhal": mmhal, "objhal": objhal}
+BENCHMARKS = {"amber": amber, "amber-discriminative": amber_discriminative, "pope": pope, "mmhal": mmhal, "objhal": objhal}
+
+
+def report(items, records, annotations):
+    """Print how many answers are neither Yes nor No and, in percent, what the official scorers of POPE and AMBER count.
+
+    annotations: {id: truth} of AMBER; without them, its answers are not scored.
+    """
+    answers = [record.get("answer", record.get("response")) for record in records]
+    print(f"{100 * sum(answer not in ('Yes', 'No') for answer in answers) / len(answers):.1f}% are neither Yes nor No")
+    if "label" in items[0]:
+        words = [{*answer.partition(".")[0].replace(",", "").split(" ")} for answer in answers]
+        said = ["no" if {"No", "no", "not"} & of_one else "yes" for of_one in words]
+        positive, truths = "yes", [item["label"] for item in items]  # POPE's positive answer
+    elif annotations:
+        said = [answer.lower() for answer in answers]
+        positive, truths = "no", [annotations[item["id"]] for item in items]
+    else:
+        return
+    hits, n_said, n_true = sum(t == a == positive for t, a in zip(truths, said)), said.count(positive), truths.count(positive)
+    values = {"accuracy": sum(map(str.__eq__, truths, said)) / len(said), "precision": hits / max(1, n_said),
+              "recall": hits / max(1, n_true), "F1": 2 * hits / max(1, n_said + n_true),
+              "yes": said.count("yes") / len(said)}  # fmt: skip
+    print(", ".join(f"{name} {100 * value:.1f}" for name, value in values.items()))
 
 
 def read_items(path):
@@ -99,6 +139,7 @@ def run(argv):
     add("benchmark", choices=BENCHMARKS)
     add("--questions", required=True, help="the benchmark's own file")
     add("--images", metavar="DIR", help="the benchmark's images")
+    add("--annotations", help="AMBER's annotations.json, to score its discriminative questions")
     add("--to", required=True, help="the file to write")
     add("--max-new-tokens", type=whole, default=512)
     add("--batch-size", type=whole, default=8)
@@ -111,13 +152,14 @@ def run(argv):
         questions = [apply(number, item, args.images, "")[:2] for number, item in enumerate(items)]
         if not questions:
             raise BadInput("holds no question")
+    with about(f"{args.annotations}: no annotations for these questions"):
+        annotations = {a["id"]: a["truth"] for a in read_items(args.annotations)} if args.annotations else {}
+        all(annotations[item["id"]] for item in items if annotations)
     missing = [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]
     if missing:
-        shown = "\n  ".join(missing[:20])
-        raise BadInput(f"{len(missing)} of {len(questions)} images are missing (--images):\n  {shown}")
-    digest = hashlib.sha256(Path(args.questions).read_bytes()).hexdigest()
-    identity = {name: vars(args)[name] for name in ("model", "adapter", "max_new_tokens")} | {"questions": digest}
-
+        raise BadInput("\n  ".join([f"{len(missing)} of {len(questions)} images are missing (--images):", *missing[:20]]))
+    identity = {name: vars(args)[name] for name in ("model", "adapter", "max_new_tokens")}
+    identity["questions"] = hashlib.sha256(Path(args.questions).read_bytes()).hexdigest()
     model, processor = load_tuned(args.model, args.adapter, args.device)
     ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
     partial = Path(f"{to}.partial")
@@ -125,11 +167,12 @@ def run(argv):
     records = [apply(i, item, args.images, answer)[2] for i, (item, answer) in enumerate(zip(items, answers))]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     with replacing(to.parent) as new:
-        (new / to.name).write_text(lines if apply is objhal else json.dumps(records, indent=1))
+        (new / to.name).write_text(lines if apply in (objhal, pope) else json.dumps(records, indent=1))
     partial.unlink()
-    words = statistics.mean(len(answer.split()) for answer in answers)
-    print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {answers.count('')} empty "
-          "(short answers hallucinate less)")  # fmt: skip
+    words = statistics.mean(len(answer.split()) for answer in answers)  # short answers hallucinate less
+    print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {answers.count('')} empty")
+    if apply in (pope, amber_discriminative):
+        report(items, records, annotations)
     return 0
 
 

@@ -50,7 +50,7 @@ def report(model, processor, folder, n_scenes=60, seed=0):
     tuned = generate_answers(model, processor, asked, max_new_tokens=32, batch_size=100)
     with model.disable_adapter():
         base = generate_answers(model, processor, asked, max_new_tokens=32, batch_size=100)
-    before, after = (shapes.score_exam(exam, answers) for answers in (base, tuned))
+    before, after = (shapes.score([(s, q, a) for (s, _, q), a in zip(exam, answers)]) for answers in (base, tuned))
     lines = [f"{len(exam)} held-out questions           before     after"]
     for name in ("hallucination_rate", "chair_s", "false_premise", "yes_no", "malformed", "length"):
         lines.append(f"  {name:28} {before[name]:10.3f} {after[name]:9.3f}")

@@ -62,7 +62,7 @@ def examine(model, processor, exam):
     """The metrics of `shapes.score` for the model's answers, and the area under the curve of its leaning to yes."""
     asked = [(image, shapes.question_text(question)) for _, image, question in exam]
     answers = generate_answers(model, processor, asked, max_new_tokens=40, batch_size=250)
-    metrics = shapes.score_exam(exam, answers)
+    metrics = shapes.score([(scene, question, answer) for (scene, _, question), answer in zip(exam, answers)])
     existence = [i for i, (_, _, question) in enumerate(exam) if question[0] == "is there"]
     leanings = yes_leanings(model, processor, [asked[i] for i in existence])
     split = {True: [], False: []}
@@ -203,10 +203,6 @@ def verdicts(by_seed, summary):
     for other in [other for other in ORDERS if {"mDPO", other} <= summary.keys()]:
         ahead = sum(methods["mDPO"]["grounding"] > methods[other]["grounding"] for methods in by_seed.values())
         lines.append(f"  {ahead} of {len(by_seed)} seeds: mDPO is above {other} in grounding")
-    if len(by_seed) > 1 and QUICK.keys() <= summary.keys():
-        (mean, sd), (mean_no_image, sd_no_image) = summary["DPO"]["grounding"], summary["DPO (No Image)"]["grounding"]
-        within = abs(mean - mean_no_image) <= max(sd, sd_no_image)
-        lines.append(f"  {'holds' if within else 'fails'}: DPO is within one sd of DPO (No Image) in grounding")
     return "\n".join(lines)
 
 

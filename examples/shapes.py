@@ -210,32 +210,23 @@ def score(answers):
     """[(scene, question, text)] -> metrics, all against the exact scene. Object and attribute count alike: a claimed
     "red circle" is hallucinated if no red circle is there.
 
-    chair_s: share of descriptions with a hallucinated thing; chair_i: share of described things that are hallucinated
-    (Rohrbach et al. 2018 count objects only, found by a word list; AMBER's CHAIR is chair_i averaged over responses).
-    coverage: share of the scenes' things that are described rightly (AMBER's Cover, likewise).
+    chair_s: share of descriptions with a hallucinated thing (Rohrbach et al. 2018 count objects, found by a word list).
     hallucination_rate: share of all answers with a false claim (AMBER's HalRate: of descriptions alone).
     false_premise: share of "colour" questions about absent things that are refused (MMHal-Bench asks such questions as
     "adversarial objects"); false_premise_balanced: mean of it and of the share about present things that are not.
     yes_no: mean of the shares of true and of false existence questions answered rightly.
     grounding: mean of false_premise_balanced, yes_no and 1 - chair_s.
     malformed: share that is no answer in the world's language. Such an answer counts as hallucinated and as wrong, so that
-    broken text is not rewarded; only chair_i leaves it out, as it names no things.
+    broken text is not rewarded.
     length: mean number of words.
     """
-    described, hallucinated, covered, things = [], 0, 0, 0
-    mentioned, false_claims, malformed = 0, [], []
+    described, false_claims, malformed = [], [], []
     refused, colours, existence = {True: [], False: []}, [], {True: [], False: []}
     for scene, question, text in answers:
         truth, claims = claims_of(scene, question), parse_answer(question, text)
         malformed.append(claims is ...)
         if question[0] == "describe":
-            wrong = set() if claims is ... else set(claims) - set(truth)
-            described.append(bool(wrong) or claims is ...)
-            things += len(truth)
-            if claims is not ...:
-                hallucinated += len(wrong)
-                mentioned += len(set(claims))
-                covered += len(set(claims) & set(truth))
+            described.append(claims is ... or not set(claims) <= set(truth))
             false_claims.append(described[-1])
             continue
         false_claims.append(claims != truth)
@@ -249,8 +240,6 @@ def score(answers):
     metrics = {
         "hallucination_rate": mean(false_claims),
         "chair_s": mean(described),
-        "chair_i": hallucinated / max(1, mentioned),
-        "coverage": covered / max(1, things),
         "false_premise": mean(refused[True]),
         "false_premise_balanced": (mean(refused[True]) + mean(refused[False])) / 2,
         "colour_accuracy": mean(colours),
@@ -259,11 +248,6 @@ def score(answers):
     metrics["grounding"] = (metrics["false_premise_balanced"] + metrics["yes_no"] + 1 - metrics["chair_s"]) / 3
     metrics |= {"malformed": mean(malformed), "length": mean([len(text.split()) for *_, text in answers])}
     return metrics
-
-
-def score_exam(exam, answers):
-    """The metrics of the answers to `make_exam`'s questions."""
-    return score([(scene, question, answer) for (scene, _, question), answer in zip(exam, answers)])
 
 
 def area_under_curve(positives, negatives):

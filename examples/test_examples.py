@@ -193,7 +193,7 @@ def test_preview_of_texts_alone(tmp_path, capsys):
     assert Image.open(out).crop((0, 0, 1260, 200)).getcolors() == [(1260 * 200, (255, 255, 255))]
 
 
-COMMANDS = [answering, benchmarks, curves, evaluate, families, merge, miniature, preview, throughput, tiny_bunny]
+COMMANDS = [answering, benchmarks, curves, evaluate, families, merge, miniature, preview, throughput]
 COMMANDS += [variants, words]
 
 
@@ -230,7 +230,6 @@ WRONG_ARGUMENTS = [
     (miniature, "--seeds -1", "--seeds: must be within 0 to"),
     (miniature, "--scenes some", "--scenes: invalid int value"),
     (preview, "a.json b.png --count 0", "--count: must be within 1 to"),
-    (tiny_bunny, "folder --seed -1", "--seed: must be within 0 to"),
     (variants, "dpo", "invalid choice: 'dpo'"),
     (variants, "chip --delta 1", "--delta: chip has terms of its own"),
 ]
@@ -310,7 +309,7 @@ SCENE = {"circle": ("red", 0), "ring": ("blue", 3)}
 
 def test_metrics_of_the_miniature_by_hand():
     """Four answers about a red circle and a blue ring, counted by hand:
-    - the description names a red circle (there) and a green ring (not): chair_s 1, chair_i 1/2, coverage 1/2;
+    - the description names a red circle (there) and a green ring (not): chair_s 1;
     - "What colour is the square?" is refused, rightly; "What colour is the ring?" is answered, wrongly:
       false_premise is 1, false_premise_balanced (1 + 1) / 2, colour_accuracy 0, and the wrong colour is a
       hallucination;
@@ -326,8 +325,6 @@ def test_metrics_of_the_miniature_by_hand():
     metrics = shapes.score(answers)
     expected = {
         "chair_s": 1,
-        "chair_i": 0.5,
-        "coverage": 0.5,
         "false_premise": 1,
         "colour_accuracy": 0,
         "yes_no": 0.5,
@@ -349,9 +346,7 @@ ALONE = {"triangle": ("red", 0)}
 def test_metrics_of_answers_that_differ_in_number():
     """Where every kind of answer is equally frequent, a metric over the wrong things has the right value. By
     hand:
-    - Of 4 descriptions one is right, one is no answer: chair_s 3/4. They name 1 (said twice), 4 and 1 things,
-      of which 1, 1 and 0 are not there: chair_i 2/6. 0, 3, 0 and 1 of 2 + 3 + 1 + 1 things are described:
-      coverage 4/7.
+    - Of 4 descriptions one is right, one is no answer: chair_s 3/4.
     - Of 4 absent things 2 are refused, rightly; one answer is none: false_premise 2/4. Of 5 things that are
       there 3 get a colour, one is refused, one answer is none: balanced (2/4 + 3/5) / 2 = 0.55; 2 colours are
       right: 2/5.
@@ -383,8 +378,6 @@ def test_metrics_of_answers_that_differ_in_number():
     metrics = shapes.score([answer[:3] for answer in answers])
     expected = {
         "chair_s": 3 / 4,
-        "chair_i": 2 / 6,
-        "coverage": 4 / 7,
         "false_premise": 2 / 4,
         "yes_no": 7 / 12,
     }
@@ -1212,20 +1205,65 @@ def test_a_line_of_json_ends_at_a_newline_alone(tmp_path):
     assert benchmarks.read_items(tmp_path / "x.jsonl") == items
 
 
-def test_discriminative_questions_of_amber_are_answered_by_yes_or_no(tmp_path, monkeypatch):
-    """AMBER's inference.py compares with "Yes" and "No": a sentence counts as wrong, and nothing says so. Up to
-    id 1004 it wants the sentence."""
-    said = ["Yes, it is.", "no", ' "No," I think.', "Nobody is.", "I see. Yes.", "Yesterday.", "Yes, a dog."]
-    expected = ["Yes", "No", "No", "Nobody is.", "I see. Yes.", "Yesterday.", "Yes, a dog."]
-    items = [{"id": id, "image": "a.png", "query": "Is it?"} for id in (1005, 1006, 15220, 1007, 1008, 1009, 1004)]
-    grey(0).save(tmp_path / "a.png")
+def yes_no_run(benchmark, items, said, folder, monkeypatch, *more):
+    """`benchmarks.py` with these answers -> (exit status, the file it writes)."""
+    grey(0).save(folder / "a.png")
     monkeypatch.setattr(benchmarks, "load_tuned", lambda *arguments: (None, None))
     monkeypatch.setattr(benchmarks, "generate_answers", lambda model, processor, asked, *rest: said[: len(asked)])
-    path = write(tmp_path / "q.json", items)
-    arguments = f"amber --questions {path} --images {tmp_path} --model m --to {tmp_path}/to".split()
-    assert run_command(benchmarks.run, arguments) == 0
-    answers = json.loads((tmp_path / "to").read_text())
-    assert [answer["response"] for answer in answers] == expected
+    lines = "\n".join(map(json.dumps, items)) if benchmark == "pope" else items
+    path, to = write(folder / "q.json", lines), folder / "to"
+    arguments = f"{benchmark} --questions {path} --images {folder} --model m --to {to} --batch-size 9".split()
+    return run_command(benchmarks.run, [*arguments, *map(str, more)]), to
+
+
+AMBER_SAID = ["Yes, it is.", "no", ' "No," I think.', "Nobody is.", "I see. Yes.", "Yesterday.", "No."]
+AMBER_ITEMS = [{"id": id, "image": "a.png", "query": "Is it?"} for id in (1005, 1006, 15220, 1007, 1008, 1009, 1010)]
+
+
+def test_discriminative_questions_of_amber_are_answered_by_yes_or_no(tmp_path, monkeypatch, capsys):
+    """AMBER's inference.py compares with "Yes" and "No": a sentence counts as wrong, and nothing says so. By hand:
+    3 of 7 are neither. Positive is No: said 3 times, twice rightly, of 4 that are true. Right are these 2 and one Yes:
+    3 of 7. F1 is 2 * 2 / (3 + 4)."""
+    status, to = yes_no_run("amber-discriminative", AMBER_ITEMS, AMBER_SAID, tmp_path, monkeypatch)
+    assert status == 0 and "accuracy" not in capsys.readouterr().out  # its truth is in another file
+    answers = [(answer["id"], answer["response"]) for answer in json.loads(to.read_text())]
+    expected = ["Yes", "No", "No", "Nobody is.", "I see. Yes.", "Yesterday.", "No"]
+    assert answers == [(item["id"], answer) for item, answer in zip(AMBER_ITEMS, expected)]
+    to.unlink()
+    truths = dict(zip((1005, 1006, 15220, 1007, 1008, 1009, 1010), ("yes", "no", "yes", "no", "yes", "no", "no")))
+    notes = [{"id": id, "type": "discriminative-hallucination", "truth": truth} for id, truth in truths.items()]
+    notes = write(tmp_path / "notes.json", [{"id": 1, "truth": ["sky"]}, *notes])
+    more = "--annotations", notes
+    assert yes_no_run("amber-discriminative", AMBER_ITEMS, AMBER_SAID, tmp_path, monkeypatch, *more)[0] == 0
+    printed = capsys.readouterr().out
+    assert "42.9% are neither Yes nor No" in printed
+    assert "accuracy 42.9, precision 66.7, recall 50.0, F1 57.1, yes 14.3" in printed
+    to.unlink()
+    items = [*AMBER_ITEMS, AMBER_ITEMS[0] | {"id": 2000}]
+    assert yes_no_run("amber-discriminative", items, AMBER_SAID, tmp_path, monkeypatch, *more)[0] == 2
+    assert "notes.json: no annotations for these questions: has no 2000" in capsys.readouterr().err
+    assert yes_no_run("amber", AMBER_ITEMS, AMBER_SAID, tmp_path, monkeypatch)[0] == 2
+    assert "question 1005 is discriminative: answer it by amber-discriminative" in capsys.readouterr().err
+
+
+def test_pope_is_scored_as_its_own_script_does(tmp_path, monkeypatch, capsys):
+    """POPE's evaluate.py: no, where the first sentence has the word no or not; else yes, also for babble. By hand: of
+    "Yes", "No", "there is not a dog", "Perhaps", "I know. There is no dog" and "No" three are no; yes is said 3 times,
+    twice rightly, of 4 that are true; right are these and one no: 3 of 6. F1 is 2 * 2 / (3 + 4)."""
+    said = ["yes, there is.", "No.", "there is, not, a dog", "Perhaps", "I know. There is no dog", "no"]
+    labels = ["yes", "no", "yes", "yes", "no", "yes"]
+    items = [
+        {"question_id": i, "image": "a.png", "text": f"Is there {i}?", "label": label}
+        for i, label in enumerate(labels, 1)
+    ]
+    status, to = yes_no_run("pope", items, said, tmp_path, monkeypatch)
+    assert status == 0
+    answers = [json.loads(line) for line in to.read_text().splitlines()]
+    written = ["Yes", "No", "there is, not, a dog", "Perhaps", "I know. There is no dog", "No"]
+    assert answers == [{"question": item["text"], "answer": text} for item, text in zip(items, written)]
+    printed = capsys.readouterr().out
+    assert "50.0% are neither Yes nor No" in printed
+    assert "accuracy 50.0, precision 66.7, recall 50.0, F1 57.1, yes 50.0" in printed
 
 
 def test_benchmark_flags_reach_the_model_and_the_partial_file(tmp_path, monkeypatch, capsys):

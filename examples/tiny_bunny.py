@@ -1,9 +1,7 @@
 """Tiny checkpoints in the file format of BAAI/Bunny-v1_0-3B: random ones, and the base model of the shapes world.
 
-    python examples/tiny_bunny.py FOLDER [--seed N]
-
-makes the base: a Phi + SigLIP of 0.4 million parameters that learned from the careless annotator of `shapes.py`.
-`examples/base` is `FOLDER` of seed 0, made at commit 65c4989; other versions and machines round differently.
+The base is a Phi + SigLIP of 0.4 million parameters that learned from the careless annotator of `shapes.py`.
+`examples/base` is `write_base` of seed 0 on one thread at commit 65c4989; other versions and machines round differently.
 """
 
 import functools
@@ -22,10 +20,10 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BUNNY_SYSTEM, BadInput, lay_out, run_command
+from data import BUNNY_SYSTEM, lay_out
 from examples import shapes
 from mdpo import attention_blocks
-from train import BUNNY_IMAGE_TOKEN, Parser, count, load_model
+from train import BUNNY_IMAGE_TOKEN, load_model
 
 
 def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layers=2, vision_tower="siglip-patch8-64",
@@ -197,19 +195,3 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-
-
-def run(argv):
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=count, default=0)
-    args = parser.parse_args(argv)
-    if args.folder.exists():
-        raise BadInput(f"{args.folder}: already exists")
-    torch.set_num_threads(1)  # so that any machine of a kind makes the same weights
-    write_base(args.folder, args.seed)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(run))
