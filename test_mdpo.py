@@ -3199,8 +3199,10 @@ import train
 train.load_model = lambda *args: os._exit(7)
 train.main({[str(word) for word in command(bunny, small, tmp_path / "out")]!r})
 """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open(tmp_path / "log", "w") as log:
-        assert subprocess.run([sys.executable, "-c", script], stdout=log, stderr=subprocess.DEVNULL).returncode == 7
+        run = subprocess.run([sys.executable, "-c", script], stdout=log, stderr=subprocess.DEVNULL, env=environment)
+    assert run.returncode == 7
     assert (tmp_path / "log").read_text() == f"reading and checking {small}\nloading {bunny}\n"
 
 

@@ -1244,6 +1244,9 @@ def test_discriminative_questions_of_amber_are_answered_by_yes_or_no(tmp_path, m
     assert "notes.json: no annotations for these questions: has no 2000" in capsys.readouterr().err
     assert yes_no_run("amber", AMBER_ITEMS, AMBER_SAID, tmp_path, monkeypatch)[0] == 2
     assert "question 1005 is discriminative: answer it by amber-discriminative" in capsys.readouterr().err
+    described = [AMBER_ITEMS[0] | {"id": 1004}]
+    assert yes_no_run("amber", described, ["Yes, a dog."], tmp_path, monkeypatch)[0] == 0
+    assert json.loads(to.read_text()) == [{"id": 1004, "response": "Yes, a dog."}]
 
 
 def test_pope_is_scored_as_its_own_script_does(tmp_path, monkeypatch, capsys):
