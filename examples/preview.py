@@ -21,8 +21,7 @@ WIDTH, HEIGHT, GAP, TEXT_HEIGHT = 240, 180, 10, 120
 
 def contact_sheet(examples, pool, seed):
     """Examples -> one image, a row each, with the first image if any; `random` takes its from `pool`."""
-    font = ImageFont.load_default(14)
-    row_height = 20 + HEIGHT + TEXT_HEIGHT
+    font, row_height = ImageFont.load_default(14), 20 + HEIGHT + TEXT_HEIGHT
     size = (1 + len(PANELS)) * (WIDTH + GAP) + GAP, len(examples) * row_height + GAP
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
@@ -40,7 +39,8 @@ def contact_sheet(examples, pool, seed):
             if panel is None:
                 draw.text((left, top + 40), "needs a second image", "grey", font)
             else:
-                sheet.paste(ImageOps.contain(panel, (WIDTH, HEIGHT)), (left, top + 20))
+                framed = ImageOps.expand(ImageOps.contain(panel, (WIDTH - 2, HEIGHT - 2)), 1, "grey")
+                sheet.paste(framed, (left, top + 20))
         question = " / ".join(texts_of(example.question))
         texts = [f"q: {question}", f"chosen: {example.chosen}", f"rejected: {example.rejected}"]
         lines = [line for text in texts for line in textwrap.wrap(text, 165, max_lines=2, placeholder=" ...")]
