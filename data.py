@@ -344,7 +344,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
             record = attempt(number, str(number), json.loads, record)
         fields = record if isinstance(record, dict) else {}
         id = str(number if fields.get("id") is None else fields["id"])
-        if number in problems or subset and fields and not id.startswith(subset):
+        if number in problems or subset and fields is record and not id.startswith(subset):
             continue
         example = attempt(number, id, parse_record, record, id, roots, placeholders)
         if example:

@@ -3123,7 +3123,7 @@ def test_long_texts_are_cut_where_they_are_shown(folder):
 
 def test_resume_notices_other_weights(finished, bunny, tmp_path, capsys):
     """The same names and shapes, but other numbers: the second half of the run would have another reference. The same
-    numbers in another dtype and in one file are the same model."""
+    numbers in another dtype are the same model."""
     model = lambda change: str(broken_model(bunny, tmp_path / change.__name__, change))
     shutil.copytree(finished, copy := tmp_path / "copy")
     trained = lambda weights: weights["lm_head.weight"].mul_(1.1)

@@ -71,10 +71,10 @@ def objhal(number, item, images, answer):
 BENCHMARKS = {"amber": amber, "amber-discriminative": amber_discriminative, "pope": pope, "mmhal": mmhal, "objhal": objhal}
 
 
-def report(items, records, annotations):
+def report(items, records, truths):
     """Print how many answers are neither Yes nor No and, in percent, what the official scorers of POPE and AMBER count.
 
-    annotations: {id: truth} of AMBER; without them, its answers are not scored.
+    truths: AMBER's, from its annotations; without them, its answers are not scored. POPE's are its labels.
     """
     answers = [record.get("answer", record.get("response")) for record in records]
     print(f"{100 * sum(answer not in ('Yes', 'No') for answer in answers) / len(answers):.1f}% are neither Yes nor No")
@@ -82,9 +82,8 @@ def report(items, records, annotations):
         words = [{*answer.partition(".")[0].replace(",", "").split(" ")} for answer in answers]
         said = ["no" if {"No", "no", "not"} & of_one else "yes" for of_one in words]
         positive, truths = "yes", [item["label"] for item in items]  # POPE's positive answer
-    elif annotations:
-        said = [answer.lower() for answer in answers]
-        positive, truths = "no", [annotations[item["id"]] for item in items]
+    elif truths:
+        said, positive = [answer.lower() for answer in answers], "no"
     else:
         return
     hits, n_said, n_true = sum(t == a == positive for t, a in zip(truths, said)), said.count(positive), truths.count(positive)
@@ -154,7 +153,7 @@ def run(argv):
             raise BadInput("holds no question")
     with about(f"{args.annotations}: no annotations for these questions"):
         annotations = {a["id"]: a["truth"] for a in read_items(args.annotations)} if args.annotations else {}
-        all(annotations[item["id"]] for item in items if annotations)
+        truths = [annotations[item["id"]] for item in items if annotations]
     missing = [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]
     if missing:
         raise BadInput("\n  ".join([f"{len(missing)} of {len(questions)} images are missing (--images):", *missing[:20]]))
@@ -172,7 +171,7 @@ def run(argv):
     words = statistics.mean(len(answer.split()) for answer in answers)  # short answers hallucinate less
     print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {answers.count('')} empty")
     if apply in (pope, amber_discriminative):
-        report(items, records, annotations)
+        report(items, records, truths)
     return 0
 
 
