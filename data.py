@@ -208,13 +208,19 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
     else:
         n_targets, lengths = [max(n_targets)] * len(n_targets), None
     as_rows = lambda rows, padding=0: pad_sequence([torch.tensor(row) for row in rows], True, padding)
-    padding = {"input_ids": processor.tokenizer.pad_token_id}
-    batch = {name: as_rows([row[name] for row in rows], padding.get(name, 0)) for name in rows[0]}
-    batch |= image_inputs
-    keys = [name for name in batch if name not in ("input_ids", "position_ids")]
-    batch["ids"] = [pair.id for pair in pairs]
-    batch |= {"predictors": as_rows(predictors), "targets": as_rows(targets, -100), "n_targets": n_targets}
-    return batch | {"lengths": lengths, "names": names, "processor_keys": keys}
+    pad = processor.tokenizer.pad_token_id
+    inputs = {
+        name: as_rows([row[name] for row in rows], pad if name == "input_ids" else 0) for name in rows[0]
+    } | image_inputs
+    return inputs | {
+        "predictors": as_rows(predictors),
+        "targets": as_rows(targets, -100),
+        "n_targets": n_targets,
+        "lengths": lengths,
+        "names": names,
+        "ids": [pair.id for pair in pairs],
+        "processor_keys": [name for name in inputs if name not in ("input_ids", "position_ids")],
+    }
 
 
 def lay_out(prefix, responses):
@@ -355,8 +361,8 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 
     def check(example):  # as training will use it, so that whatever fails there fails here
         pairs = [Pairs([example])[0, 0]]
-        drawn = () if example.images_rejected else ("image_rejected",)  # of the size of its image
-        names = [name for name in SCORED if name not in drawn]
+        # A rejected image that will be drawn is of the size of its image, and needs no look.
+        names = [name for name in SCORED if name != "image_rejected" or example.images_rejected]
         if processor is not None:
             make_batch(pairs, processor, names=names, max_length=max_length)
         return example

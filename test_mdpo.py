@@ -982,6 +982,59 @@ def test_positions_in_space_start_anew_in_each_sequence(family):
         at += prefix + sum(responses)
 
 
+def positions_plus_one(monkeypatch):
+    def shifted(model, batch):
+        positions, at = packed_positions(model, batch).clone(), 0
+        for prefix, *responses in batch["lengths"]:
+            positions[..., at + prefix : at + prefix + sum(responses)] += 1
+            at += prefix + sum(responses)
+        return positions
+
+    packed_positions = mdpo.packed_positions
+    monkeypatch.setattr(mdpo, "packed_positions", shifted)
+
+
+def other_masks(monkeypatch, change):
+    blocks = mdpo.attention_blocks
+    changed = lambda n, prefix, mask: (n, prefix, mask) if mask is None else (n, *change(prefix, mask.clone()))
+    monkeypatch.setattr(mdpo, "attention_blocks", lambda *args: [changed(*block) for block in blocks(*args)])
+
+
+def a_token_too_many(monkeypatch):
+    other_masks(monkeypatch, lambda prefix, mask: (prefix + 1, F.pad(mask, (1, 0))))
+
+
+def a_key_forgotten(monkeypatch):
+    other_masks(monkeypatch, lambda prefix, mask: (prefix, mask.index_fill(-1, torch.tensor(prefix // 2), -torch.inf)))
+
+
+def images_swapped(monkeypatch):
+    make = train.make_batch
+    swap = lambda pair: pair._replace(images=pair.images_rejected, images_rejected=pair.images)
+    monkeypatch.setattr(train, "make_batch", lambda pairs, *args, **options: make([*map(swap, pairs)], *args, **options))
+
+
+MISTAKES = (positions_plus_one, a_token_too_many, a_key_forgotten, images_swapped)
+
+
+def test_in_bf16_too_mistakes_are_far_outside_what_the_check_allows_and_rounding_far_inside(family, monkeypatch):
+    """In bf16 itself the smallest of these mistakes is no larger than rounding: it would stay hidden, or rounding would
+    cost a run its packed rows and half its speed. So the check computes in float32, with the bf16 weights."""
+    folder, *_ = family
+    model, processor = train.load_model(str(folder), dtype=torch.bfloat16)
+    model = train.add_lora(model, 4, 8)
+    raised = copy.deepcopy(model).float()
+    layout = "plain" if folder.name == "gemma3" else "packed"
+    assert layout_error(model, processor, SIZES, layout) < train.TOLERANCE / 20
+    for plant in MISTAKES if layout == "packed" else [images_swapped]:
+        with monkeypatch.context() as patch:
+            plant(patch)
+            off = layout_error(model, processor, SIZES, layout)
+            assert off > 4 * train.TOLERANCE
+            assert off == pytest.approx(layout_error(raised, processor, SIZES, layout), rel=1e-3)
+    assert model.get_base_model().dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)
 def test_what_is_not_exact_is_noticed(family, monkeypatch, capsys):
     """The choice of layout must rest on a measurement that can fail: positions in a line instead of in space, a response
@@ -3286,11 +3339,14 @@ def test_the_layout_check_of_long_answers_takes_no_longer(bunny, folder, monkeyp
     assert seen and all(len(one.chosen) <= 1000 and len(one.rejected) <= 1000 for one in seen)
 
 
-def test_cudnn_attention_is_off(bunny):
-    """It plans anew for each shape, at tens of milliseconds, and shapes never repeat here."""
+def test_cudnn_attention_and_its_rounded_convolutions_are_off(bunny):
+    """It plans anew for each shape, at tens of milliseconds, and shapes never repeat here. And its convolutions take
+    float32 for less by default: the check of the layout would take a rounded image for a mistake."""
     torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cudnn.allow_tf32 = True
     train.load_model(str(bunny))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_the_mask_is_laid_out_as_cudas_kernels_want_it():

@@ -103,16 +103,15 @@ def run(args, loss):
         write_log(out, records, "w")  # without the steps after the checkpoint, which come again
         done = records[-1]["step"] if records else 0
         warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # its first step has rate 0
-        cosine = transformers.get_cosine_schedule_with_warmup
-        schedule = cosine(optimizer, warmup_steps, len(plan), last_epoch=done - 1)
+        schedule = transformers.get_cosine_schedule_with_warmup(
+            optimizer, warmup_steps, len(plan), last_epoch=done - 1
+        )
 
-        load = lambda pairs, keys, names: load_batches(
-            pairs, keys, partial(make_batch, processor=processor, layout=args.layout, names=names,
-                                 max_length=args.max_length), args.workers)  # fmt: skip
+        collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
+        batches = load_batches(pairs, sum(plan[done:], []), partial(collate, names=names), args.workers)
         keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
-        load_held_out = partial(load, held_out, keys, scored)
+        load_held_out = partial(load_batches, held_out, keys, partial(collate, names=scored), args.workers)
         evaluate_now = partial(evaluate, model, load_held_out, loss) if held_out else dict
-        batches = load(pairs, sum(plan[done:], []), names)
         save = partial(save_checkpoint, out, args, records, model, optimizer)
         say(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(pairs)} examples, "
             f"{len(held_out)} held out, for {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
@@ -151,11 +150,10 @@ say = partial(print, flush=True)  # so that a log file shows it at once
 
 def held_out_table(records):
     """The held-out metrics before training and now, as text; empty if nothing was held out."""
-    evaluated = [record for record in records if "eval/loss" in record]
-    lines = [f"{'held-out examples':34} before     after"] if evaluated else []
-    for name in evaluated and [*evaluated[0]][1:]:
-        label = name.removeprefix("eval/")
-        lines.append(f"  {label:28} {evaluated[0][name]:10.4f} {evaluated[-1][name]:9.4f}")
+    records = [record for record in records if "eval/loss" in record]
+    lines = [f"{'held-out examples':34} before     after"] if records else []
+    for name in records and [*records[0]][1:]:
+        lines.append(f"  {name.removeprefix('eval/'):28} {records[0][name]:10.4f} {records[-1][name]:9.4f}")
     return "\n".join(lines)
 
 
@@ -199,7 +197,7 @@ def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=d
             if end_of_epoch:
                 record |= evaluate()
             log(record)
-            bar.set_postfix(loss=record["loss"], reward=record["rewards/chosen"], refresh=False)
+            bar.set_postfix(loss=record["loss"], refresh=False)
             with suppress(OSError):
                 bar.update()
             if end_of_epoch or stop or step % (save_every or len(plan)) == 0:
@@ -352,7 +350,7 @@ def digest(value):
 
 def identity(args):
     """The arguments that decide a run's result, which a checkpoint shares with it."""
-    return {k: v for k, v in sorted(vars(args).items()) if k.replace("_", "-") not in MAY_DIFFER}
+    return {k: v for k, v in sorted(vars(args).items()) if k not in MAY_DIFFER}
 
 
 def seal(args, content):
@@ -490,8 +488,8 @@ SWITCHES = {
     "debug": "show the traceback of an error",
 }
 # What may differ when a run goes on: where its files are, and what changes speed, but not what is trained.
-MAY_DIFFER = "resume argv out model data images workers save-every debug".split()
-MAY_DIFFER += "micro-batch-size device layout no-checkpointing".split()  # the same but for rounding
+MAY_DIFFER = "resume argv out model data images workers save_every debug".split()
+MAY_DIFFER += "micro_batch_size device layout no_checkpointing".split()  # the same but for rounding
 
 
 def parse_args(argv):
@@ -547,6 +545,7 @@ def load_model(name_or_path, device="cpu", dtype=None):
     Raises BadInput if it cannot be read, is of another kind, or has weights that are missing or unexpected.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and ours never repeat
+    torch.backends.cudnn.allow_tf32 = False  # it would round the images of a float32 model to 11 bits
     processor = load_processor(name_or_path)
     auto, options = transformers.AutoModelForImageTextToText, {"trust_remote_code": False}
     with about(f"{name_or_path}: cannot be loaded"):
@@ -554,9 +553,12 @@ def load_model(name_or_path, device="cpu", dtype=None):
         if is_bunny(config):
             auto = transformers.LlavaForConditionalGeneration
             options = {"config": bunny_config(name_or_path, config, processor), "key_mapping": BUNNY_KEYS}
-        dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
         model, loading = auto.from_pretrained(
-            name_or_path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            name_or_path,
+            dtype=dtype or (torch.bfloat16 if device == "cuda" else torch.float32),
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
         for kind in ("missing", "unexpected", "mismatched"):
             if wrong := loading[f"{kind}_keys"]:
@@ -645,12 +647,18 @@ def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
 # ------------------------------------------------------------------------------------------- layout, measured
 
 # How far a response of n tokens may be off, in nats over the square root of n, as rounding errors add up.
-# Measured on random models (eight families, and Bunny-3B's width with two layers): packed rows are off by up
-# to 4e-6 in float32. In bf16 they are off by up to 0.002; the library's own call differs by up to 0.012 from
-# float32, which is what other kernels may do, and more with more layers. Planted mistakes: the image swapped
-# 0.04 to 0.5, positions off by one 0.02 to 0.1, y_l sees a token of y_w 0.007 to 0.08, a key forgotten 0.0005
-# to 0.08. So float32 (`--device cpu`) tells all of them from rounding, and bf16 the gross ones.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+# Computed in float32, rounding is at most 9e-6 (random models: eight families, and Bunny-3B in full size). The
+# least of planted mistakes: of 750 keys one forgotten 3e-4, y_l sees a token of y_w 0.003, positions off by one
+# 0.009, the image swapped 0.1. In bf16 itself rounding reaches 0.01, and would hide them.
+TOLERANCE = 1e-4
+
+
+class InFloat32(torch.overrides.TorchFunctionMode):
+    """Inside, each function of torch computes in float32: it gets copies of weights for one call."""
+
+    def __torch_function__(self, function, types, args, kwargs=None):
+        raised = lambda arg: arg.float() if torch.is_tensor(arg) and arg.is_floating_point() else arg
+        return function(*map(raised, args), **{name: raised(arg) for name, arg in (kwargs or {}).items()})
 
 
 def choose_layout(model, processor, pairs, layout=None, max_length=2048):
@@ -660,14 +668,12 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
     problem = f"its attention window of {window} tokens is shorter than --max-length {max_length}"
-    layouts = LAYOUTS if window >= max_length else ["plain"]
-    layouts = [name for name in layouts if layout in (name, None)]
-    bound = TOLERANCE[model.dtype]
+    layouts = [name for name in LAYOUTS[window < max_length :] if layout in (name, None)]  # or without packed
     with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts)} rows"):
-        for chosen, error in layout_errors(model, processor, pairs, layouts, max_length):
-            if error <= bound:
+        for chosen, error in layout_errors(model, processor, pairs, layouts):
+            if error <= TOLERANCE:
                 break
-            problem = f"{error:.2g} nats off the library's own call, where up to {bound} is rounding"
+            problem = f"{error:.2g} nats off the library's own call, where up to {TOLERANCE} is rounding"
         else:
             raise BadInput(problem)
     if chosen != (layout or "packed"):
@@ -676,21 +682,24 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
 
 
 @torch.no_grad()
-def layout_errors(model, processor, pairs, layouts=LAYOUTS, max_length=2048):
+def layout_errors(model, processor, pairs, layouts=LAYOUTS):
     """Yield each layout with its worst distance from the library's call on one sequence, as in TOLERANCE."""
     model.eval()
     exact, n_tokens = [], []
     for images, response in SCORED.values():
         for pair in pairs:
             tokens = tokenize(processor, pair)
-            text, of_pair = tokens.wholes[response], getattr(pair, images)
-            whole = encode_prompts(processor, [text], [of_pair]).to(model.device)
+            whole = encode_prompts(
+                processor, [tokens.wholes[response]], [getattr(pair, images)]
+            ).to(model.device)
             labels = whole["input_ids"].clone()
-            labels[:, : -len(tokens.responses[response])] = labels[:, max_length:] = -100
-            exact.append(sequence_logps(model(**whole, use_cache=False).logits, labels))
+            labels[:, : -len(tokens.responses[response])] = -100
+            with InFloat32():
+                exact.append(sequence_logps(model(**whole, use_cache=False).logits, labels))
             n_tokens.append((labels >= 0).sum())
     for layout in layouts:
-        logps = response_logps(model, make_batch(pairs, processor, layout, max_length=max_length))
+        with InFloat32():
+            logps = response_logps(model, make_batch(pairs, processor, layout, max_length=sys.maxsize))
         errors = (torch.cat(logps) - torch.cat(exact)).abs()
         yield layout, (errors / torch.stack(n_tokens).sqrt()).max().item()
 
