@@ -1025,12 +1025,12 @@ def test_in_bf16_too_mistakes_are_far_outside_what_the_check_allows_and_rounding
     model = train.add_lora(model, 4, 8)
     raised = copy.deepcopy(model).float()
     layout = "plain" if folder.name == "gemma3" else "packed"
-    assert layout_error(model, processor, SIZES, layout) < train.TOLERANCE / 20
+    assert layout_error(model, processor, SIZES, layout) < train.TOLERANCE / 5
     for plant in MISTAKES if layout == "packed" else [images_swapped]:
         with monkeypatch.context() as patch:
             plant(patch)
             off = layout_error(model, processor, SIZES, layout)
-            assert off > 4 * train.TOLERANCE
+            assert off > 20 * train.TOLERANCE
             assert off == pytest.approx(layout_error(raised, processor, SIZES, layout), rel=1e-3)
     assert model.get_base_model().dtype == torch.bfloat16
 
