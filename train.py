@@ -655,7 +655,7 @@ TOLERANCE = 5e-5
 
 
 class InFloat32(torch.overrides.TorchFunctionMode):
-    """Inside, each function of torch computes in float32: it gets copies of weights for one call."""
+    """Inside, functions of torch get their arguments in float32, weights too, as copies for one call."""
 
     def __torch_function__(self, function, types, args, kwargs=None):
         raised = lambda arg: arg.float() if torch.is_tensor(arg) and arg.is_floating_point() else arg
@@ -668,8 +668,9 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     It is measured on a few pairs, and does not depend on the model's name. layout: try only this one.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
+    # A shorter window leaves only plain rows to try: the first examples may fit into it, and later ones not.
     problem = f"its attention window of {window} tokens is shorter than --max-length {max_length}"
-    layouts = [name for name in LAYOUTS[window < max_length :] if layout in (name, None)]  # or without packed
+    layouts = [name for name in LAYOUTS[window < max_length :] if layout in (name, None)]
     with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts)} rows"):
         for chosen, error in layout_errors(model, processor, pairs, layouts):
             if error <= TOLERANCE:
