@@ -3331,9 +3331,9 @@ def test_a_broken_bunny_is_the_models_fault(bunny, small, tmp_path, capsys):
 
 def test_the_layout_check_of_long_answers_takes_no_longer(bunny, folder, monkeypatch, tmp_path):
     """It runs whole answers through the model, in float32 on a CPU; one of a book would take hours."""
-    seen = []
-    choose = train.choose_layout
-    monkeypatch.setattr(train, "choose_layout", lambda model, processor, pairs, *rest: seen.extend(pairs) or choose(model, processor, pairs, *rest))
+    seen, errors = [], train.layout_errors
+    measure = lambda model, processor, pairs, layouts: seen.extend(pairs) or errors(model, processor, pairs, layouts)
+    monkeypatch.setattr(train, "layout_errors", measure)
     path = write(folder / "x.json", [authors(chosen="a red circle " * 5000), authors(rejected="no. " * 5000)] * 2)
     assert train.main(command(bunny, path, tmp_path / "out", "--epochs", 1)) == 0
     assert seen and all(len(one.chosen) <= 1000 and len(one.rejected) <= 1000 for one in seen)

@@ -81,9 +81,7 @@ def run(args, loss):
         say(f"{model.num_parameters():,} parameters in {model.dtype} on {args.device}; checking the layout")
         with about(f"{args.model}: no adapter can be added"):
             model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-        # The check runs whole answers through the model, so that long ones would take all time and memory.
-        cut = lambda pair: pair._replace(chosen=pair.chosen[:1000], rejected=pair.rejected[:1000])
-        first = [cut(pairs[0, i]) for i in range(len(pairs))[:2]]
+        first = [pairs[0, i] for i in range(len(pairs))[:2]]
         args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
         if not args.no_checkpointing:
             enable_checkpointing(model)
@@ -671,6 +669,8 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     # A shorter window leaves only plain rows to try: the first examples may fit into it, and later ones not.
     problem = f"its attention window of {window} tokens is shorter than --max-length {max_length}"
     layouts = [name for name in LAYOUTS[window < max_length :] if layout in (name, None)]
+    # The library's call has logits of all tokens, so that a long response would take all time and memory.
+    pairs = [pair._replace(chosen=pair.chosen[:1000], rejected=pair.rejected[:1000]) for pair in pairs]
     with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts)} rows"):
         for chosen, error in layout_errors(model, processor, pairs, layouts):
             if error <= TOLERANCE:
