@@ -602,7 +602,7 @@ def run_command(command, argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):  # neither closed nor a notebook's
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a log file shows it at once
     if "--debug" not in argv:
         warnings.simplefilter("ignore")  # of libraries: about their renames, or an image's odd metadata
     try:

@@ -156,6 +156,8 @@ def forward_inputs(model, batch):
     if batch["lengths"] is not None:
         inputs["position_ids"] = packed_positions(model, batch)  # before the batch is moved
     inputs = {name: values.to(model.device, non_blocking=True) for name, values in inputs.items()}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)  # most vision towers do it themselves
     image_features = encode_images(model, inputs)
     if image_features is not None:
         del inputs["pixel_values"]

@@ -2928,6 +2928,28 @@ def test_the_mask_has_the_models_dtype(bunny, monkeypatch):
     assert seen[0][1:] == (torch.device("cpu"), torch.bfloat16)
 
 
+def test_float32_pixels_reach_a_bf16_model_in_its_dtype(bunny):
+    """Processors give float32. Some vision towers round them, others (Aria's, Llama 4's) stop with an error."""
+    model, processor = train.load_model(str(bunny), dtype=torch.bfloat16)
+    seen, features = [], model.get_image_features
+    spy = lambda pixel_values: seen.append(pixel_values.dtype) or features(pixel_values)
+    model.get_image_features = spy
+    mdpo.forward_inputs(model, make_batch(PAIRS[:1], processor))
+    assert seen == [torch.bfloat16]
+
+
+def test_the_float32_mode_computes_in_float32_and_leaves_the_weights():
+    """1 + 2 ** -10 is not in bf16. What is written into a tensor made inside must be there afterwards."""
+    weight, near_1 = torch.ones(2, dtype=torch.bfloat16), 1 + 2**-10
+    with train.InFloat32():
+        total = weight + 2**-10
+        made = torch.zeros(2, dtype=torch.bfloat16)
+        made[0] = near_1
+        by_name = F.layer_norm(torch.tensor([1.0, -1.0]), (2,), weight=weight, eps=0.0)
+    assert total.tolist() == [near_1] * 2 and made.tolist() == [near_1, 0]
+    assert by_name.tolist() == [1, -1] and weight.dtype == torch.bfloat16
+
+
 def test_what_is_our_own_fault_says_so(capsys):
     """A user who is told that the file is bad looks for the mistake in the wrong place."""
 
@@ -3339,14 +3361,14 @@ def test_the_layout_check_of_long_answers_takes_no_longer(bunny, folder, monkeyp
     assert seen and all(len(one.chosen) <= 1000 and len(one.rejected) <= 1000 for one in seen)
 
 
-def test_cudnn_attention_and_its_rounded_convolutions_are_off(bunny):
-    """It plans anew for each shape, at tens of milliseconds, and shapes never repeat here. And its convolutions take
-    float32 for less by default: the check of the layout would take a rounded image for a mistake."""
+def test_cudnn_attention_and_rounded_float32_are_off(bunny):
+    """It plans anew for each shape, at tens of milliseconds, and shapes never repeat here. And float32 may be
+    rounded on CUDA, in convolutions by default: the check of the layout would take that for a mistake."""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     train.load_model(str(bunny))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_the_mask_is_laid_out_as_cudas_kernels_want_it():

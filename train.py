@@ -73,12 +73,12 @@ def main(argv=None, loss=mdpo_loss):
 def run(args, loss):
     """One run, from its arguments to the saved adapter -> exit status."""
     with run_folder(args) as out:
-        say(f"reading and checking {args.data}")
+        print(f"reading and checking {args.data}")
         pairs, held_out = read_pairs(args)
 
-        say(f"loading {args.model}")
+        print(f"loading {args.model}")
         model, processor = load_model(args.model, args.device)
-        say(f"{model.num_parameters():,} parameters in {model.dtype} on {args.device}; checking the layout")
+        print(f"{model.num_parameters():,} parameters in {model.dtype} on {args.device}; checking the layout")
         with about(f"{args.model}: no adapter can be added"):
             model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         first = [pairs[0, i] for i in range(len(pairs))[:2]]
@@ -111,8 +111,8 @@ def run(args, loss):
         load_held_out = partial(load_batches, held_out, keys, partial(collate, names=scored), args.workers)
         evaluate_now = partial(evaluate, model, load_held_out, loss) if held_out else dict
         save = partial(save_checkpoint, out, args, records, model, optimizer)
-        say(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(pairs)} examples, "
-            f"{len(held_out)} held out, for {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
+        print(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(pairs)} examples, "
+              f"{len(held_out)} held out, for {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
         note = partial(log, out, records)
         if held_out and not records:
             note({"step": 0, **evaluate_now()})
@@ -120,17 +120,17 @@ def run(args, loss):
             stopped_by = train(model, plan, batches, loss, optimizer, schedule, note, save, evaluate_now,
                                args.max_grad_norm, args.save_every)  # fmt: skip
         if stopped_by:
-            say(f"stopped and saved; to continue: python train.py --resume {shlex.quote(str(out))}")
+            print(f"stopped and saved; to continue: python train.py --resume {shlex.quote(str(out))}")
             return 128 + stopped_by
         with replacing(out) as new:
             processor.save_pretrained(new)
-        say(f"\n{held_out_table(records)}\nadapter, log and arguments: {out}")
+        print(f"\n{held_out_table(records)}\nadapter, log and arguments: {out}")
     return 0
 
 
 def read_pairs(args):
     """-> the `Pairs` to train on, and those held out. Raises BadInput."""
-    read = partial(read_examples, image_dir=args.images, with_images=not args.no_image, log=say,
+    read = partial(read_examples, image_dir=args.images, with_images=not args.no_image,
                    skip_bad=args.skip_bad, processor=load_processor(args.model),
                    max_length=args.max_length)  # fmt: skip
     examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
@@ -141,9 +141,6 @@ def read_pairs(args):
     held_out += read(args.eval_data) if args.eval_data else []
     options = args.reject, args.crop, args.seed
     return Pairs(training, *options, examples), Pairs(held_out, *options, examples + held_out)
-
-
-say = partial(print, flush=True)  # so that a log file shows it at once
 
 
 def held_out_table(records):
@@ -213,8 +210,9 @@ def evaluate(model, load, loss):
 
 def means(metrics, **more):
     """[{name: (B,)}, ...] -> {name: mean over all examples}, and more tensors as numbers. Waits once."""
-    of_all = {name: torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]}
-    return dict(zip(of_all | more, torch.stack([*of_all.values(), *more.values()]).tolist()))
+    values = {name: torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]}
+    values |= more
+    return dict(zip(values, torch.stack([*values.values()]).tolist()))
 
 
 def plan_steps(n_examples, batch_size, micro_batch_size, epochs, seed):
@@ -325,8 +323,8 @@ def replacing(out):
 
 def write_arguments(out, args, examples, model, loss):
     """args.json: the run's arguments and versions, and what a resumed run must share. Raises BadInput."""
-    names = lambda paths: [Path(path).name for path in paths]  # wherever the files are
-    contents = [(*e[:3], names(e.images), names(e.images_rejected), e.id) for e in examples]
+    # Images count by name, wherever the files are.
+    contents = [(*e[:3], *map(os.path.basename, e.images + e.images_rejected), e.id) for e in examples]
     # The first numbers of each weight tell models apart; bf16 is what every device and dtype can hold.
     weights = [(name, *p.shape, p.flatten()[:8].bfloat16().tolist())
                for name, p in model.named_parameters() if not p.requires_grad]  # fmt: skip
@@ -486,14 +484,18 @@ SWITCHES = {
     "debug": "show the traceback of an error",
 }
 # What may differ when a run goes on: where its files are, and what changes speed, but not what is trained.
-MAY_DIFFER = "resume argv out model data images workers save_every debug".split()
-MAY_DIFFER += "micro_batch_size device layout no_checkpointing".split()  # the same but for rounding
+MAY_DIFFER = (
+    "resume argv out model data images workers save_every debug "
+    "micro_batch_size device layout no_checkpointing"  # the same but for rounding
+).split()
 
 
 def parse_args(argv):
     """The command line -> a Namespace in which every argument has its final value. Raises BadInput."""
-    description = "Train a multimodal model with mDPO. --demo: a tiny one, on drawn data."
-    parser = Parser(description=description, allow_abbrev=False)
+    parser = Parser(
+        description="Train a multimodal model with mDPO. --demo: a tiny one, on drawn data.",
+        allow_abbrev=False,
+    )
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
     for name, (default, kind, text) in ARGUMENTS.items():
         options = {"type": kind} if callable(kind) else {"choices": kind}
@@ -543,7 +545,8 @@ def load_model(name_or_path, device="cpu", dtype=None):
     Raises BadInput if it cannot be read, is of another kind, or has weights that are missing or unexpected.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and ours never repeat
-    torch.backends.cudnn.allow_tf32 = False  # it would round the images of a float32 model to 11 bits
+    # Float32 is not rounded to the 11 bits of TF32, as cuDNN does by default and products in some containers.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     processor = load_processor(name_or_path)
     auto, options = transformers.AutoModelForImageTextToText, {"trust_remote_code": False}
     with about(f"{name_or_path}: cannot be loaded"):
@@ -657,7 +660,8 @@ class InFloat32(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function, types, args, kwargs=None):
         raised = lambda arg: arg.float() if torch.is_tensor(arg) and arg.is_floating_point() else arg
-        return function(*map(raised, args), **{name: raised(arg) for name, arg in (kwargs or {}).items()})
+        kwargs = {name: raised(arg) for name, arg in (kwargs or {}).items()}
+        return raised(function(*map(raised, args), **kwargs))
 
 
 def choose_layout(model, processor, pairs, layout=None, max_length=2048):
@@ -674,13 +678,12 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts)} rows"):
         for chosen, error in layout_errors(model, processor, pairs, layouts):
             if error <= TOLERANCE:
-                break
+                if chosen != (layout or "packed"):
+                    print(f"packed rows are not exact for this model ({problem}); "
+                          "plain rows take about twice as long")  # fmt: skip
+                return chosen
             problem = f"{error:.2g} nats off the library's own call, where up to {TOLERANCE} is rounding"
-        else:
-            raise BadInput(problem)
-    if chosen != (layout or "packed"):
-        print(f"packed rows are not exact for this model ({problem}); plain rows take about twice as long")
-    return chosen
+        raise BadInput(problem)
 
 
 @torch.no_grad()
