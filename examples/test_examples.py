@@ -2487,12 +2487,17 @@ def test_variants_take_train_pys_flags_but_those_of_the_terms(monkeypatch, strat
 
 def test_variants_are_run_from_their_file(tmp_path):
     """Users may be in another folder; workers that are spawned, not forked, import it as __mp_main__."""
-    run = lambda *more: subprocess.run([sys.executable, *more], cwd=tmp_path, capture_output=True, text=True)
-    shown = run(variants.__file__, "--help")
-    assert shown.returncode == 0 and "CHiP" in shown.stdout
-    script = f"import runpy; runpy.run_path({variants.__file__!r}, run_name='__mp_main__')"
-    script += "; import data; print(*data.STRATEGIES)"
-    assert run("-c", script).stdout.split() == ["crop", "random", "moco", "noise", "mask"]
+    script = f"""
+import runpy, sys
+runpy.run_path({variants.__file__!r}, run_name="__mp_main__")
+import data
+print(*data.STRATEGIES, flush=True)
+sys.argv[1:] = ["--help"]
+runpy.run_path({variants.__file__!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("crop random moco noise mask\n")
+    assert "CHiP" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------- mDPO in one file
