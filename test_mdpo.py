@@ -1017,6 +1017,26 @@ def images_swapped(monkeypatch):
 MISTAKES = (positions_plus_one, a_token_too_many, a_key_forgotten, images_swapped)
 
 
+def test_the_library_is_asked_once_a_sequence_not_once_a_layout(bunny, monkeypatch):
+    """At real size on a CPU its six calls cost as much as two training examples."""
+    model, processor = train.load_model(str(bunny))
+    asked, encode = [], train.encode_prompts
+    monkeypatch.setattr(train, "encode_prompts", lambda *args: asked.append(args) or encode(*args))
+    assert [*dict(train.layout_errors(model, processor, PAIRS[:2]))] == ["packed", "plain"]
+    assert len(asked) == 6
+
+
+def test_the_allocator_grows_its_segments_unless_the_user_set_it():
+    """Shapes never repeat, and freed blocks of other sizes would not be used again. CUDA reads it when it starts."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    script = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['peft'] = None\n"
+    script += f"try: import train\nexcept ImportError: print([os.environ.get(n) for n in {names}])"
+    clean = {name: value for name, value in os.environ.items() if name not in names}
+    ask = lambda **user: eval(subprocess.check_output([sys.executable, "-c", script], env=clean | user, text=True))
+    assert ask() == [None, "expandable_segments:True"]
+    assert ask(PYTORCH_ALLOC_CONF="x") == ["x", None] and ask(PYTORCH_CUDA_ALLOC_CONF="y") == [None, "y"]
+
+
 def test_in_bf16_too_mistakes_are_far_outside_what_the_check_allows_and_rounding_far_inside(family, monkeypatch):
     """In bf16 itself the smallest of these mistakes is no larger than rounding: it would stay hidden, or rounding would
     cost a run its packed rows and half its speed. So the check computes in float32, with the bf16 weights."""
@@ -1045,7 +1065,8 @@ def test_what_is_not_exact_is_noticed(family, monkeypatch, capsys):
         patch.setattr(mdpo, "packed_positions", lambda model, batch: batch["position_ids"])
         assert layout_error(model, processor, PAIRS[:2], "packed") > 1e-3
         assert train.choose_layout(model, processor, PAIRS[:2]) == "plain"
-        assert "packed rows are not exact" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "packed rows are not exact" in said and "about twice as long" in said
         with pytest.raises(BadInput, match="cannot be trained in packed rows"):
             train.choose_layout(model, processor, PAIRS[:2], "packed")
     with monkeypatch.context() as patch:

@@ -651,7 +651,7 @@ def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
 # Computed in float32, packed and plain rows are off by at most 9e-6, and the library's own call is 4e-6 from
 # float64 (random models: eight families, and Bunny-3B in full size). The least of planted mistakes there: one
 # of 750 keys forgotten 3e-4, y_l sees a token of y_w 0.003, positions off by one 0.009, image swapped 0.1.
-# In bf16 itself rounding reaches 0.01 and would hide them.
+# In bf16 itself rounding reaches 0.01 and would hide most of them.
 TOLERANCE = 5e-5
 
 

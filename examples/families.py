@@ -219,7 +219,7 @@ def try_family(name, device):
             raise BadInput(f"{name}: {(folder / 'log').read_text().rpartition('error: ')[2].strip()}")
         examples = read_examples(data)
         pairs = [Pairs(examples)[0, i] for i in range(2)]
-        errors = dict(train.layout_errors(*train.load_model(str(folder / "model")), pairs))
+        errors = dict(train.layout_errors(*train.load_model(str(folder / "model"), device), pairs))
         layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
         model, processor = load_tuned(folder / "model", folder / "out", device)
         ask = [(pairs[0].images, pairs[0].question)]
