@@ -361,7 +361,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 
     def check(example):  # as training will use it, so that whatever fails there fails here
         pairs = [Pairs([example])[0, 0]]
-        # A rejected image that will be drawn is of the size of its image, and needs no look.
+        # A rejected image that will be drawn has the size of its image: it needs no check.
         names = [name for name in SCORED if name != "image_rejected" or example.images_rejected]
         if processor is not None:
             make_batch(pairs, processor, names=names, max_length=max_length)
@@ -606,9 +606,7 @@ def run_command(command, argv=None):
     if "--debug" not in argv:
         warnings.simplefilter("ignore")  # of libraries: about their renames, or an image's odd metadata
     try:
-        status = command(argv)
-        print(end="", flush=True)
-        return status
+        return command(argv)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as of `| head`

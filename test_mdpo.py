@@ -1017,6 +1017,25 @@ def images_swapped(monkeypatch):
 MISTAKES = (positions_plus_one, a_token_too_many, a_key_forgotten, images_swapped)
 
 
+def test_in_bf16_too_mistakes_are_far_outside_what_the_check_allows_and_rounding_far_inside(family, monkeypatch):
+    """In bf16 itself the smallest of these mistakes is no larger than rounding: it would stay hidden, or rounding would
+    cost a run its packed rows and half its speed. So the check computes in float32, with the bf16 weights."""
+    folder, *_ = family
+    model, processor = train.load_model(str(folder), dtype=torch.bfloat16)
+    model = train.add_lora(model, 4, 8)
+    raised = copy.deepcopy(model).float()
+    layout = "plain" if folder.name == "gemma3" else "packed"
+    assert layout_error(model, processor, SIZES, layout) < train.TOLERANCE / 5
+    for plant in MISTAKES if layout == "packed" else [images_swapped]:
+        with monkeypatch.context() as patch:
+            plant(patch)
+            off = layout_error(model, processor, SIZES, layout)
+            assert off > 20 * train.TOLERANCE
+            if plant is images_swapped:
+                assert off == pytest.approx(layout_error(raised, processor, SIZES, layout), rel=1e-3)
+    assert model.get_base_model().dtype == torch.bfloat16
+
+
 def test_the_library_is_asked_once_a_sequence_not_once_a_layout(bunny, monkeypatch):
     """At real size on a CPU its six calls cost as much as two training examples."""
     model, processor = train.load_model(str(bunny))
@@ -1035,25 +1054,6 @@ def test_the_allocator_grows_its_segments_unless_the_user_set_it():
     ask = lambda **user: eval(subprocess.check_output([sys.executable, "-c", script], env=clean | user, text=True))
     assert ask() == [None, "expandable_segments:True"]
     assert ask(PYTORCH_ALLOC_CONF="x") == ["x", None] and ask(PYTORCH_CUDA_ALLOC_CONF="y") == [None, "y"]
-
-
-def test_in_bf16_too_mistakes_are_far_outside_what_the_check_allows_and_rounding_far_inside(family, monkeypatch):
-    """In bf16 itself the smallest of these mistakes is no larger than rounding: it would stay hidden, or rounding would
-    cost a run its packed rows and half its speed. So the check computes in float32, with the bf16 weights."""
-    folder, *_ = family
-    model, processor = train.load_model(str(folder), dtype=torch.bfloat16)
-    model = train.add_lora(model, 4, 8)
-    raised = copy.deepcopy(model).float()
-    layout = "plain" if folder.name == "gemma3" else "packed"
-    assert layout_error(model, processor, SIZES, layout) < train.TOLERANCE / 5
-    for plant in MISTAKES if layout == "packed" else [images_swapped]:
-        with monkeypatch.context() as patch:
-            plant(patch)
-            off = layout_error(model, processor, SIZES, layout)
-            assert off > 20 * train.TOLERANCE
-            if plant is images_swapped:
-                assert off == pytest.approx(layout_error(raised, processor, SIZES, layout), rel=1e-3)
-    assert model.get_base_model().dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"], indirect=True)

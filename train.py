@@ -545,7 +545,7 @@ def load_model(name_or_path, device="cpu", dtype=None):
     Raises BadInput if it cannot be read, is of another kind, or has weights that are missing or unexpected.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and ours never repeat
-    # Float32 is not rounded to the 11 bits of TF32, as cuDNN does by default and products in some containers.
+    # Float32 stays float32: cuDNN rounds it to TF32 by default, matrix products do so in some containers.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     processor = load_processor(name_or_path)
     auto, options = transformers.AutoModelForImageTextToText, {"trust_remote_code": False}
@@ -670,9 +670,10 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     It is measured on a few pairs, and does not depend on the model's name. layout: try only this one.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
-    # A shorter window leaves only plain rows to try: the first examples may fit into it, and later ones not.
     problem = f"its attention window of {window} tokens is shorter than --max-length {max_length}"
-    layouts = [name for name in LAYOUTS[window < max_length :] if layout in (name, None)]
+    # Packed rows know no window. The first examples may fit into a short one, but later ones may not.
+    layouts = LAYOUTS if window >= max_length else ["plain"]
+    layouts = [name for name in layouts if layout in (name, None)]
     # The library's call has logits of all tokens, so that a long response would take all time and memory.
     pairs = [pair._replace(chosen=pair.chosen[:1000], rejected=pair.rejected[:1000]) for pair in pairs]
     with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts)} rows"):
@@ -682,7 +683,7 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
                     print(f"packed rows are not exact for this model ({problem}); "
                           "plain rows take about twice as long")  # fmt: skip
                 return chosen
-            problem = f"{error:.2g} nats off the library's own call, where up to {TOLERANCE} is rounding"
+            problem = f"{error:.2g} off the library's own call, in nats / sqrt(tokens); rounding: {TOLERANCE}"
         raise BadInput(problem)
 
 
