@@ -168,10 +168,12 @@ def share_out(n_processes, flags):
 
 def run(argv):
     trainer = MDPOTrainer(*parse(argv))
+    group = torch.distributed.group.WORLD
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()  # trainer_state.json: the log
     trainer.end()
+    del trainer, group  # in this order: DDP would free the group's threads while it keeps Python from them
     return 0
 
 
