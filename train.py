@@ -167,7 +167,6 @@ def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=d
     parameters, done = optimizer.param_groups[0]["params"], schedule.last_epoch
     seconds = 0.1 if sys.stderr.isatty() else 10  # between two lines of the progress bar
     steps_per_epoch = sum(micro_batches[0][0][0] == 0 for micro_batches in plan)
-    model.train()
     with stop_signals() as stop, tqdm(total=len(plan), initial=done, desc="mDPO", mininterval=seconds) as bar:
         for step, micro_batches in enumerate(plan[done:], done + 1):
             started, metrics, ids, n_examples = time.perf_counter(), [], [], sum(map(len, micro_batches))
@@ -606,8 +605,9 @@ def disable_dropout(model):
 
 def enable_checkpointing(model):
     """Recompute the language model's activations in the backward pass, layer by layer."""
-    model.get_decoder().gradient_checkpointing_enable({"use_reentrant": False})
-    model.get_decoder().disable_input_require_grads()  # a need of reentrant checkpointing alone
+    decoder = model.get_decoder().train()  # which makes layers recompute; the frozen rest stays in eval mode
+    decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    decoder.disable_input_require_grads()  # a need of reentrant checkpointing alone
 
 
 class LoraLinear(peft.tuners.lora.Linear):

@@ -179,6 +179,9 @@ def test_tokens_loss_and_gradients_are_train_pys(name, request, drawn, tmp_path)
         for parameter in (p for n, p in one.named_parameters() if "lora_B" in n):
             torch.nn.init.normal_(parameter, std=0.1)
         one.train()
+    modes = {name: module.training for name, module in trainer.model.get_base_model().named_modules()}
+    assert {modes[name] for name in modes if "tower" in name or "vision" in name or "visual" in name} == {False}
+    assert trainer.model.get_decoder().training
     losses = mdpo_step(ours, batch)[0].mean(), trainer.compute_loss(trainer.model, inputs)
     for loss in losses:
         loss.backward()

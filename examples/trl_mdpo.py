@@ -63,6 +63,7 @@ class MDPOTrainer(DPOTrainer):
         layout = train.choose_layout(model, processor, first, args.layout, config.max_length)
         if config.gradient_checkpointing:
             train.enable_checkpointing(model)
+        model.get_base_model().train = model.get_decoder().train  # the frozen towers stay in eval mode
         config.gradient_checkpointing = config.activation_checkpointing = False  # not by the Trainer as well
         self.loss = partial(mdpo_loss, beta=config.beta, delta=args.delta, conditional=args.conditional,
                             anchors={*args.anchors} - {"none"})  # fmt: skip
@@ -167,8 +168,7 @@ def share_out(n_processes, flags):
 
 
 def run(argv):
-    trainer = MDPOTrainer(*parse(argv))
-    group = torch.distributed.group.WORLD
+    trainer, group = MDPOTrainer(*parse(argv)), torch.distributed.group.WORLD
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()  # trainer_state.json: the log
