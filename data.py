@@ -595,10 +595,10 @@ def one_line(text, limit=1000):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
 
 
-def run_command(command, argv=None):
+def run_command(command, argv=None, saves_memory="--device cpu"):
     """Run command(argv) -> its exit status. An error is one line: status 2, or 1 for a fault of this program.
 
-    --debug raises it.
+    --debug raises it. saves_memory: the command's flags for a GPU that is too small.
     """
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):  # neither closed nor a notebook's
@@ -617,7 +617,7 @@ def run_command(command, argv=None):
             raise
         message, status = str(error), 2
         if isinstance(error, torch.OutOfMemoryError):
-            message = "out of GPU memory: lower --micro-batch-size or --max-length, or take --device cpu"
+            message = f"out of GPU memory; what saves some: {saves_memory}"
         elif message.startswith("DataLoader worker"):  # raised wherever the main process is
             message += " (--workers 0 needs none)"
         elif not isinstance(error, (BadInput, OSError, MemoryError)):
@@ -630,6 +630,10 @@ def run_command(command, argv=None):
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
     def error(self, message):  # one line, as for every other mistake
         raise BadInput(f"{message} (--help lists the arguments)")
 
@@ -639,7 +643,6 @@ def check_file(argv):
     parser.add_argument("file")
     parser.add_argument("--images", help="folder where relative image paths begin (default: the file's)")
     parser.add_argument("--subset", help="only ids that begin so, e.g. llava (paper 4.1)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     examples = read_examples(args.file, args.images, subset=args.subset)
     n_images = len({image for example in examples for image in example.images})

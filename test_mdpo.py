@@ -2835,7 +2835,9 @@ def test_out_of_gpu_memory_names_the_flag(bunny, small, tmp_path, capsys, monkey
 
     monkeypatch.setattr(train, "mdpo_step", full)
     assert train.main(command(bunny, small, tmp_path / "out")) == 2
-    assert "lower --micro-batch-size" in capsys.readouterr().err
+    assert "out of GPU memory; what saves some: a lower --micro-batch-size" in capsys.readouterr().err
+    assert data.run_command(full, []) == 2  # another command: it has no micro-batches
+    assert capsys.readouterr().err == "error: out of GPU memory; what saves some: --device cpu\n"
 
 
 def test_model_and_data_are_required(capsys):

@@ -67,7 +67,8 @@ def main(argv=None, loss=mdpo_loss):
         from examples.demo import main
 
         return main(argv)
-    return run_command(lambda argv: run(parse_args(argv), loss), argv)
+    saves_memory = "a lower --micro-batch-size or --max-length, or --device cpu"
+    return run_command(lambda argv: run(parse_args(argv), loss), argv, saves_memory)
 
 
 def run(args, loss):
@@ -480,7 +481,6 @@ SWITCHES = {
     "unless --anchors asks for one",
     "no-conditional": "drop eq. 6 (Table 2, minus conditional)",
     "no-checkpointing": "keep activations: faster, more memory",
-    "debug": "show the traceback of an error",
 }
 # What may differ when a run goes on: where its files are, and what changes speed, but not what is trained.
 MAY_DIFFER = (

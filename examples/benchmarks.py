@@ -176,4 +176,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(run))
+    sys.exit(run_command(run, saves_memory="a lower --batch-size, or --device cpu"))

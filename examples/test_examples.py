@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -199,10 +200,15 @@ COMMANDS += [variants, words]
 
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda script: script.__name__)
 def test_help_is_shown(script, capsys):
-    """argparse formats its texts only when asked: a lone % in one is a traceback then."""
+    """argparse formats its texts only when asked: a lone % in one is a traceback then. Messages name --debug, and
+    flags for a GPU that is too small: the command needs to have them."""
     with pytest.raises(SystemExit, match="0"):
         run_command(getattr(script, "run", None) or script.main, ["--help"])
-    assert script.__doc__.splitlines()[0].split()[0] in capsys.readouterr().out
+    out, source = capsys.readouterr().out, inspect.getsource(script)
+    named = re.findall(r"--[a-z_-]+", (re.findall(r'saves_memory="(.*)"', source) or ["--device cpu"])[0])
+    alone = script not in (curves, merge, preview, variants)  # these use no GPU, or leave it to train.py
+    assert script.__doc__.splitlines()[0].split()[0] in out
+    assert {"--debug", *(named if alone else ())} <= {*re.findall(r"--[a-z_-]+", out)}
 
 
 def test_demo_draws_nothing_before_its_arguments_are_read(tmp_path, monkeypatch, capsys):
@@ -2250,6 +2256,9 @@ def test_throughput_command_measures_everything(tiny, monkeypatch, tmp_path, cap
     assert settings == ["identical", "ours at its best, theirs as released"]
     assert len(records) == 2 and records[0]["shape"] == "tiny"
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == records
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: 1 / 0)
+    with pytest.raises(BadInput, match="memory of ours"):  # whose own process said what was wrong
+        throughput.main(given)
 
 
 def test_throughput_takes_the_real_shape_on_a_gpu(monkeypatch):

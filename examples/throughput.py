@@ -18,7 +18,6 @@ as released: with it, peft's own LoRA layers, Phi's own activation, and autocast
 a batch again. Each measurement is a line of JSON, printed and added to FILE as soon as it is there.
 """
 
-import argparse
 import gc
 import json
 import math
@@ -39,7 +38,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import Example, make_batch
+from data import Example, Parser, about, make_batch, run_command
 from examples import tiny_bunny
 from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps, unwrapped
 
@@ -416,7 +415,7 @@ def print_formula(shape):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--shape", choices=SHAPES, help="(default: bunny-3b on a GPU, else tiny)")
     add("--device", choices=("cuda", "cpu"), default=train.best_device())
@@ -444,11 +443,11 @@ def main(argv=None):
     if args.only == "speed":
         return compare(args, True)
     for name in MEMORY:  # each in a fresh process, while this one holds nothing on the GPU; what is freed goes back
-        subprocess.run([sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--only", name],
-                       env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, check=True)  # fmt: skip
-    for identical in (True, False):
-        compare(args, identical)
+        with about(f"memory of {name}"):
+            subprocess.run([sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--only", name],
+                           env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, check=True)  # fmt: skip
+    return [compare(args, identical) for identical in (True, False)]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(lambda argv: main(argv) and None, saves_memory="a lower --micro-batch-size"))

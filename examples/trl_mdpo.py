@@ -137,7 +137,7 @@ def parse(argv):
     parser = transformers.HfArgumentParser(MDPOConfig, allow_abbrev=False, epilog=f"Used: {FLAGS}")
     parser.error = partial(train.Parser.error, parser)
     parser.set_defaults(**dict(flag.split("=") for flag in FLAGS if "=" in flag))
-    flags, rest = parser.parse_known_args(argv)
+    flags, rest = parser.parse_known_args([word for word in argv if word != "--debug"])
     given = [name for name, value in vars(flags).items() if value != parser.get_default(name)]
     given += [word[2:].partition("=")[0] for word in rest if word.startswith("--")]
     shards = torch.cuda.is_available()  # on a CPU, accelerate would take DDP for --fsdp
@@ -178,4 +178,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(run))
+    sys.exit(run_command(run, saves_memory="a lower --per_device_train_batch_size or --max_length"))
