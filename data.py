@@ -1,4 +1,4 @@
-"""Preference data for mDPO: rejected images, the batch of image pairs, file formats.
+"""Preference data for mDPO: rejected images, batches, file formats.
 
 `python data.py FILE [--images DIR]` checks a file without any model.
 """
@@ -262,7 +262,7 @@ class Tokens(NamedTuple):
     """The texts of a pair, tokenised, with one placeholder for an image."""
 
     prompt: str
-    n_merged: int  # the prompt's last tokens that merge with a response, so that they are not shared
+    n_merged: int  # how many of the prompt's last tokens merge with a response: these are not shared
     wholes: dict[str, str]  # "chosen", "rejected" -> prompt and response, up to its first end-of-sequence
     responses: dict[str, list[int]]  # their tokens behind the common prefix
 
@@ -307,7 +307,7 @@ def encode_prompts(processor, prompts, images):
         text=prompts,
         images=[[*of_prompt] for of_prompt in images] if any(images) else None,
         add_special_tokens=bos is None or not prompts[0].startswith(bos),
-        padding=len(prompts) > 1,  # setting it is not safe among threads
+        padding=len(prompts) > 1,
         padding_side="left",
         return_tensors="pt",
     )
@@ -361,9 +361,10 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 
     def check(example):  # as training will use it, so that whatever fails there fails here
         pairs = [Pairs([example])[0, 0]]
-        # A rejected image that will be drawn has the size of its image: it needs no check.
-        names = [name for name in SCORED if name != "image_rejected" or example.images_rejected]
-        if processor is not None:
+        # One prompt at a time: to pad two is not safe among threads. A rejected image that will be drawn has
+        # the size of its image: it needs no check.
+        sequences = [("chosen", "rejected"), ("image_rejected",)][: 1 + bool(example.images_rejected)]
+        for names in sequences if processor else ():
             make_batch(pairs, processor, names=names, max_length=max_length)
         return example
 
@@ -484,7 +485,7 @@ def first(record, *names):
 def find_images(value, roots):
     """A path, or a list of them -> paths of files that are there. Raises BadInput."""
     if not value:
-        raise BadInput("has no image path ('img_path', 'image' or 'images')")
+        raise BadInput(f"has no image path ({' or '.join(map(repr, IMAGE_FIELDS))})")
     paths = []
     for image in value if isinstance(value, list) else [value]:
         image = image["path"] if isinstance(image, dict) else image

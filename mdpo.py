@@ -21,7 +21,7 @@ The paper does not number its equations; 5 to 8 is their order of appearance (6 
 Two departures from the authors' code, which change no equation: policy and reference see the same m_l, which
 is made with the data; an example is two packed sequences instead of three padded ones (see "Speed" below).
 
-To use the loss elsewhere, copy this file down to `mdpo_step`: that part needs only torch.
+To use the loss elsewhere, copy this file above `mdpo_step`: that part needs only torch.
 """
 
 import inspect
@@ -104,10 +104,11 @@ def sequence_logps(logits, labels):
 def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
     """One step's forward pass: a batch of `data.make_batch` -> losses (B,), with gradient, and metrics (B,).
 
-    model: wrapped by peft, or any if ref_model is given. ref_model: by default `model` without its adapter.
+    model: wrapped by peft, or any if ref_model is given; its vision tower and projector are frozen.
+    ref_model: by default `model` without its adapter, which shares the features of the images.
     loss: any function of (policy_logps, ref_logps, **options) -> losses, metrics; it may also take `batch`.
     """
-    inputs = forward_inputs(model, batch)  # images are encoded once, for policy and reference
+    inputs = forward_inputs(model, batch)
     with torch.no_grad():
         if ref_model is not None:
             ref_logps = response_logps(ref_model, batch)
@@ -124,9 +125,9 @@ def response_logps(model, batch, inputs=None):
 
     model: an image-text-to-text model of transformers, plain or wrapped by peft.
     inputs: `forward_inputs(model, batch)`, which two passes can share.
-    Packed rows set the language model's attention to `packed_attention`.
+    Packed rows switch the language model's attention to `packed_attention` for good.
     """
-    inputs = forward_inputs(model, batch) if inputs is None else inputs
+    inputs = inputs or forward_inputs(model, batch)
     logits = model(**inputs).logits.float()  # (R, K, V): only the positions that predict a response token
     targets = batch["targets"].flatten().to(logits.device, non_blocking=True)  # (R * K,), -100 in padding
     logps = -F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")  # (R * K,), 0 in padding

@@ -4,6 +4,7 @@ Each test says what breaks if it fails. Expected values are derived by hand, or 
 """
 
 import colorsys
+import contextlib
 import copy
 import inspect
 import io
@@ -1089,6 +1090,9 @@ def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_sequence_may_be
         model.config.text_config.sliding_window = window
         assert train.choose_layout(model, processor, PAIRS[:2]) == layout
     assert "window of 2047 tokens is shorter than --max-length 2048" in capsys.readouterr().out
+    model.config.text_config.sliding_window = 2047
+    with pytest.raises(BadInput, match="cannot be trained in packed rows: its attention window of 2047"):
+        train.choose_layout(model, processor, PAIRS[:2], "packed")
 
 
 def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read(tmp_path, bunny, llava, monkeypatch):
@@ -1961,6 +1965,16 @@ def test_a_record_may_bring_its_own_rejected_image(folder, bunny, record, layout
     assert Pairs(read_examples(write(folder / "x.json", [record])))[0, 0].images_rejected[0].size == one.images[0].size
 
 
+def test_records_are_checked_one_prompt_at_a_time(folder, bunny, monkeypatch):
+    """To pad two prompts sets the tokenizer's padding, which threads share: good records were bad at random."""
+    _, processor = train.load_model(str(bunny))
+    encode, sizes = data.encode_prompts, []
+    note = lambda processor, prompts, images: sizes.append(len(prompts)) or encode(processor, prompts, images)
+    monkeypatch.setattr(data, "encode_prompts", note)
+    read_examples(write(folder / "x.json", [authors(rejected_image="a.png"), authors()]), processor=processor)
+    assert sizes == [1, 1, 1]  # m_w, m_l; m_w
+
+
 def test_own_rejected_images_are_checked_as_any_image(folder, bunny, capsys):
     """One that is missing, broken, too large for the prompt or one too few stops the run before it starts."""
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
@@ -1981,11 +1995,11 @@ def test_rejected_images_are_the_same_in_another_process(tmp_path):
     examples = as_examples(tmp_path)
     script = (
         "import zlib; from data import *; examples = read_examples(r'%s')\n"
-        "print(*(zlib.crc32(Pairs(examples, s)[3, 2].images_rejected[0].tobytes()) for s in STRATEGIES))"
+        "print(*(zlib.crc32(Pairs(examples, s)[3, 2].images_rejected[0].tobytes()) for s in ('crop', 'random', 'moco')))"
     ) % (tmp_path / "drawn" / "silkie.json")
     environment = os.environ | {"PYTHONHASHSEED": "1"}
     child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-    here = [zlib.crc32(Pairs(examples, s)[3, 2].images_rejected[0].tobytes()) for s in data.STRATEGIES]
+    here = [zlib.crc32(Pairs(examples, s)[3, 2].images_rejected[0].tobytes()) for s in ("crop", "random", "moco")]
     assert child.stdout.split() == [str(checksum) for checksum in here], child.stderr
 
 
@@ -2567,6 +2581,22 @@ def test_ctrl_c_and_sigterm_save_before_leaving(finished, bunny, small, tmp_path
     assert all(torch.equal(v, adapter(finished)[k]) for k, v in adapter(out).items())
 
 
+def test_a_signal_between_saving_and_leaving_loses_nothing(bunny, small, tmp_path, monkeypatch):
+    """It may come at any time: a run that leaves at once, for a signal that it had not seen when it could have
+    saved, loses all steps since the last checkpoint, and says that it saved them."""
+
+    class Late(list):  # empty when it is first asked, and not from then on
+        def __bool__(self):
+            self.append(signal.SIGTERM)
+            return len(self) > 1
+
+    monkeypatch.setattr(train, "stop_signals", lambda: contextlib.nullcontext(Late()))
+    assert train.main(command(bunny, small, tmp_path / "out")) == 128 + signal.SIGTERM
+    assert [record["step"] for record in log_of(tmp_path / "out")] == [1, 2]
+    records = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["records"]
+    assert records == log_of(tmp_path / "out")
+
+
 def test_sigterm_to_the_whole_group_saves_too(finished, bunny, small, tmp_path, monkeypatch):
     """Schedulers, and `timeout`, signal every process of a run: workers must not die before the step is saved."""
     log, out = train.log, tmp_path / "out"
@@ -2587,6 +2617,16 @@ def test_sigterm_to_the_whole_group_saves_too(finished, bunny, small, tmp_path, 
     assert process.exitcode == 128 + signal.SIGTERM and [record["step"] for record in log_of(out)] == [1, 2]
     assert train.main(["--resume", str(out)]) == 0
     assert all(torch.equal(v, adapter(finished)[k]) for k, v in adapter(out).items())
+
+
+def test_help_shows_every_default(capsys):
+    """A 0 is a value as others are; what has none is left without."""
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["--help"])
+    parts = [" ".join(part.split()) for part in re.split(r"\n  --", capsys.readouterr().out)]
+    for name, (default, _, _) in train.ARGUMENTS.items():
+        (part,) = [part for part in parts if part.startswith(f"{name} ")]
+        assert (f"(default: {default})" in part) == (default is not None and default != ()), name
 
 
 def test_arguments_cannot_be_abbreviated(bunny, small, capsys):
@@ -2643,6 +2683,18 @@ def test_a_run_goes_on_with_its_own_arguments(finished, bunny, small, tmp_path, 
     assert train.main(["--resume", str(moved), "--micro-batch-size", "4", "--model", str(bunny)]) == 0
     assert all(torch.allclose(v, adapter(finished)[k], atol=1e-5) for k, v in adapter(moved).items())
     assert not out.exists()
+
+
+def test_held_out_data_that_moved_are_the_same(bunny, small, tmp_path, monkeypatch, capsys):
+    """Their contents count, as the training data's do, and not where the file lies now."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    shutil.copytree(Path(small).parent, moved)
+    assert stopped_at(2, monkeypatch, command(bunny, small, out, "--eval-data", small)) == 128 + signal.SIGTERM
+    (moved / "one.json").write_text(json.dumps(json.loads(Path(small).read_text())[:1]))
+    assert train.main(["--resume", str(out), "--eval-data", str(moved / "one.json"), "--images", str(moved)]) == 2
+    assert "the run began with other data" in capsys.readouterr().err
+    flags = ["--eval-data", str(moved / Path(small).name), "--data", str(moved / Path(small).name)]
+    assert train.main(["--resume", str(out), *flags]) == 0
 
 
 def test_the_table_at_the_end_is_the_logs(bunny, small, tmp_path, capsys):

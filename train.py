@@ -66,7 +66,7 @@ def main(argv=None, loss=mdpo_loss):
     if "--demo" in (argv or sys.argv):
         from examples.demo import main
 
-        return main(argv)
+        return main(argv, loss)
     saves_memory = "a lower --micro-batch-size or --max-length, or --device cpu"
     return run_command(lambda argv: run(parse_args(argv), loss), argv, saves_memory)
 
@@ -101,7 +101,7 @@ def run(args, loss):
         records = load_checkpoint(out, args, model, optimizer) if args.resume else []
         write_log(out, records, "w")  # without the steps after the checkpoint, which come again
         done = records[-1]["step"] if records else 0
-        warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # its first step has rate 0
+        warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # else one step has rate 0
         schedule = transformers.get_cosine_schedule_with_warmup(
             optimizer, warmup_steps, len(plan), last_epoch=done - 1
         )
@@ -195,9 +195,10 @@ def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=d
             bar.set_postfix(loss=record["loss"], refresh=False)
             with suppress(OSError):
                 bar.update()
-            if end_of_epoch or stop or step % (save_every or len(plan)) == 0:
+            stopping = bool(stop) and step < len(plan)  # read once: a signal may come at any time
+            if end_of_epoch or stopping or step % (save_every or len(plan)) == 0:
                 save()
-            if stop and step < len(plan):
+            if stopping:
                 return stop[0]
     return 0
 
@@ -444,8 +445,8 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "resume": (None, str, "go on with the run in this folder, exactly, with its own arguments"),
     # data
     "subset": (None, str, "only ids with this prefix; the paper's is llava (4.1)"),
-    "limit": (None, whole, "train on a random sample of so many examples; 10000 in the paper (4.1)"),
-    "eval-size": (0, count, "examples held out, never trained on"),
+    "limit": (None, whole, "read a random sample of so many examples; 10000 in the paper (4.1)"),
+    "eval-size": (0, count, "of these, examples held out; --reject random may show their images"),
     "eval-data": (None, str, "a second preference file, for evaluation only"),
     "max-length": (2048, whole, "tokens of prompt and one response (authors' config)"),
     "reject": ("crop", STRATEGIES, "how the rejected image is made (Table 3): " + "; ".join(
@@ -484,7 +485,7 @@ SWITCHES = {
 }
 # What may differ when a run goes on: where its files are, and what changes speed, but not what is trained.
 MAY_DIFFER = (
-    "resume argv out model data images workers save_every debug "
+    "resume argv out model data eval_data images workers save_every debug "
     "micro_batch_size device layout no_checkpointing"  # the same but for rounding
 ).split()
 
@@ -500,7 +501,7 @@ def parse_args(argv):
         options = {"type": kind} if callable(kind) else {"choices": kind}
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "+"
-        text += f" (default: {default})" if default else ""
+        text += f" (default: {default})" if default not in (None, ()) else ""
         parser.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"), **options)
     for name, text in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
@@ -629,7 +630,7 @@ class LoraLinear(peft.tuners.lora.Linear):
 
 
 def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
-    """Wrap `model` with LoRA on every linear layer of its language model, and on nothing else.
+    """Wrap `model` with LoRA on every linear layer of its language model but lm_head, and on nothing else.
 
     Rank and alpha are the paper's (4.1), the choice of layers is the authors' config.
     layer: `LoraLinear`, or `peft.tuners.lora.Linear` for frameworks that gather sharded weights by module.
@@ -649,8 +650,8 @@ def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
 
 # How far a response of n tokens may be off, in nats over the square root of n, as rounding errors add up.
 # Computed in float32, packed and plain rows are off by at most 9e-6, and the library's own call is 4e-6 from
-# float64 (random models: eight families, and Bunny-3B in full size). The least of planted mistakes there: one
-# of 750 keys forgotten 3e-4, y_l sees a token of y_w 0.003, positions off by one 0.009, image swapped 0.1.
+# float64 (random models: eight families, and Bunny-3B in full size). Planted mistakes there: one of 750 keys
+# forgotten 3e-4, y_l sees a token of y_w 0.003, positions off by one 0.009, image swapped 0.1.
 # In bf16 itself rounding reaches 0.01 and would hide most of them.
 TOLERANCE = 5e-5
 
@@ -676,7 +677,7 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     layouts = [name for name in layouts if layout in (name, None)]
     # The library's call has logits of all tokens, so that a long response would take all time and memory.
     pairs = [pair._replace(chosen=pair.chosen[:1000], rejected=pair.rejected[:1000]) for pair in pairs]
-    with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts)} rows"):
+    with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts) or layout} rows"):
         for chosen, error in layout_errors(model, processor, pairs, layouts):
             if error <= TOLERANCE:
                 if chosen != (layout or "packed"):

@@ -15,19 +15,19 @@ FLAGS = "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-che
 FLAGS += "--workers 2 --device cpu"  # where it prints the README's digits
 
 
-def main(argv=None):
+def main(argv=None, loss=train.mdpo_loss):
     """`train.py --demo` and any of its flags but --model, --data and --out -> exit status."""
-    return run_command(run, argv)
+    return run_command(lambda argv: run(argv, loss), argv)
 
 
-def run(argv):
+def run(argv, loss):
     flags = [*FLAGS.split(), *(flag for flag in argv if flag != "--demo")]
     args = train.parse_args(["--model", "", "--data", "", *flags])  # before anything is drawn
     if args.model or args.data or args.out:
         raise BadInput("--demo has a model, data and a folder of its own")
     folder = next(path for n in count(1) if not (path := Path("runs", f"demo-{n}")).exists())
     data, out = str(shapes.write_pairs(folder / "data", n=720, seed=0)), str(folder / "out")
-    status = train.main(["--model", str(BASE), "--data", data, "--out", out, *flags])
+    status = train.main(["--model", str(BASE), "--data", data, "--out", out, *flags], loss)
     if status == 0:
         write_held_out(data, out)
         print(f"\n{report(*load_tuned(BASE, out, args.device), out)}")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data import SCORED, Pairs, about, make_batch, open_image, read_examples, run_command
-from examples import answer
+from examples import answer, variants
 from mdpo import mdpo_loss, mdpo_step
 
 LEVEL = 0.95  # of the intervals
@@ -118,7 +118,8 @@ def run(argv):
     if args.no_image:  # less the terms that need a rejected image
         names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False
     options = {"beta": trained.beta, "delta": trained.delta, "conditional": conditional, "anchors": anchors}
-    loss, sizes = partial(mdpo_loss, **options), {"max_length": trained.max_length}
+    losses, sizes = {f.__qualname__: f for f, _ in variants.VARIANTS.values()}, {"max_length": trained.max_length}
+    loss = partial(losses.get(vars(trained).get("shared", {}).get("loss"), mdpo_loss), **options)
     pair_of = lambda i: pairs["held out", i]
     metrics = score(model, processor, pair_of, range(len(pairs)), names, loss, **sizes)
     margins = score_margins(model, processor, examples, trained.beta, **sizes)

@@ -35,7 +35,7 @@ from examples import answer as answering
 from examples import benchmarks, curves, demo, evaluate, families, merge, minimal, miniature, preview, shapes
 from examples import picture, throughput, tiny_bunny, variants, words
 from examples.answer import generate_answers
-from mdpo import LogPs, mdpo_step, response_logps, sequence_logps
+from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps
 from test_mdpo import DPO_NAMES, PAIRS, POLICY, REF, ROOT, adapter, as_examples, command, log_of, noise, pair
 from test_mdpo import asked, softplus, with_lora, write
 from test_mdpo import bunny, finished, llava, loaded, small  # noqa: F401 (fixtures)
@@ -63,6 +63,14 @@ def test_demo_runs_again_and_again(tmp_path, monkeypatch, capsys, short_demo):
         assert f"runs/demo-{number}/out" in out and "hallucination_rate" in out and "before:" in out
         assert Path(f"runs/demo-{number}/out/picture.png").exists()
     assert all(torch.equal(v, adapter("runs/demo-1/out")[k]) for k, v in adapter("runs/demo-2/out").items())
+
+
+def test_demo_takes_a_loss_of_ones_own(tmp_path, monkeypatch, short_demo):
+    """The first thing to try; mDPO's loss in its place would go unnoticed."""
+    monkeypatch.chdir(tmp_path)
+    mine = lambda *logps, **options: (losses := mdpo_loss(*logps, **options)) and (2 * losses[0], losses[1])
+    assert train.main(short_demo, loss=mine) == 0
+    assert log_of(Path("runs/demo-1/out"))[0]["eval/loss"] == pytest.approx(6 * math.log(2), abs=1e-5)
 
 
 def test_readme_snippets_run(tmp_path, monkeypatch, capsys, short_demo):
@@ -2342,15 +2350,6 @@ OF_4_TOKENS = {  # y_w of two examples has 4 tokens and 3, in plain rows, which 
 }
 
 
-@pytest.fixture
-def strategies():
-    """What a variant adds to the strategies is taken back."""
-    before = dict(data.STRATEGIES)
-    yield data.STRATEGIES
-    data.STRATEGIES.clear()
-    data.STRATEGIES.update(before)
-
-
 @pytest.mark.parametrize(
     "loss, options, expected",
     [
@@ -2438,23 +2437,22 @@ def test_mask_hides_three_patches_in_ten():
     assert changed / (100 * 75) == pytest.approx(0.3, abs=0.02)
 
 
-@pytest.mark.parametrize("strategy", variants.REJECTED)
-def test_rejected_images_of_the_variants_are_functions_of_image_and_rng(strategy, strategies, tmp_path):
+@pytest.mark.parametrize("strategy", ["noise", "mask"])
+def test_rejected_images_of_the_variants_are_functions_of_image_and_rng(strategy, tmp_path):
     """Resumed runs and workers see them again only then; another epoch and another example see others."""
-    strategies.update(variants.REJECTED)
     examples = as_examples(tmp_path, 2)
     draw = lambda epoch, index: Pairs(examples, strategy)[epoch, index].images_rejected[0].tobytes()
     torch.manual_seed(1)
     first = draw(0, 0)
     torch.manual_seed(2)
     assert draw(0, 0) == first != draw(1, 0) and draw(0, 1) != draw(1, 1)
-    assert variants.REJECTED[strategy](noise(1), random.Random(1)).size == noise(1).size
+    assert data.STRATEGIES[strategy](noise(1), random.Random(1)).size == noise(1).size
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
-def test_variants_run_and_go_on(name, bunny, small, tmp_path, strategies, monkeypatch, capsys):
+def test_variants_run_and_go_on(name, bunny, small, tmp_path, monkeypatch, capsys):
     """Half a run of one loss and half of another is no run: resumed under another name, it stops and says so.
-    Under its own name, the adapter comes out bit for bit."""
+    Under its own name, the adapter comes out bit for bit. evaluate.py knows its loss and rejected images."""
     whole, out, log = tmp_path / "whole", tmp_path / "out", train.log
     assert run_command(variants.run, [name, *command(bunny, small, whole)]) == 0
 
@@ -2479,9 +2477,12 @@ def test_variants_run_and_go_on(name, bunny, small, tmp_path, strategies, monkey
     }
     assert (args["reject"], {key for key in first if key.startswith("loss/")}) == expected[name]
     assert ("rewards/image_margins" in first) == (name != "rpo")  # m_l is encoded only where it is needed
+    capsys.readouterr()
+    assert run_command(evaluate.run, f"--model {bunny} --adapter {whole} --data {small}".split()) == 0
+    assert {*re.findall(r"loss/\w+", capsys.readouterr().out)} == expected[name][1]
 
 
-def test_variants_take_train_pys_flags_but_those_of_the_terms(monkeypatch, strategies, capsys):
+def test_variants_take_train_pys_flags_but_those_of_the_terms(monkeypatch, capsys):
     """`--anchors none` that changes nothing would be a run under a wrong name. The user's --reject counts."""
     given = []
     monkeypatch.setattr(train, "main", lambda argv, loss: given.append((argv, loss)) or 7)

@@ -103,7 +103,7 @@ def mask_patches(image, rng, share=0.3, grid=24):
 
 # ---------------------------------------------------------------------------------------------- command line
 
-REJECTED = {"noise": diffusion_noise, "mask": mask_patches}
+STRATEGIES |= {"noise": diffusion_noise, "mask": mask_patches}  # also in a DataLoader worker that was not forked
 VARIANTS = {  # name: (loss, flags that come before the user's)
     "chip": (chip_loss, ["--reject", "noise"]),
     "opa-dpo": (opa_dpo_loss, ["--reject", "mask"]),
@@ -119,12 +119,9 @@ def run(argv):
     loss, flags = VARIANTS[name]
     if refused := FIXED & {word.partition("=")[0] for word in given}:
         raise BadInput(f"{min(refused)}: {name} has terms of its own")
-    STRATEGIES.update(REJECTED)
     resuming = any(word.startswith("--resume") for word in given)
     return train.main(given if resuming else [*flags, *given], loss)
 
 
-if __name__ == "__mp_main__":  # a DataLoader worker that was not forked
-    STRATEGIES.update(REJECTED)
 if __name__ == "__main__":
     sys.exit(run_command(run))
