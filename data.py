@@ -161,7 +161,8 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
     layout: "packed": responses to the same images share a sequence, [m_w|q|y_w|y_l] and [m_l|q|y_w], and all
         sequences lie end to end in one row (R = 1). "plain": a sequence and a padded row for each response.
     names: the fields of `LogPs` to compute. DPO needs only two.
-    max_length: tokens of prompt and one response. A longer response is cut on the right, the prompt never is.
+    max_length: tokens of prompt and one response. A longer response is cut on the right, alike for all images
+        of its pair; the prompt never is.
     Returns a dict. For one pair, with m_w = 77 77, q = 5 6, y_w = 1 2, y_l = 3 and end-of-sequence 0, it is
 
         input_ids (R, T)      77 77  5  6 | 1  2  0 | 3  0 || 77 77  5  6 | 1  2  0
@@ -187,10 +188,10 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
 
     rows, lengths, scored = [], [], {}
     for (i, group), prefix in zip(sequences, prefixes):
-        n_prefix = len(prefix["input_ids"])
-        if n_prefix >= max_length:
-            raise BadInput(f"prompt of {n_prefix} tokens, --max-length {max_length}: no room for a response")
-        responses = [texts[i].responses[SCORED[name][1]][: max_length - n_prefix] for name in group]
+        longest = max(len(prefix["input_ids"]) for prefix in prefixes[i :: len(pairs)])  # of the pair's
+        if longest >= max_length:
+            raise BadInput(f"prompt of {longest} tokens, --max-length {max_length}: no room for a response")
+        responses = [texts[i].responses[SCORED[name][1]][: max_length - longest] for name in group]
         sequence, predictors = lay_out(prefix, responses)
         if layout == "plain" or not rows:
             rows.append(defaultdict(list))
@@ -199,7 +200,7 @@ def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_lengt
             rows[-1][name] += values
         for name, positions, response in zip(group, predictors, responses):
             scored[name, i] = [start + position for position in positions], response
-        lengths.append([n_prefix, *map(len, responses)])
+        lengths.append([len(prefix["input_ids"]), *map(len, responses)])
 
     predictors, targets = zip(*(scored[name, i] for name in names for i in range(len(pairs))))
     n_targets = [*map(len, targets)]
@@ -330,7 +331,8 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such image folder")
     roots = [folder, folder / "merged_images"] if with_images else None
-    image_tokens = {getattr(processor, name, None) for name in ("image_token", "boi_token")}
+    parts, kinds = [processor, processor.tokenizer] if processor else [], ("image", "boi", "video")
+    image_tokens = {getattr(part, f"{kind}_token", None) for part in parts for kind in kinds}
     placeholders = image_tokens - {None} | {"<image>"}
     found, problems, n_unpaired = [], {}, 0
 
@@ -459,7 +461,7 @@ def from_preference(record, id):
     """The authors' release, TRL's vision preferences and their like."""
     chosen, rejected = record["chosen"], record["rejected"]
     question = first(record, "prompt", "question")
-    if question is None:  # two conversations that differ in their last turn
+    if question is None or isinstance(chosen, list) and len(chosen) > 1:  # two that differ in their last turn
         question = chosen[:-1]
         if not isinstance(question, list) or not question:
             raise BadInput("has no field 'prompt' or 'question'")

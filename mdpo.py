@@ -96,9 +96,9 @@ def sequence_logps(logits, labels):
 
     labels: the input ids, with -100 in prompt, image and padding. The end-of-sequence token counts.
     """
-    logps, labels = logits[:, :-1].float().log_softmax(-1), labels[:, 1:]  # position t predicts token t + 1
-    logps = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # (B, T - 1)
-    return logps.masked_fill(labels == -100, 0).sum(-1)
+    logits, targets = logits[:, :-1].float(), labels[:, 1:]  # position t predicts token t + 1
+    logps = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # 0 for -100
+    return logps.view(targets.shape).sum(-1)
 
 
 def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):

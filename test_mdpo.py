@@ -849,6 +849,25 @@ def test_truncation_cuts_the_response_never_the_image(loaded):
         make_batch(PAIRS[:1], processor, max_length=prefix)
 
 
+def test_a_response_is_cut_alike_for_all_images_of_its_pair(bunny, monkeypatch):
+    """A rejected image of one's own may take more tokens. CoPO would compare 2 tokens of y_w with 6 of it."""
+    _, processor = train.load_model(str(bunny))
+    expand = data.expand_prefixes
+
+    def expand_more(processor, texts, images):
+        prefixes, more = expand(processor, texts, images)
+        prefixes[2]["input_ids"] += [5] * 4  # of the first pair's m_l
+        return prefixes, more
+
+    pairs = PAIRS[:1] * 2
+    n = make_batch(pairs, processor)["lengths"][0][0]
+    monkeypatch.setattr(data, "expand_prefixes", expand_more)
+    batch = make_batch(pairs, processor, max_length=n + 6)
+    assert batch["lengths"] == [[n, 2, 2], [n, 6, 6], [n + 4, 2], [n, 6]]
+    with pytest.raises(BadInput, match=f"prompt of {n + 4} tokens"):
+        make_batch(pairs, processor, max_length=n + 4)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 5)])
 def test_images_of_one_pixel_and_of_extreme_shape(loaded, tmp_path, size):
     """Such files exist in scraped data and must not stop a run."""
@@ -1727,6 +1746,19 @@ def test_images_folder_can_be_elsewhere(folder):
     assert len(read_examples(path, image_dir=folder)) == 2
 
 
+def test_turns_of_conversations_are_not_lost_beside_a_prompt(folder):
+    """The prompt is in the conversation once more; taken alone, it would be answered by the last turn's answer."""
+    user, assistant = ({"role": role} for role in ("user", "assistant"))
+    turns = [user | {"content": "What?"}, assistant | {"content": "A ring."}, user | {"content": "Which colour?"}]
+    record = {"image": "a.png", "prompt": "What?"}
+    record |= {name: [*turns, assistant | {"content": name}] for name in ("chosen", "rejected")}
+    (one,) = read_examples(write(folder / "x.json", [record]))
+    assert data.texts_of(one.question) == ["What?", "A ring.", "Which colour?"] and one.chosen == "chosen"
+    record |= {"prompt": turns[:1]} | {name: record[name][1:] for name in ("chosen", "rejected")}
+    with pytest.raises(BadInput, match="user and assistant must take turns"):
+        read_examples(write(folder / "x.json", [record]))
+
+
 BAD_RECORDS = {
     "has no field 'completions' or 'chosen'": authors(chosen=None),
     "has no field 'prompt' or 'question'": {"image": "a.png", "chosen": "a", "rejected": "b"},
@@ -1781,6 +1813,17 @@ def test_the_models_own_image_token_in_text_is_bad(folder, bunny):
     path = write(folder / "x.json", [authors(chosen="a" + "\t" * 9 + "b")])
     with pytest.raises(BadInput, match="'chosen' holds the image token"):
         read_examples(path, processor=train.load_processor(str(bunny)))
+
+
+@pytest.mark.parametrize("part, kind", [("tokenizer", "image"), ("processor", "video"), ("processor", "boi")])
+def test_other_tokens_for_images_in_text_are_bad_as_well(folder, bunny, part, kind):
+    """Gemma 3 names its image token in the tokenizer only; others would look for a video, and stop the run."""
+    processor = train.load_processor(str(bunny))
+    names = {"processor": processor, "tokenizer": processor.tokenizer}
+    setattr(names[part], f"{kind}_token", "<it>")
+    path = write(folder / "x.json", [authors(chosen="An <it> tag."), authors()])
+    with pytest.raises(BadInput, match="1 bad records:\n.*record 1.*'chosen' holds the image token '<it>'"):
+        read_examples(path, processor=processor)
 
 
 def test_the_check_of_the_room_counts_each_prompts_own_images(folder, loaded):
@@ -2626,7 +2669,7 @@ def test_help_shows_every_default(capsys):
     parts = [" ".join(part.split()) for part in re.split(r"\n  --", capsys.readouterr().out)]
     for name, (default, _, _) in train.ARGUMENTS.items():
         (part,) = [part for part in parts if part.startswith(f"{name} ")]
-        assert (f"(default: {default})" in part) == (default is not None and default != ()), name
+        assert (f"(default: {default})" in part) == (default not in (None, [])), name
 
 
 def test_arguments_cannot_be_abbreviated(bunny, small, capsys):
@@ -2680,7 +2723,8 @@ def test_a_run_goes_on_with_its_own_arguments(finished, bunny, small, tmp_path, 
     assert "the run began with other values of anchors, lr, seed" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     moved = out.rename(tmp_path / "moved")
-    assert train.main(["--resume", str(moved), "--micro-batch-size", "4", "--model", str(bunny)]) == 0
+    same = ["--betas", "0.9", "0.98", "--crop", "0.01", "0.2", "--anchors", "chosen"]  # the defaults, said aloud
+    assert train.main(["--resume", str(moved), "--micro-batch-size", "4", "--model", str(bunny), *same]) == 0
     assert all(torch.allclose(v, adapter(finished)[k], atol=1e-5) for k, v in adapter(moved).items())
     assert not out.exists()
 
@@ -3400,6 +3444,17 @@ def test_a_run_without_its_checkpoint_is_refused(finished, tmp_path, capsys):
     before = bytes_of(copy)
     assert "checkpoint.pt: cannot be resumed from" in one_line_of(capsys, train.main(["--resume", str(copy)]))
     assert bytes_of(copy) == before
+
+
+def test_folders_of_new_files_are_merged(tmp_path):
+    """Processors with several chat templates save them in a folder: a run that ended could not be resumed."""
+    for text in ("old", "new"):
+        with train.replacing(tmp_path) as new:
+            (new / "more").mkdir()
+            (new / "more" / "template.jinja").write_text(text)
+        (tmp_path / "more" / "mine").touch()
+    found = {path.name: path.read_text() for path in (tmp_path / "more").iterdir()}
+    assert found == {"template.jinja": "new", "mine": ""}
 
 
 def test_half_a_file_of_a_kill_replaces_nothing(finished, tmp_path):

@@ -318,8 +318,10 @@ def replacing(out):
     with about(f"{out}: cannot be written to (existing files are unchanged)"):
         with tempfile.TemporaryDirectory(".tmp", "new.", out) as new:
             yield Path(new)
-            for file in Path(new).iterdir():
-                os.replace(file, out / file.name)
+            for file in filter(Path.is_file, [*Path(new).rglob("*")]):
+                target = out / file.relative_to(new)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(file, target)
 
 
 def write_arguments(out, args, examples, model, loss):
@@ -451,11 +453,11 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "max-length": (2048, whole, "tokens of prompt and one response (authors' config)"),
     "reject": ("crop", STRATEGIES, "how the rejected image is made (Table 3): " + "; ".join(
         f"{name}, {strategy.__doc__}" for name, strategy in STRATEGIES.items())),
-    "crop": (CROP, share, "least and most of the area that a crop keeps (Table 3)"),
+    "crop": ([*CROP], share, "least and most of the area that a crop keeps (Table 3)"),
     # loss
     "beta": (0.1, positive, "strength of the KL constraint (paper 4.1)"),
     "delta": (0.0, real, "the anchor, in units of reward (paper 4.1)"),
-    "anchors": ((), (*LogPs._fields, "none"), "anchored rewards: chosen is eq. 7 and the default, Table 4 "
+    "anchors": ([], (*LogPs._fields, "none"), "anchored rewards: chosen is eq. 7 and the default, Table 4 "
         "has more; none is Table 2, minus anchored"),
     # optimization
     "epochs": (3, number(int, 1, 1000), "passes over the data (paper 4.1)"),
@@ -463,7 +465,7 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "micro-batch-size": (4, whole, "examples at a time: for memory, not for the result"),
     "lr": (1e-5, positive, "peak learning rate (paper 4.1)"),
     "warmup": (0.1, share, "share of the steps, rounded up, before a cosine to 0 (paper 4.1)"),
-    "betas": ((0.9, 0.98), decay, "of AdamW (the second: authors' config)"),
+    "betas": ([0.9, 0.98], decay, "of AdamW (the second: authors' config)"),
     "weight-decay": (0.05, share, "of AdamW (authors' config)"),
     "max-grad-norm": (1.0, positive, "gradient clipping (the default of the authors' trainer)"),
     "lora-rank": (64, whole, "of the adapter (paper 4.1)"),
@@ -499,9 +501,9 @@ def parse_args(argv):
     parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
     for name, (default, kind, text) in ARGUMENTS.items():
         options = {"type": kind} if callable(kind) else {"choices": kind}
-        if isinstance(default, tuple):
+        if isinstance(default, list):
             options["nargs"] = len(default) or "+"
-        text += f" (default: {default})" if default not in (None, ()) else ""
+        text += f" (default: {default})" if default not in (None, []) else ""
         parser.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"), **options)
     for name, text in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
@@ -512,11 +514,11 @@ def parse_args(argv):
     out = args.resume
     with about(f"{out}: cannot be resumed"):
         run = json.loads(Path(out, "args.json").read_text())
-        began, args = (parser.parse_args([*run["argv"], *more]) for more in ([], argv))
+        began, args = (resolve(parser.parse_args([*run["argv"], *more]), run["argv"]) for more in ([], argv))
         if others := [name for name in (*identity(began), "out") if vars(args)[name] != vars(began)[name]]:
             raise BadInput(f"the run began with other values of {', '.join(others)}")
         args.out, args.shared = out, run["shared"]
-        return resolve(args, run["argv"])
+        return args
 
 
 def resolve(args, argv):

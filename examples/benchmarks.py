@@ -16,6 +16,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import statistics
 import sys
@@ -158,7 +159,8 @@ def run(argv):
     if missing:
         raise BadInput("\n  ".join([f"{len(missing)} of {len(questions)} images are missing (--images):", *missing[:20]]))
     identity = {name: vars(args)[name] for name in ("model", "adapter", "max_new_tokens")}
-    identity["questions"] = hashlib.sha256(Path(args.questions).read_bytes()).hexdigest()
+    files = [Path(args.questions), *Path(args.adapter or os.devnull).glob("adapter_model.*")]
+    identity["contents"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     model, processor = load_tuned(args.model, args.adapter, args.device)
     ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
     partial = Path(f"{to}.partial")

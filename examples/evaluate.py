@@ -40,8 +40,8 @@ def score(model, processor, pair_of, indices, names, loss, batch_size=8, max_len
     return metrics
 
 
-def score_margins(model, processor, examples, beta=0.1, batch_size=8, max_length=2048):
-    """-> {"image": reward margins, "no_image": ..., "other_image": ...}, of the examples with such images."""
+def score_margins(model, processor, examples, beta=0.1, batch_size=8):
+    """-> {"image": reward margins, "no_image": ..., "other_image": ...}, of the examples with such images; no text is cut."""
     shown = {
         "image": [example.images or None for example in examples],
         "no_image": [()] * len(examples),
@@ -51,7 +51,7 @@ def score_margins(model, processor, examples, beta=0.1, batch_size=8, max_length
     for name, paths in shown.items():
         pair_of = lambda i: examples[i]._replace(images=tuple(map(open_image, paths[i])), images_rejected=())
         indices = [i for i in range(len(examples)) if paths[i] is not None]
-        options = ("chosen", "rejected"), loss, batch_size, max_length
+        options = ("chosen", "rejected"), loss, batch_size, sys.maxsize
         margins[name] = score(model, processor, pair_of, indices, *options)["rewards/margins"]
     return margins
 
@@ -59,10 +59,8 @@ def score_margins(model, processor, examples, beta=0.1, batch_size=8, max_length
 def another_image(examples, index):
     """The images of the next example, round and round, that has as many, in other files -> paths, or None."""
     own, files = examples[index].images, lambda paths: set(map(os.path.realpath, paths))
-    for other in examples[index + 1 :] + examples[:index]:
-        if own and len(other.images) == len(own) and not files(other.images) & files(own):
-            return other.images
-    return None
+    fits = lambda images: own and len(images) == len(own) and not files(images) & files(own)
+    return next(filter(fits, (other.images for other in examples[index + 1 :] + examples[:index])), None)
 
 
 def diagnose(margins):
@@ -97,6 +95,7 @@ def load(args):
     if args.adapter and path.is_file():
         with about(f"{path}: cannot be read"):
             vars(trained).update(json.loads(path.read_text()))
+    args.no_image |= trained.no_image
     options = {"limit": args.limit, "with_images": not args.no_image, "max_length": trained.max_length}
     processor = train.load_processor(args.model)
     examples = read_examples(args.data, args.images, processor=processor, skip_bad=True, **options)
@@ -118,11 +117,12 @@ def run(argv):
     if args.no_image:  # less the terms that need a rejected image
         names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False
     options = {"beta": trained.beta, "delta": trained.delta, "conditional": conditional, "anchors": anchors}
-    losses, sizes = {f.__qualname__: f for f, _ in variants.VARIANTS.values()}, {"max_length": trained.max_length}
-    loss = partial(losses.get(vars(trained).get("shared", {}).get("loss"), mdpo_loss), **options)
-    pair_of = lambda i: pairs["held out", i]
-    metrics = score(model, processor, pair_of, range(len(pairs)), names, loss, **sizes)
-    margins = score_margins(model, processor, examples, trained.beta, **sizes)
+    losses = {f.__qualname__: f for f, _ in [(mdpo_loss, ()), *variants.VARIANTS.values()]}
+    pair_of, name = lambda i: pairs["held out", i], vars(trained).get("shared", {}).get("loss", "mdpo_loss")
+    with about(f"the run's loss, {name} of mdpo.py or variants.py"):
+        options = names, partial(losses[name], **options), 8, trained.max_length
+        metrics = score(model, processor, pair_of, range(len(pairs)), *options)
+    margins = score_margins(model, processor, examples, trained.beta)
     print(f"{len(examples)} examples: means, and bootstrap intervals of level {LEVEL:.0%}")
     print("\n".join(line(name, values) for name, values in metrics.items()))
     shares = diagnose(margins)

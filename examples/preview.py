@@ -25,6 +25,7 @@ def contact_sheet(examples, pool, seed):
     size = (1 + len(PANELS)) * (WIDTH + GAP) + GAP, len(examples) * row_height + GAP
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
+    examples = [example._replace(images_rejected=()) for example in examples]  # the strategies', not the record's own
     for i, example in enumerate(examples):
         top, panels = i * row_height + GAP, {}
         for title, arguments in PANELS.items():

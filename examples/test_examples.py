@@ -165,10 +165,11 @@ def test_preview_shows_each_strategy_under_its_title(monkeypatch, tmp_path):
 
     def pairs(examples, strategy="crop", crop=data.CROP, seed=0, pool=None):
         pools.append(pool)
+        assert not examples[0].images_rejected  # it would take the place of every strategy's
         plain = lambda name: Image.new("RGB", (64, 48), colours[name])
         return {(0, 0): pair("q", "c", "r", plain("chosen"), plain(strategy if crop == data.CROP else crop))}
 
-    examples = as_examples(tmp_path)
+    examples = [one._replace(images_rejected=("own.png",)) for one in as_examples(tmp_path)]
     monkeypatch.setattr(preview, "Pairs", pairs)
     sheet = preview.contact_sheet(examples[:1], examples, 0)
     centres = [sheet.getpixel((250 * column + 10 + 120, 10 + 20 + 90)) for column in range(5)]
@@ -1299,17 +1300,21 @@ def test_benchmark_flags_reach_the_model_and_the_partial_file(tmp_path, monkeypa
     monkeypatch.setattr(benchmarks, "generate_answers", ask)
     grey(0).save(tmp_path / "a.png")
     items = [{"id": i, "image": "a.png", "query": "What?"} for i in range(3)]
-    flags = {"questions": write(tmp_path / "q.json", items), "images": tmp_path, "model": "M", "adapter": "A"}
+    flags = {"questions": write(tmp_path / "q.json", items), "images": tmp_path, "model": "M", "adapter": tmp_path}
     flags |= {"to": tmp_path / "to.json", "max-new-tokens": 7, "batch-size": 2, "device": "cpu"}
     run = lambda **changes: run_command(benchmarks.run, ["amber", *(f"--{n}={v}" for n, v in (flags | changes).items())])
     assert run() == 130
-    assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", "A", "cpu")]
+    assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", str(tmp_path), "cpu")]
     assert len((tmp_path / "to.json.partial").read_text().splitlines()) == 1 + 2
     other_questions = write(tmp_path / "other.json", [item | {"query": "Who?"} for item in items])
     for change in ({"model": "N"}, {"adapter": "B"}, {"max-new-tokens": 8}, {"questions": other_questions}):
         assert run(**change) == 2 and "another model or to other questions" in capsys.readouterr().err
     Path(tmp_path / "q.json").write_text(Path(other_questions).read_text())
     assert run() == 2 and len(calls) == 2
+    (tmp_path / "adapter_model.safetensors").write_text("trained again")  # in the same folder
+    write(tmp_path / "q.json", items)
+    assert run() == 2 and len(calls) == 2
+    (tmp_path / "adapter_model.safetensors").unlink()
     write(tmp_path / "q.json", items)
     assert (
         run() == 0 and calls[2:] == [(1, 7, 2)] and len(json.loads((tmp_path / "to.json").read_text())) == 3
@@ -1400,8 +1405,30 @@ def test_evaluation_of_a_runs_held_out_pairs_is_its_log(bunny, tmp_path, capsys)
     logged = {name[5:]: value for name, value in logged.items() if name.startswith("eval/")}
     assert text.startswith("5 examples") and "95%" in text and len(logged) == 11
     assert {name: found[name][0] for name in logged} == pytest.approx(logged, abs=2e-4)
-    assert found["margin, image"] == found["rewards/margins"] and abs(logged["rewards/margins"]) > 0.001
+    assert abs(logged["rewards/margins"]) > 0.001
     assert all(low <= mean <= high for mean, low, high in found.values())
+
+
+def test_evaluation_refuses_a_loss_that_it_does_not_know(finished, bunny, small, tmp_path, capsys):
+    """mDPO's numbers under another loss's name; and CHiP's loss has no part without a rejected image."""
+    shutil.copytree(finished, copy := tmp_path / "copy")
+    args = json.loads((copy / "args.json").read_text())
+    arguments = f"--model {bunny} --adapter {copy} --data {small}".split()
+    for loss, flags, reason in (("mine", [], "'mine'"), ("chip_loss", ["--no-image"], "image_rejected")):
+        write(copy / "args.json", args | {"shared": args["shared"] | {"loss": loss}})
+        assert run_command(evaluate.run, [*arguments, *flags]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: the run's loss, {loss}") and reason in error
+
+
+def test_evaluation_of_a_run_without_images_shows_none(bunny, small, tmp_path, capsys):
+    """Its metrics are those of the log, where no image was seen."""
+    flags = ["--no-image", "--epochs", "1", "--lr", "0.05", "--eval-data", small]
+    assert train.main(command(bunny, small, tmp_path / "out", *flags)) == 0
+    last = log_of(tmp_path / "out")[-1]
+    capsys.readouterr()
+    assert run_command(evaluate.run, f"--model {bunny} --adapter {tmp_path / 'out'} --data {small}".split()) == 0
+    assert printed(capsys.readouterr().out)["rewards/margins"][0] == pytest.approx(last["eval/rewards/margins"], abs=2e-4)
 
 
 def test_evaluation_takes_the_loss_of_its_run(finished, bunny, small, tmp_path, capsys):
@@ -1418,6 +1445,7 @@ def test_evaluation_takes_the_loss_of_its_run(finished, bunny, small, tmp_path, 
         assert run_command(evaluate.run, arguments) == 0
         found = printed(capsys.readouterr().out)
         assert found["loss"] == found["loss/dpo"] and "loss/anchor" not in found
+        assert found["margin, image"] == found["rewards/margins"] and found["rewards/margins"][0] != 0
         assert "rewards/image_margins" in found  # under DPO it shows how much the image counts
         write(finished / "args.json", "{")
         assert run_command(evaluate.run, arguments) == 2
@@ -1460,6 +1488,15 @@ def test_margins_without_the_image_and_with_anothers_by_hand(bunny, tmp_path):
     for name in expected:
         assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
     assert len({round(values[0], 4) for values in found.values()}) == 3
+
+
+def test_margins_compare_the_same_texts(bunny, tmp_path, monkeypatch):
+    """Cut at a length that counts the image, an answer would be longer without one; and the next example's image
+    may leave no room at all."""
+    given, make = set(), evaluate.make_batch
+    monkeypatch.setattr(evaluate, "make_batch", lambda *arguments: given.add(arguments[-1]) or make(*arguments))
+    evaluate.score_margins(*randomly_adapted(bunny), as_examples(tmp_path, 2))
+    assert given == {sys.maxsize}
 
 
 def test_share_of_a_margin_that_is_left(bunny, tmp_path):
