@@ -21,7 +21,7 @@ The paper does not number its equations; 5 to 8 is their order of appearance (6 
 Two departures from the authors' code, which change no equation: policy and reference see the same m_l, which
 is made with the data; an example is two packed sequences instead of three padded ones (see "Speed" below).
 
-To use the loss elsewhere, copy this file above `mdpo_step`: that part needs only torch.
+To use the loss elsewhere, copy the part above `mdpo_step`: it needs only torch.
 """
 
 import inspect

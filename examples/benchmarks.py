@@ -155,8 +155,7 @@ def run(argv):
     with about(f"{args.annotations}: no annotations for these questions"):
         annotations = {a["id"]: a["truth"] for a in read_items(args.annotations)} if args.annotations else {}
         truths = [annotations[item["id"]] for item in items if annotations]
-    missing = [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]
-    if missing:
+    if missing := [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]:
         raise BadInput("\n  ".join([f"{len(missing)} of {len(questions)} images are missing (--images):", *missing[:20]]))
     identity = {name: vars(args)[name] for name in ("model", "adapter", "max_new_tokens")}
     files = [Path(args.questions), *Path(args.adapter or os.devnull).glob("adapter_model.*")]

@@ -237,7 +237,7 @@ def draw(by_seed, path):
 def run(argv):
     parser = train.Parser(description=__doc__.splitlines()[0])
     add, listed = parser.add_argument, ", ".join(METHODS).replace("%", "%%")
-    add("--out", type=Path, default=Path("runs/miniature"))
+    add("--out", type=Path, help="(default: runs/miniature; of the large world: runs/miniature-large)")
     add("--quick", action="store_true", help="one seed, the methods of Figure 1 and Table 2")
     add("--seeds", type=train.count, nargs="+", default=None, help="(default: 0 1 2 3 4; --quick: 0)")
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"(default: all) {listed}")
@@ -252,6 +252,7 @@ def run(argv):
     if args.figure and load_pyplot() and not QUICK.keys() <= {*methods}:
         raise BadInput(f"--figure needs the methods {', '.join(QUICK)}")
     world = {"small": shapes.SMALL, "large": shapes.LARGE}[args.world]
+    args.out = args.out or Path("runs", "miniature" + "-large" * (args.world == "large"))  # what is there is used again
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(prepare_seed, *zip(*[(args.out, seed, world) for seed in seeds])))  # raises what a worker raised
         tasks = [(args.out, seed, method, args.scenes, world, args.device) for seed in seeds for method in methods]

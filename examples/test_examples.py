@@ -819,11 +819,29 @@ def test_predictions_held_as_the_readme_says():
         assert mark in claim and mark in said
 
 
+def test_each_world_has_a_folder_of_its_own(monkeypatch, capsys):
+    """Bases and runs that are there are used again: the large world's table would hold the small one's."""
+    folders = []
+
+    class Pool(contextlib.nullcontext):
+        def __init__(self, *arguments):
+            self.enter_result = self
+
+        def map(self, function, out, *more):
+            folders.append(str(out[0]))
+            raise BadInput("enough")
+
+    monkeypatch.setattr(miniature, "ProcessPoolExecutor", Pool)
+    for flags in ("--quick", "--quick --world large", "--quick --world large --out mine"):
+        assert run_command(miniature.run, flags.split()) == 2
+    assert folders == ["runs/miniature", "runs/miniature-large", "mine"]
+
+
 def test_methods_of_the_study_are_the_readmes():
     """The README's table of flags, and what the study ran under the same names."""
     rows = dict(re.findall(r"^\| (?:Table \d|Fig. \d), (.*?) \| `(.*?)` \|$", README, re.MULTILINE))
     rows["DPO"] = re.search(r"^\| DPO \| `(.*?)` \|$", README, re.MULTILINE)[1]
-    all_three = re.search(r"\| Table 4, all three \| `(.*?)`; without `rejected` is not", README)[1]
+    all_three = re.search(r"\| Table 4, all three \| `(.*?)`; `chosen image_rejected` is not", README)[1]
     rows["anchors on `y_w` and `m_l`"] = all_three.replace(" rejected", "")
     names = {"MoCo v2 augmentation": "MoCo v2", "anchors on `y_w` and `y_l`": "anchors y_w, y_l"}
     names["anchors on `y_w` and `m_l`"] = "anchors y_w, m_l"

@@ -1,4 +1,4 @@
-"""Later papers' objectives in this training loop: another loss, another rejected image.
+"""Other papers' objectives in this training loop: another loss, another rejected image.
 
     python examples/variants.py chip --model M --data FILE      # all further flags are train.py's
     python examples/variants.py chip --resume RUN               # the same variant; another one is refused
