@@ -310,7 +310,7 @@ def test_cpu_studies_stay_on_the_cpu(flags, expected, tmp_path, monkeypatch):
     write(tmp_path / "study" / "seed-0" / "base" / "result.json", "{}")
     assert train.main(["--demo", *flags]) == run_command(families.run, ["gemma3", *flags]) == 2
     assert run_command(miniature.run, study) == 2
-    monkeypatch.setattr(train, "main", lambda argv: 0)
+    monkeypatch.setattr(train, "main", lambda *arguments: 0)
     for script in (demo, families, miniature):
         monkeypatch.setattr(script, "load_tuned", note)
     monkeypatch.setattr(demo, "write_held_out", lambda *rest: None)
