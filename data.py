@@ -461,7 +461,8 @@ def from_preference(record, id):
     """The authors' release, TRL's vision preferences and their like."""
     chosen, rejected = record["chosen"], record["rejected"]
     question = first(record, "prompt", "question")
-    if question is None or isinstance(chosen, list) and len(chosen) > 1:  # two that differ in their last turn
+    n_turns = len(question) if isinstance(question, list) else 1
+    if question is None or isinstance(chosen, list) and len(chosen) - 1 > n_turns:  # they differ in the last turn
         question = chosen[:-1]
         if not isinstance(question, list) or not question:
             raise BadInput("has no field 'prompt' or 'question'")
@@ -497,7 +498,7 @@ def find_images(value, roots):
         found = [root / image for root in roots if (root / image).is_file()]
         if not found:
             raise BadInput(f"no image {image!r} in {' or '.join(map(str, roots))}")
-        paths.append(str(found[0]))
+        paths.append(os.path.abspath(found[0]))  # one name for a file, for --reject random
     return tuple(paths)
 
 

@@ -1754,6 +1754,10 @@ def test_turns_of_conversations_are_not_lost_beside_a_prompt(folder):
     record |= {name: [*turns, assistant | {"content": name}] for name in ("chosen", "rejected")}
     (one,) = read_examples(write(folder / "x.json", [record]))
     assert data.texts_of(one.question) == ["What?", "A ring.", "Which colour?"] and one.chosen == "chosen"
+    system = [{"role": "system", "content": "Be brief."}]
+    with_system = record | {"prompt": system + turns}  # says more than the conversation
+    (one,) = read_examples(write(folder / "x.json", [with_system]))
+    assert data.texts_of(one.question) == ["Be brief.", "What?", "A ring.", "Which colour?"]
     record |= {"prompt": turns[:1]} | {name: record[name][1:] for name in ("chosen", "rejected")}
     with pytest.raises(BadInput, match="user and assistant must take turns"):
         read_examples(write(folder / "x.json", [record]))
@@ -2044,6 +2048,14 @@ def test_rejected_images_are_the_same_in_another_process(tmp_path):
     child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     here = [zlib.crc32(Pairs(examples, s)[3, 2].images_rejected[0].tobytes()) for s in ("crop", "random", "moco")]
     assert child.stdout.split() == [str(checksum) for checksum in here], child.stderr
+
+
+def test_random_image_is_another_file_whatever_its_path(tmp_path, monkeypatch):
+    """Training and held-out data may name one folder in two ways: the image itself would be the rejected one."""
+    path = shapes.write_pairs(tmp_path / "drawn", 3)
+    monkeypatch.chdir(tmp_path)
+    both = read_examples("drawn/silkie.json") + read_examples(str(path))
+    assert len({*Pairs(both, "random").pool}) == 3
 
 
 def test_an_unknown_strategy_is_refused(tmp_path):

@@ -144,8 +144,7 @@ def run(argv):
     add("--max-new-tokens", type=whole, default=512)
     add("--batch-size", type=whole, default=8)
     args = parser.parse_args(argv)
-    to = Path(args.to)
-    if to.exists():
+    if (to := Path(args.to)).exists():
         raise BadInput(f"{to}: already exists")
     with about(f"--questions of {args.benchmark}"):
         apply, items = BENCHMARKS[args.benchmark], read_items(args.questions)
@@ -158,8 +157,9 @@ def run(argv):
     if missing := [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]:
         raise BadInput("\n  ".join([f"{len(missing)} of {len(questions)} images are missing (--images):", *missing[:20]]))
     identity = {name: vars(args)[name] for name in ("model", "adapter", "max_new_tokens")}
-    files = [Path(args.questions), *Path(args.adapter or os.devnull).glob("adapter_model.*")]
-    identity["contents"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    weights = [*Path(args.model).glob("*.safetensors"), *Path(args.adapter or os.devnull).glob("adapter_model.*")]
+    files = map(Path, (args.questions, *sorted(weights)))
+    identity["contents"] = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files]
     model, processor = load_tuned(args.model, args.adapter, args.device)
     ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
     partial = Path(f"{to}.partial")

@@ -45,7 +45,7 @@ def merge(adapter, to, base=None):
         return logps, generate_answers(model, processor, [(images, question) for question in QUESTIONS], 40)
 
     model, processor = load_tuned(base, adapter, "cpu")
-    config = read_config(base)
+    config = ((whole := read_config(base)).get("text_config") or {}) | {k: v for k, v in whole.items() if v}
     dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     expected, answers = measure(model.eval(), processor)
     merged = model.merge_and_unload(safe_merge=True)

@@ -118,11 +118,11 @@ def prepare_seed(out, seed, world=shapes.SMALL):
 
 
 def run_method(out, seed, method, n_scenes, world=shapes.SMALL, device="cpu"):
-    """Train and examine one method -> its metrics; taken from result.json if that is there."""
+    """Train and examine one method -> its metrics; taken from its file if that is there."""
     with in_folder(out, seed) as folder:
         run = folder / re.sub(r"\W+", "-", method).strip("-")
-        if (run / "result.json").exists():
-            return json.loads((run / "result.json").read_text())
+        if (file := run / f"result-{n_scenes}.json").exists():
+            return json.loads(file.read_text())
         run.mkdir(exist_ok=True)
         if method != "base":
             paths = {"model": folder / "model", "data": folder / "data" / "silkie.json", "out": run, "seed": seed}
@@ -138,7 +138,7 @@ def run_method(out, seed, method, n_scenes, world=shapes.SMALL, device="cpu"):
             held_out = read_examples(str(folder / "held_out" / "silkie.json"))
             margins = diagnose(score_margins(model, processor, held_out, batch_size=40))
             result |= {f"margin_{name}": value for name, value in margins.items()} | curves(run)
-        write_json(run / "result.json", result)
+        write_json(file, result)
         return result
 
 

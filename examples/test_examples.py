@@ -307,7 +307,7 @@ def test_cpu_studies_stay_on_the_cpu(flags, expected, tmp_path, monkeypatch):
     monkeypatch.setattr(miniature, "ProcessPoolExecutor", lambda *rest: contextlib.nullcontext(pool))
     monkeypatch.setattr(train, "run", note)
     threads, study = torch.get_num_threads(), ["--out", "study", "--seeds", "0", "--methods", "mDPO", *flags]
-    write(tmp_path / "study" / "seed-0" / "base" / "result.json", "{}")
+    write(tmp_path / "study" / "seed-0" / "base" / "result-200.json", "{}")
     assert train.main(["--demo", *flags]) == run_command(families.run, ["gemma3", *flags]) == 2
     assert run_command(miniature.run, study) == 2
     monkeypatch.setattr(train, "main", lambda *arguments: 0)
@@ -673,7 +673,7 @@ def test_an_undertrained_base_is_not_used(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="sees too little"):
         miniature.run_method(tmp_path, 5, "base", 1)
     torch.set_num_threads(threads)
-    assert not (tmp_path / "seed-5" / "base" / "result.json").exists()
+    assert not [*(tmp_path / "seed-5" / "base").glob("result*")]
 
 
 def test_curves_are_nats_and_end_where_training_ends(tmp_path):
@@ -817,6 +817,15 @@ def test_predictions_held_as_the_readme_says():
     marks += ["falls by less than", "half of mDPO's"]
     for claim, (said, _), mark in zip(claims, rows, marks, strict=True):
         assert mark in claim and mark in said
+
+
+def test_results_of_another_exam_are_not_taken(tmp_path, monkeypatch):
+    """More held-out scenes are asked for because fewer were too few."""
+    monkeypatch.setattr(miniature, "load_tuned", lambda *arguments: (None, None))
+    monkeypatch.setattr(miniature, "examine", lambda model, processor, exam: {"yes_no_auc": 0.8, "n": len(exam)})
+    threads = torch.get_num_threads()
+    assert [miniature.run_method(tmp_path, 5, "base", n)["n"] for n in (1, 2, 1)] == [5, 10, 5]
+    torch.set_num_threads(threads)
 
 
 def test_each_world_has_a_folder_of_its_own(monkeypatch, capsys):
@@ -1011,10 +1020,12 @@ def test_merge_says_how_far_each_model_is_from_the_adapter(adapted, tmp_path, mo
 
     monkeypatch.setattr(merge, "response_logps", logps)
     monkeypatch.setattr(merge, "generate_answers", lambda *arguments: [*next(given)])
+    in_text_alone = {"dtype": None, "text_config": {"dtype": "bfloat16"}}  # as some new families have it
+    monkeypatch.setattr(merge, "read_config", lambda base: in_text_alone)
     assert run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 0
     _, exact, saved = capsys.readouterr().out.splitlines()
     assert "merged in float32" in exact and "within 2.0e-03 nats, 4 of 4 answers" in exact
-    assert "as saved, torch.float16" in saved and "within 5.0e-01 nats, 3 of 4 answers" in saved
+    assert "as saved, torch.bfloat16" in saved and "within 5.0e-01 nats, 3 of 4 answers" in saved
 
 
 def of_other_names(weights):
@@ -1333,6 +1344,11 @@ def test_benchmark_flags_reach_the_model_and_the_partial_file(tmp_path, monkeypa
     write(tmp_path / "q.json", items)
     assert run() == 2 and len(calls) == 2
     (tmp_path / "adapter_model.safetensors").unlink()
+    (tmp_path / "M").mkdir()
+    (tmp_path / "M" / "model.safetensors").write_text("another merge")
+    monkeypatch.chdir(tmp_path)
+    assert run() == 2 and len(calls) == 2
+    shutil.rmtree(tmp_path / "M")
     write(tmp_path / "q.json", items)
     assert (
         run() == 0 and calls[2:] == [(1, 7, 2)] and len(json.loads((tmp_path / "to.json").read_text())) == 3
