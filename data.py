@@ -462,7 +462,7 @@ def from_preference(record, id):
     chosen, rejected = record["chosen"], record["rejected"]
     question = first(record, "prompt", "question")
     n_turns = len(question) if isinstance(question, list) else 1
-    if question is None or isinstance(chosen, list) and len(chosen) - 1 > n_turns:  # they differ in the last turn
+    if question is None or isinstance(chosen, list) and len(chosen) - 1 > n_turns:  # conversations
         question = chosen[:-1]
         if not isinstance(question, list) or not question:
             raise BadInput("has no field 'prompt' or 'question'")

@@ -101,7 +101,7 @@ def run(args, loss):
         records = load_checkpoint(out, args, model, optimizer) if args.resume else []
         write_log(out, records, "w")  # without the steps after the checkpoint, which come again
         done = records[-1]["step"] if records else 0
-        warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # else one step has rate 0
+        warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # a single step trains, too
         schedule = transformers.get_cosine_schedule_with_warmup(
             optimizer, warmup_steps, len(plan), last_epoch=done - 1
         )

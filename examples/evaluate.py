@@ -120,8 +120,8 @@ def run(argv):
     losses = {f.__qualname__: f for f, _ in [(mdpo_loss, ()), *variants.VARIANTS.values()]}
     pair_of, name = lambda i: pairs["held out", i], vars(trained).get("shared", {}).get("loss", "mdpo_loss")
     with about(f"the run's loss, {name} of mdpo.py or variants.py"):
-        options = names, partial(losses[name], **options), 8, trained.max_length
-        metrics = score(model, processor, pair_of, range(len(pairs)), *options)
+        loss = partial(losses[name], **options)
+        metrics = score(model, processor, pair_of, range(len(pairs)), names, loss, max_length=trained.max_length)
     margins = score_margins(model, processor, examples, trained.beta)
     print(f"{len(examples)} examples: means, and bootstrap intervals of level {LEVEL:.0%}")
     print("\n".join(line(name, values) for name, values in metrics.items()))

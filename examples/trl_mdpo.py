@@ -42,7 +42,7 @@ A LoRA adapter for `{args.model}`, trained with mDPO (https://arxiv.org/abs/2406
 
 class MDPOConfig(DPOConfig):
     def get_warmup_steps(self, n_steps):
-        return min(super().get_warmup_steps(n_steps), n_steps - 1)  # as train.py: else one step has rate 0
+        return min(super().get_warmup_steps(n_steps), n_steps - 1)  # as train.py: a single step trains, too
 
 
 class MDPOTrainer(DPOTrainer):
