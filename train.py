@@ -19,6 +19,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -39,7 +40,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.modeling_utils import load_state_dict
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file, cached_files
 
 from data import (
     BUNNY_SYSTEM,
@@ -124,7 +125,7 @@ def run(args, loss):
             print(f"stopped and saved; to continue: python train.py --resume {shlex.quote(str(out))}")
             return 128 + stopped_by
         with replacing(out) as new:
-            processor.save_pretrained(new)
+            save_processor(processor, new)
         print(f"\n{held_out_table(records)}\nadapter, log and arguments: {out}")
     return 0
 
@@ -581,13 +582,26 @@ def load_processor(name_or_path):
             if transformers.AutoConfig.from_pretrained(name_or_path, **options).is_encoder_decoder:
                 raise BadInput("is an encoder-decoder: there a response does not follow its prompt in a row")
             processor = transformers.AutoProcessor.from_pretrained(name_or_path, **options)
-        if getattr(processor, "image_token", None) is None:
-            raise BadInput("its processor has no image token: not a model of images and text")
+            if getattr(processor, "image_token", None) is None:
+                raise BadInput("its processor has no image token: not a model of images and text")
+            # By default the library takes another one if torchvision is there, and pixels would differ.
+            processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
+                name_or_path, backend="pil", **options
+            )
+            files = ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"]
+            processor.files = cached_files(name_or_path, files, _raise_exceptions_for_missing_entries=False)
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         image = (Image.new("RGB", (336, 336)),)  # tokenizer, template or image processor may be broken
         make_batch([Example("Is it?", "Yes.", "No.", image, image)], processor)
     return processor
+
+
+def save_processor(processor, folder):
+    """Save it with the base's own files: they hold parts that cannot be loaded here (see the last lines)."""
+    processor.save_pretrained(folder)
+    for file in getattr(processor, "files", ()):  # Bunny's processor is made here
+        shutil.copy(file, folder)
 
 
 def read_config(name_or_path):
@@ -806,7 +820,7 @@ def bunny_processor(name_or_path, config):
 
 if not transformers.utils.is_torchvision_available():
     # The library refuses a whole processor if its video processor needs torchvision. No video is processed
-    # here, so a processor is loaded without that part.
+    # here, so a processor is loaded without that part; `save_processor` keeps its file.
     every_part = transformers.ProcessorMixin.get_attributes.__func__
     transformers.ProcessorMixin.get_attributes = classmethod(
         lambda cls: [part for part in every_part(cls) if part != "video_processor"]

@@ -24,6 +24,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.utils import is_torchvision_available
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
@@ -59,6 +60,7 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n
 TEXT = VISION | {"num_key_value_heads": 2}
 TILE = {"height": 32, "width": 32}
 EDGES = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}  # pixels of the smallest and largest image
+VIDEO = {"LlavaOnevision": "LlavaOnevision", "Qwen2_5_VL": "Qwen2VL", "Qwen3VL": "Qwen3VL", "InternVL": "InternVL"}
 
 
 def make_tokenizer(*special, **named):
@@ -77,6 +79,12 @@ def make_tokenizer(*special, **named):
 
 def chatml_tokenizer(*special, **named):
     return make_tokenizer("<|im_start|>", *special, eos_token="<|im_end|>", pad_token="<|endoftext|>", **named)
+
+
+def video_part(name):
+    """A processor's part for videos. The library demands it where torchvision is installed, and can make it only there."""
+    made = is_torchvision_available()
+    return {"video_processor": getattr(transformers, f"{VIDEO[name]}VideoProcessor")()} if made else {}
 
 
 def llava_next():
@@ -102,7 +110,7 @@ def llava_onevision():
     processor = transformers.LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessorPil(size=TILE, image_grid_pinpoints=grids),
         tokenizer, num_image_tokens=16, vision_feature_select_strategy="full",
-        chat_template=CHATML.replace("IMAGE", "'<image>\\n'"),
+        chat_template=CHATML.replace("IMAGE", "'<image>\\n'"), **video_part("LlavaOnevision"),
     )  # fmt: skip
     return transformers.LlavaOnevisionConfig(
         vision_config=transformers.SiglipVisionConfig(**VISION, image_size=32, patch_size=8, vision_use_head=False),
@@ -117,7 +125,8 @@ def qwen(name, patch_size, rope, vision, **text):
                                  vision_bos_token="<|vision_start|>", vision_eos_token="<|vision_end|>")  # fmt: skip
     template = SYSTEM + CHATML.replace("IMAGE", "'<|vision_start|><|image_pad|><|vision_end|>'")
     image_processor = Qwen2VLImageProcessorPil(size=EDGES, patch_size=patch_size)
-    processor = getattr(transformers, f"{name}Processor")(image_processor, tokenizer, chat_template=template)
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer} | video_part(name)
+    processor = getattr(transformers, f"{name}Processor")(**parts, chat_template=template)
     vision |= {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 32}
     text |= TEXT | {"vocab_size": len(tokenizer), "rope_parameters": {"rope_type": "default"} | rope}
     return getattr(transformers, f"{name}Config")(
@@ -165,7 +174,9 @@ def internvl():
                                  context_image_token="<IMG_CONTEXT>")  # fmt: skip
     image_processor = GotOcr2ImageProcessorPil(size=TILE, crop_to_patches=True, min_patches=1, max_patches=4)
     template = CHATML.replace("IMAGE", "'<IMG_CONTEXT>\\n'")
-    processor = transformers.InternVLProcessor(image_processor, tokenizer, image_seq_length=4, chat_template=template)
+    processor = transformers.InternVLProcessor(
+        image_processor, tokenizer, image_seq_length=4, chat_template=template, **video_part("InternVL")
+    )
     return transformers.InternVLConfig(
         vision_config=VISION | {"image_size": [32, 32], "patch_size": [8, 8]},
         text_config=transformers.Qwen2Config(**TEXT, vocab_size=len(tokenizer)),
@@ -204,6 +215,12 @@ def write_family(name, folder):
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    if video := VIDEO.get(type(processor).__name__.removesuffix("Processor")):  # in a file of its own, torchvision or not
+        parts = json.loads((folder / "processor_config.json").read_text())
+        parts.pop("video_processor", None)
+        (folder / "processor_config.json").write_text(json.dumps(parts))
+        part = {"video_processor_type": f"{video}VideoProcessor", "num_frames": 6}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(part))
     return folder
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, Example, make_batch, run_command
 from examples.answer import generate_answers, load_tuned, read_adapter
 from mdpo import response_logps
-from train import Parser, read_config
+from train import Parser, load_processor, read_config, save_processor
 
 MOST_OFF = 0.01  # nats a response: in float32 the merge only adds in another order
 QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is it?", "Is there a person?")
@@ -56,12 +56,12 @@ def merge(adapter, to, base=None):
     # Under its original names a Bunny could not be read again by the library.
     shutil.rmtree(unchecked, ignore_errors=True)  # of a run that was killed
     merged.to(dtype).save_pretrained(unchecked, save_original_format=False)
-    processor.save_pretrained(unchecked)
+    save_processor(processor, unchecked)
     again = transformers.AutoModelForImageTextToText.from_pretrained(unchecked, dtype=torch.float32).eval()
     if wrong := different_weights(merged, again):
         shutil.rmtree(unchecked)
         raise BadInput(f"{to}: removed, {len(wrong)} weights are not read back as merged, such as {wrong[0]}")
-    saved, saved_answers = measure(again, transformers.AutoProcessor.from_pretrained(unchecked))
+    saved, saved_answers = measure(again, load_processor(str(unchecked)))
     unchecked.rename(to)
 
     lines = [f"{to}: merged, saved and loaded again; against base + adapter in float32"]

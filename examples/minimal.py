@@ -1,5 +1,4 @@
 """mDPO (arXiv:2406.11839) in one file, for models like LLaVA: python minimal.py MODEL pairs.json OUT
-
 pairs.json: [{"image": path from the file's folder, "question": ..., "chosen": ..., "rejected": ...}, ...]"""
 
 import json
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageOps
-from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
 
 BETA, LR, EPOCHS, BATCH, SEED = 0.1, 1e-5, 3, 32, 0
 LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # all linear layers of Llama, Mistral and Qwen
@@ -60,6 +59,7 @@ def mdpo_loss(model, inputs, labels):
 def main(name, data, out):
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     processor = AutoProcessor.from_pretrained(name)
+    processor.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # with torchvision, too
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()  # no dropout
     torch.manual_seed(SEED)
     model = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules=LAYERS))

@@ -193,6 +193,9 @@ def test_tokens_loss_and_gradients_are_train_pys(name, request, drawn, tmp_path)
     assert len(gradients[0]) > 8
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+    trainer.save_model()
+    for file in model.glob("*processor_config.json"):  # the base's own, with a part for videos
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):

@@ -108,6 +108,11 @@ class MDPOTrainer(DPOTrainer):
         # The mean over the update: processes average their gradients, so each multiplies by their number.
         return losses[:n_examples].sum() * self.args.world_size / (num_items_in_batch or len(losses))
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:  # TRL's copy of the processor may lack a part
+            train.save_processor(self.processing_class, output_dir or self.args.output_dir)
+
 
 class Epochs(list):
     """A batch sampler: this process's micro-batches of an epoch, lists of (epoch, index)."""
