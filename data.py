@@ -4,7 +4,6 @@
 """
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -13,19 +12,18 @@ import re
 import statistics
 import sys
 import warnings
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-
-from mdpo import known_arguments
 
 
 class Example(NamedTuple):
@@ -37,6 +35,7 @@ class Example(NamedTuple):
     images: tuple[str | Image.Image, ...]  # m_w: paths, or RGB images once `Pairs` has opened them
     images_rejected: tuple[str | Image.Image, ...] = ()  # m_l, one for each: the record's own, or of `Pairs`
     id: str = ""
+    key: tuple = ()  # (epoch, index), set by `Pairs`
 
 
 BUNNY_SYSTEM = (
@@ -50,7 +49,7 @@ BUNNY_SYSTEM = (
 CROP = (0.01, 0.2)  # area that is kept: the paper says 0-20%, its code keeps 1-20%
 
 
-def random_crop(image, rng, area=CROP):
+def random_crop(image, rng, area=CROP, other=None):
     """a part of the image, resized to the whole's size"""
     # Area uniform in `area`, aspect log-uniform in 3/4..4/3, or as near to it as a long image allows.
     width, height = image.size
@@ -62,19 +61,19 @@ def random_crop(image, rng, area=CROP):
     return image.resize(image.size, Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
 
 
-def another_image(image, rng, other):
+def another_image(image, rng, area, other):
     """another image of the data, centred and fitted"""
     return ImageOps.fit(other(), image.size)
 
 
-def moco_augment(image, rng):
+def moco_augment(image, rng, area=None, other=None):
     """MoCo v2's augmentation (arXiv:2003.04297): crop of 20-100%, colour jitter, grey, blur, flip"""
     image = random_crop(image, rng, (0.2, 1.0))
     if rng.random() < 0.8:
-        kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color, None]  # None: the hue
+        kinds = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color, shift_hue]
         rng.shuffle(kinds)
         for kind in kinds:
-            if kind is None:
+            if kind is shift_hue:
                 image = shift_hue(image, rng.uniform(-0.1, 0.1))
             else:
                 image = kind(image).enhance(rng.uniform(0.6, 1.4))
@@ -91,8 +90,8 @@ def shift_hue(image, turn):
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-# How a rejected image is made (section 3.1, Table 3): functions of an image and a `random.Random` that return
-# an image of the same size. They may take area (--crop), and other, which opens another image of the data.
+# How a rejected image is made (section 3.1, Table 3): functions of an image, a `random.Random`, the area of
+# --crop and a function that opens another image of the data. They return an image of the same size.
 STRATEGIES = {"crop": random_crop, "random": another_image, "moco": moco_augment}
 
 
@@ -127,9 +126,8 @@ class Pairs:
         images_rejected = tuple(map(open_image, example.images_rejected))
         if not images_rejected:
             reject = STRATEGIES[self.strategy]
-            options = known_arguments(reject, {"area": self.crop, "other": other})
-            images_rejected = tuple(reject(image, rng, **options) for image in images)
-        return example._replace(images=images, images_rejected=images_rejected)
+            images_rejected = tuple(reject(image, rng, self.crop, other) for image in images)
+        return example._replace(images=images, images_rejected=images_rejected, key=key)
 
 
 def open_image(path):
@@ -152,144 +150,178 @@ SCORED = {
     "rejected": ("images", "rejected"),
     "image_rejected": ("images_rejected", "chosen"),
 }
-LAYOUTS = ("packed", "plain")
 
 
-def make_batch(pairs, processor, layout="packed", names=tuple(SCORED), max_length=2048):
-    """Lay B pairs out as sequences of tokens, for `mdpo.response_logps`.
+@dataclass
+class Batch:
+    """B pairs as rows of tokens: a row is one conversation, as the library itself encodes it.
 
-    layout: "packed": responses to the same images share a sequence, [m_w|q|y_w|y_l] and [m_l|q|y_w], and all
-        sequences lie end to end in one row (R = 1). "plain": a sequence and a padded row for each response.
+    A log-probability has B rows, one after the other; all are padded on the right to T tokens. One pair,
+    whose images m_w and m_l are two image tokens 7 7 each, with q = 5 6, y_w = 1 2, y_l = 3 and end 0:
+
+        row  name              input_ids            labels                           owner
+        0    chosen            7 7 5 6 1 2 0        -100 -100 -100 -100 1 2    0     0
+        1    rejected          7 7 5 6 3 0 pad      -100 -100 -100 -100 3 0 -100     0
+        2    image_rejected    7 7 5 6 1 2 0        -100 -100 -100 -100 1 2    0     2
+
+    `mdpo.sequence_logps(model(**batch.inputs()).logits, batch.labels)` are the R = 3B log-probabilities.
+    """
+
+    tokens: dict[str, torch.Tensor]  # (R, T): input_ids, attention_mask and, of some processors, token types
+    labels: torch.Tensor  # (R, T): the response's input_ids, end-of-sequence included; -100 elsewhere
+    images: dict[str, dict[int, torch.Tensor]]  # pixel_values, grids and so on: of each row that is an owner
+    owner: list[int]  # for each row, the first one that shows the same images to the same question
+    names: tuple[str, ...]  # of the log-probabilities
+    keys: list[tuple]  # (epoch, index) of each pair
+    ids: list[str]  # id of its record
+    take: torch.Tensor | None = None  # this and the next: of `mdpo.pack`
+    answers: torch.Tensor | None = None
+    predictors: torch.Tensor | None = None
+    blocks: list[tuple] | None = None
+
+    def inputs(self):
+        """The keyword arguments of a model's forward pass over all rows."""
+        return self.tokens | {name: self.images_of(name, self.owner) for name in self.images}
+
+    def images_of(self, name, rows):
+        """`images[name]` of these rows, one after the other; with zeros where others have more tiles."""
+        tensors = [self.images[name][row] for row in rows if row in self.images[name]]
+        sizes = [max(of_dim) for of_dim in zip(*(tensor.shape[1:] for tensor in tensors))]
+        for i, tensor in enumerate(tensors):
+            missing = [most - size for most, size in zip(sizes, tensor.shape[1:])]
+            if any(missing):
+                tensors[i] = F.pad(tensor, [n for size in reversed(missing) for n in (0, size)])
+        return torch.cat(tensors)
+
+    def to(self, device):
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self):  # called by a DataLoader that pins
+        return self.map(lambda array: torch.as_tensor(array).pin_memory())
+
+    def map(self, function):
+        """The batch with `function(tensor)` in the place of each tensor."""
+
+        def new(value):
+            if isinstance(value, dict):
+                return {name: new(part) for name, part in value.items()}
+            return function(value) if hasattr(value, "shape") else value
+
+        return Batch(*map(new, vars(self).values()))
+
+
+def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048):
+    """Pairs, with their images open -> `Batch`.
+
     names: the fields of `LogPs` to compute. DPO needs only two.
-    max_length: tokens of prompt and one response. A longer response is cut on the right, alike for all images
-        of its pair; the prompt never is.
-    Returns a dict. For one pair, with m_w = 77 77, q = 5 6, y_w = 1 2, y_l = 3 and end-of-sequence 0, it is
-
-        input_ids (R, T)      77 77  5  6 | 1  2  0 | 3  0 || 77 77  5  6 | 1  2  0
-        position_ids (R, T)    0  1  2  3   4  5  6   4  5     0  1  2  3   4  5  6
-        lengths               [[4, 3, 2], [4, 3]]: tokens of each sequence's prefix and of its responses
-                              (None in plain rows)
-        predictors (R, K)      3  4  5 | 3  7 | 12 13 14: the positions whose logits predict response tokens
-        targets (R, K)         1  2  0 | 3  0 |  1  2  0: those tokens, -100 in padding
-        n_targets             [3, 2, 3]: how many of each response: names[0] of each pair, then names[1], ...
-        names, ids            as above, and the ids of the examples
-        processor_keys        names of what else the processor returned. Each is in the dict: pixel_values
-                              of all sequences in order and, for some models, grids, or token types (R, T)
-
-    Raises BadInput if a prompt leaves no room for a response, or if rows cannot extend the processor output.
+    max_length: tokens of prompt and one response. A longer response is truncated on the right, alike for all
+        images of its pair; the prompt never is.
+    Raises BadInput if a prompt leaves no room for a response.
     """
-    groups = {}  # names that share a sequence
-    for name in names:
-        groups.setdefault(SCORED[name][0] if layout == "packed" else name, []).append(name)
-    sequences = [(i, group) for group in groups.values() for i in range(len(pairs))]
-    texts = [tokenize(processor, pair) for pair in pairs]
-    images = [getattr(pairs[i], SCORED[group[0]][0]) for i, group in sequences]
-    prefixes, image_inputs = expand_prefixes(processor, [texts[i] for i, _ in sequences], images)
-
-    rows, lengths, scored = [], [], {}
-    for (i, group), prefix in zip(sequences, prefixes):
-        longest = max(len(prefix["input_ids"]) for prefix in prefixes[i :: len(pairs)])  # of the pair's
-        if longest >= max_length:
-            raise BadInput(f"prompt of {longest} tokens, --max-length {max_length}: no room for a response")
-        responses = [texts[i].responses[SCORED[name][1]][: max_length - longest] for name in group]
-        sequence, predictors = lay_out(prefix, responses)
-        if layout == "plain" or not rows:
-            rows.append(defaultdict(list))
-        start = len(rows[-1]["input_ids"])
-        for name, values in sequence.items():
-            rows[-1][name] += values
-        for name, positions, response in zip(group, predictors, responses):
-            scored[name, i] = [start + position for position in positions], response
-        lengths.append([len(prefix["input_ids"]), *map(len, responses)])
-
-    predictors, targets = zip(*(scored[name, i] for name in names for i in range(len(pairs))))
-    n_targets = [*map(len, targets)]
-    if layout == "packed":
-        predictors, targets = [sum(predictors, [])], [sum(targets, [])]
-    else:
-        n_targets, lengths = [max(n_targets)] * len(n_targets), None
-    as_rows = lambda rows, padding=0: pad_sequence([torch.tensor(row) for row in rows], True, padding)
-    pad = processor.tokenizer.pad_token_id
-    inputs = {
-        name: as_rows([row[name] for row in rows], pad if name == "input_ids" else 0) for name in rows[0]
-    } | image_inputs
-    return inputs | {
-        "predictors": as_rows(predictors),
-        "targets": as_rows(targets, -100),
-        "n_targets": n_targets,
-        "lengths": lengths,
-        "names": names,
-        "ids": [pair.id for pair in pairs],
-        "processor_keys": [name for name in inputs if name not in ("input_ids", "position_ids")],
+    by_pair, n_pairs = [make_rows(pair, processor, names, max_length) for pair in pairs], len(pairs)
+    rows = [of_pair[name] for name in names for of_pair in by_pair]
+    fields = [SCORED[name][0] for name in names]
+    owner = [fields.index(field) * n_pairs + i for field in fields for i in range(n_pairs)]
+    padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": -100}
+    tokens = {
+        key: pad_sequence([row[key] for row, _ in rows], True, padding.get(key, 0)) for key in rows[0][0]
     }
+    images = {}
+    for i in sorted({*owner}):
+        for key, values in rows[i][1].items():
+            images.setdefault(key, {})[i] = values
+    labels, keys, ids = tokens.pop("labels"), [pair.key for pair in pairs], [pair.id for pair in pairs]
+    return Batch(tokens, labels, images, owner, names, keys, ids)
 
 
-def lay_out(prefix, responses):
-    """One sequence: prefix, responses -> {name: list of numbers}, the positions that predict each response.
+def make_rows(pair, processor, names, max_length):
+    """A pair -> {name of a log-probability: (its values per token (T,), what is of its images)}.
 
-    The prefix's last token predicts the first token of each response, whose positions continue the prefix's.
+    The library encodes y_w with m_w and with m_l. Its row of y_l is that of y_w up to the response.
     """
-    n_prefix = len(prefix["input_ids"])
-    ids, positions, predictors = [*prefix["input_ids"]], [*range(n_prefix)], []
-    for response in responses:
-        predictors.append([n_prefix - 1, *range(len(ids), len(ids) + len(response) - 1)])
-        positions += range(n_prefix, n_prefix + len(response))
-        ids += response
-    types = [0] * (len(ids) - n_prefix)  # of text
-    sequence = {name: values + types for name, values in prefix.items()}
-    return sequence | {"input_ids": ids, "position_ids": positions}, predictors
-
-
-def expand_prefixes(processor, texts, images):
-    """Run the processor on prompts and images -> the prefix of each sequence, and the tensors of all images.
-
-    A prefix is a dict of lists: input_ids, with image tokens in place, and other values per token (its type).
-    The tensors are a dict: pixel_values and, for some models, sizes or grids.
-    """
-    encoded = encode_prompts(processor, [tokens.prompt for tokens in texts], images)
-    masks = encoded.pop("attention_mask").bool()
-    per_token = {name: values for name, values in encoded.items() if values.shape[:2] == masks.shape}
-    for name, values in per_token.items():
-        if values.ndim > 2:  # such as Mllama's cross-attention mask
-            raise BadInput(f"its processor returns {name}, which a response cannot extend")
-    prefixes = []
-    for i, (mask, tokens) in enumerate(zip(masks, texts)):
-        n = mask.sum() - tokens.n_merged
-        prefixes.append({name: values[i][mask][:n].tolist() for name, values in per_token.items()})
-    return prefixes, {name: values for name, values in encoded.items() if name not in per_token}
+    texts, fields = tokenize(processor, pair), {SCORED[name][0] for name in names}
+    whole = [texts.wholes["chosen"]]
+    encoded = {field: encode_prompts(processor, whole, [getattr(pair, field)]) for field in fields}
+    n_response = len(texts.responses["chosen"])
+    longest = max(inputs["input_ids"].shape[1] for inputs in encoded.values()) - n_response
+    if longest >= max_length:
+        raise BadInput(f"prompt of {longest} tokens, --max-length {max_length}: no room for a response")
+    rows = {}
+    for name in names:
+        field, answer = SCORED[name]
+        ids = encoded[field]["input_ids"]  # (1, T), of y_w
+        prompt, response = ids[0, :-n_response], torch.tensor(texts.responses[answer][: max_length - longest])
+        added = {"input_ids": response, "attention_mask": torch.ones_like(response)}
+        tokens, images = {"labels": torch.cat([torch.full_like(prompt, -100), response])}, {}
+        for key, values in encoded[field].items():
+            if values.shape[:2] != ids.shape:
+                images[key] = values
+            elif values.ndim > 2:  # such as Mllama's cross-attention mask
+                raise BadInput(f"its processor returns {key}, which a response cannot extend")
+            else:
+                of_response = added.get(key, torch.zeros_like(response))  # 0: the type of text
+                tokens[key] = torch.cat([values[0, : len(prompt)], of_response])
+        rows[name] = tokens, images
+    return rows
 
 
 class Tokens(NamedTuple):
-    """The texts of a pair, tokenised, with one placeholder for an image."""
+    """The texts of a pair as the chat template writes them, with one placeholder for an image."""
 
-    prompt: str
-    n_merged: int  # how many of the prompt's last tokens merge with a response: these are not shared
-    wholes: dict[str, str]  # "chosen", "rejected" -> prompt and response, up to its first end-of-sequence
-    responses: dict[str, list[int]]  # their tokens behind the common prefix
+    prompt: str  # up to the response
+    wholes: dict[str, str]  # "chosen", "rejected" -> the conversation with this response, up to its end
+    responses: dict[str, list[int]]  # the last tokens of each, which are scored
 
 
 def tokenize(processor, pair):
     """A pair -> `Tokens`. Prompt and response are tokenised together, since tokens may merge across them."""
-    tokenizer = processor.tokenizer
+    prompt, wholes = write_texts(processor, pair)
+    prompt_ids, *whole_ids = (processor.tokenizer(text).input_ids for text in (prompt, *wholes.values()))
+    n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of paths
+    return Tokens(prompt, wholes, {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)})
+
+
+STAND_IN = "\ue000"  # written in place of a response, it shows what a template puts before and after it
+
+
+def write_texts(processor, pair):
+    """The prompt and the wholes of `Tokens`.
+
+    The template writes the response itself: some write reasoning in another place, or trim white space.
+    Raises BadInput if the question is written in another way once a response follows.
+    """
+    write, eos = partial(render, processor), processor.tokenizer.eos_token
     messages = chat_messages(pair.question, len(pair.images))
-    template = partial(processor.apply_chat_template, tokenize=False)
-    prompt = template(messages, add_generation_prompt=True)
-    stand_in = "\ue000"  # in place of the response, it shows what the template puts before it and after it
-    assistant = {"role": "assistant", "content": [{"type": "text", "text": stand_in}]}
-    before, _, after = template([*messages, assistant]).rpartition(stand_in)  # the question may hold it, too
-    ending = after.strip() or tokenizer.eos_token
-    if prompt == template(messages) and before.startswith(prompt):
-        # A template without a generation prompt. Tabs are not stripped: they are Bunny's image token.
-        prompt = before.rstrip(" \n")
+    answered = lambda text: [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    asked = os.path.commonprefix([write(messages), write(messages, add_generation_prompt=True)])
+    before, _, after = write(answered(STAND_IN)).rpartition(STAND_IN)  # the question may hold it, too
     wholes = {}
     for name in ("chosen", "rejected"):
-        answer, eos, _ = (getattr(pair, name) + ending).partition(tokenizer.eos_token)
-        wholes[name] = before + answer + eos  # text after the end-of-sequence is dropped
+        whole = write(answered(getattr(pair, name)))
+        if not (whole.startswith(asked) and whole.endswith(after)):
+            raise BadInput("the chat template writes the question in another way when a response follows")
+        n_before = len(os.path.commonprefix([before, whole]))
+        response = whole[n_before:].removesuffix(after) + (after.strip() or eos)
+        response, end, _ = response.partition(eos)  # the first end-of-sequence ends the response
+        wholes[name] = whole[:n_before] + response + end
+    return before.rstrip(" "), wholes  # tabs are not stripped: they are Bunny's image token
 
-    prompt_ids, *whole_ids = (tokenizer(text).input_ids for text in (prompt, *wholes.values()))
-    n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of paths
-    responses = {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)}
-    return Tokens(prompt, len(prompt_ids) - n_shared, wholes, responses)
+
+def render(processor, messages, **options):
+    """The chat template's text. Some templates take a message without images as text, not as parts."""
+    is_text = lambda message: all(part["type"] == "text" for part in message["content"])
+    plain = [m | {"content": "".join(texts_of([m]))} if is_text(m) else m for m in messages]
+    for form in (messages, plain):
+        try:
+            text = processor.apply_chat_template(form, tokenize=False, **options)
+        except Exception as error:  # the template refuses, or meets a list where it wants text
+            problem = error
+        else:
+            printed = "{'type': 'text'"  # how Python prints a part
+            if text.count(printed) == "".join(texts_of(messages)).count(printed):
+                return text
+            problem = "it prints the parts of a message"
+    raise BadInput(f"the chat template does not take these messages: {problem}")
 
 
 def chat_messages(question, n_images):
@@ -332,19 +364,14 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
         raise BadInput(f"{folder}: no such image folder")
     roots = [folder, folder / "merged_images"] if with_images else None
     parts, kinds = [processor, processor.tokenizer] if processor else [], ("image", "boi", "video")
-    image_tokens = {getattr(part, f"{kind}_token", None) for part in parts for kind in kinds}
-    placeholders = image_tokens - {None} | {"<image>"}
-    found, problems, n_unpaired = [], {}, 0
+    image_tokens = {getattr(part, f"{kind}_token", None) for part in parts for kind in kinds} - {None}
+    problems, found = {}, {}
 
     def attempt(number, id, function, *arguments):  # -> what it returns, or None after noting a problem
         try:
             with about(f"record {number}" + f" (id {id})" * (id != str(number))):
                 return function(*arguments)
         except BadInput as error:
-            cause = error.__cause__
-            full = getattr(cause, "errno", None) == errno.ENOSPC or str(cause).startswith("CUDA")
-            if full or isinstance(cause, MemoryError):  # no fault of the record
-                raise
             problems[number] = str(error)
 
     for number, record in load_records(path):
@@ -352,38 +379,34 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
             record = attempt(number, str(number), json.loads, record)
         fields = record if isinstance(record, dict) else {}
         id = str(number if fields.get("id") is None else fields["id"])
-        if number in problems or subset and fields is record and not id.startswith(subset):
-            continue
-        example = attempt(number, id, parse_record, record, id, roots, placeholders)
-        if example:
-            found.append((number, example))
-        n_unpaired += example is None and number not in problems
+        if number not in problems and (fields is not record or id.startswith(subset or "")):
+            found[number] = attempt(number, id, parse_record, record, id, roots, image_tokens | {"<image>"})
+    n_unpaired = sum(found[number] is None for number in found if number not in problems)
+    found = {number: example for number, example in found.items() if example}
     if limit is not None and limit < len(found):
-        found = sorted(random.Random(seed).sample(found, limit))
+        found = {number: found[number] for number in sorted(random.Random(seed).sample([*found], limit))}
 
     def check(example):  # as training will use it, so that whatever fails there fails here
-        pairs = [Pairs([example])[0, 0]]
-        # One prompt at a time: to pad two is not safe among threads. A rejected image that will be drawn has
-        # the size of its image: it needs no check.
-        sequences = [("chosen", "rejected"), ("image_rejected",)][: 1 + bool(example.images_rejected)]
-        for names in sequences if processor else ():
-            make_batch(pairs, processor, names=names, max_length=max_length)
+        pair = Pairs([example])[0, 0]
+        if processor:  # rejected images that are drawn are as large as the image: they need no check
+            names = tuple(SCORED) if example.images_rejected else tuple(SCORED)[:2]
+            make_batch([pair], processor, names, max_length)
         return example
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = pool.map(lambda one: attempt(one[0], one[1].id, check, one[1]), found)
-        checked = [*tqdm(checked, total=len(found), desc="checking data", disable=None, leave=False)]
+        checked = pool.map(lambda number: attempt(number, found[number].id, check, found[number]), found)
+        examples = [*filter(None, tqdm(checked, "checking data", len(found), leave=False, disable=None))]
     if problems:
-        lines = [problems[number] for number in sorted(problems)]
-        lines[20:] = [f"... and {len(lines) - 20} more"] * (len(lines) > 20)
         what = "dropped" if skip_bad else "--skip-bad would drop"
+        lines = [problems[number] for number in sorted(problems)][:20]
+        if len(problems) > 20:
+            lines.append(f"... and {len(problems) - 20} more")
         report = "\n  ".join([f"{path}: {what} {len(problems)} bad records:", *lines])
         if not skip_bad:
             raise BadInput(report)
         log(report)
     if n_unpaired:
         log(f"{path}: left out {n_unpaired} records whose best and worst rating are equal or missing")
-    examples = [*filter(None, checked)]
     if not examples:
         raise BadInput(f"{path}: no example is left" + (f" with an id in {subset!r}" if subset else ""))
     return examples
@@ -576,58 +599,73 @@ class BadInput(ValueError):
 
 
 @contextmanager
-def about(what):
-    """Whatever is raised inside becomes a `BadInput` of one line, which begins with what it was about."""
+def about(what, kind=BadInput):
+    """Convert any exception raised here, but for want of memory, to a `BadInput` that begins with `what`."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = str(error).strip() or type(error).__name__
-        reason = re.sub(r"(?s)^Caught .*\n\S+: ", "", reason)  # a DataLoader worker's traceback
-        if isinstance(error, KeyError):
-            reason = f"has no {reason}"
-        elif isinstance(error, json.JSONDecodeError):
-            reason = f"not valid JSON: {reason}"
-        elif isinstance(error, (AttributeError, IndexError, TypeError)):
-            reason = f"is not in a known form ({reason})"
-        raise BadInput(f"{one_line(what, 300)}: {one_line(reason)}") from error.__cause__ or error
-
-
-def one_line(text, limit=1000):
-    """The text without line breaks and other control characters, and cut where nobody reads on."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
+        reason = re.sub(r"(?s)^Caught .*\n\S+: ", "", str(error)) or type(error).__name__  # from a worker
+        said = {KeyError: "has no ", json.JSONDecodeError: "not valid JSON: "}
+        said |= dict.fromkeys((AttributeError, IndexError, TypeError), "is not in a known form: ")
+        raise kind(f"{one_line(what, 300)}: {said.get(type(error), '')}{one_line(reason)}") from error
 
 
 def run_command(command, argv=None, saves_memory="--device cpu"):
-    """Run command(argv) -> its exit status. An error is one line: status 2, or 1 for a fault of this program.
+    """Run command(argv) -> its exit status. An error is one line; --debug raises it.
 
-    --debug raises it. saves_memory: the command's flags for a GPU that is too small.
+    Status 2 is a user's mistake, 1 a bug here. saves_memory: the command's flags for a GPU that is too small.
     """
     argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):  # neither closed nor a notebook's
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a log file shows it at once
     if "--debug" not in argv:
         warnings.simplefilter("ignore")  # of libraries: about their renames, or an image's odd metadata
-    try:
-        return command(argv)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as of `| head`
-        sys.stdout = None
-        return 141
-    except Exception as error:
-        if "--debug" in argv:
-            raise
-        message, status = str(error), 2
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"out of GPU memory; what saves some: {saves_memory}"
-        elif message.startswith("DataLoader worker"):  # raised wherever the main process is
-            message += " (--workers 0 needs none)"
-        elif not isinstance(error, (BadInput, OSError, MemoryError)):
-            message, status = f"internal error, please report what --debug shows: {error!r}", 1
-        print("error:", "\n  ".join(map(one_line, message.split("\n  "))), file=sys.stderr)
-        return status
+    with redirect_stderr(Unbreakable(sys.stderr or open(os.devnull, "w"))):
+        try:
+            return command(argv)
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:  # as of `| head`
+            sys.stdout = None
+            return 141
+        except Exception as error:
+            if "--debug" in argv:
+                raise
+            message = str(error) or type(error).__name__
+            ours = not isinstance(error, (BadInput, OSError, MemoryError))
+            if isinstance(error, torch.OutOfMemoryError):
+                message, ours = f"out of GPU memory; what saves some: {saves_memory}", False
+            elif "DataLoader worker" in message:  # raised wherever the main process is
+                message, ours = f"{message} The last checkpoint stands; --workers 0 needs no workers.", False
+            elif ours:
+                message = f"internal error, please report what --debug shows: {error!r}"
+            print("error:", "\n  ".join(map(one_line, message.split("\n  "))), file=sys.stderr)
+            return 1 if ours else 2
+
+
+class Unbreakable:
+    """A stream that may be closed, or that nobody reads any more: no run ends for it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
+def one_line(text, limit=1000):
+    """The text without line breaks and other control characters, and cut where nobody reads on."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -19,12 +19,13 @@ The paper does not number its equations; 5 to 8 is their order of appearance (6 
 3.2). CoPO works for any modality: read m_w as the context that supports y_w, and m_l as a worse one.
 
 Two departures from the authors' code, which change no equation: policy and reference see the same m_l, which
-is made with the data; an example is two packed sequences instead of three padded ones (see "Speed" below).
+is made with the data; an example's three rows are packed into two sequences (see "Speed" below).
 
 To use the loss elsewhere, copy the part above `mdpo_step`: it needs only torch.
 """
 
-import inspect
+from dataclasses import replace
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     Half precision is raised to float32. Metrics are detached (B,) tensors, in nats; accuracies are 0 or 1.
     Raises ValueError that names the beta, anchor or log-probability that is wrong.
     """
-    needed = {"chosen", "rejected", "image_rejected"} if conditional else {"chosen", "rejected"}
+    needed = LogPs._fields if conditional else ("chosen", "rejected")
     r = rewards(policy_logps, ref_logps, beta, needed, anchors)
     terms = {"dpo": -F.logsigmoid(r["chosen"] - r["rejected"])}  # eq. 5, DPO_m
     if conditional:
@@ -106,7 +107,7 @@ def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
 
     model: wrapped by peft, or any if ref_model is given; its vision tower and projector are frozen.
     ref_model: by default `model` without its adapter, which shares the features of the images.
-    loss: any function of (policy_logps, ref_logps, **options) -> losses, metrics; it may also take `batch`.
+    loss: `mdpo_loss`, or a function of (policy_logps, ref_logps, batch=batch, **options) -> losses, metrics.
     """
     inputs = forward_inputs(model, batch)
     with torch.no_grad():
@@ -116,7 +117,9 @@ def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
             with model.disable_adapter():
                 ref_logps = response_logps(model, batch, inputs)
     policy_logps = response_logps(model, batch, inputs)
-    losses, metrics = loss(policy_logps, ref_logps, **options, **known_arguments(loss, {"batch": batch}))
+    if loss is not mdpo_loss:
+        options["batch"] = batch  # another loss may need more than log-probabilities, such as lengths
+    losses, metrics = loss(policy_logps, ref_logps, **options)
     return losses, {"loss": losses.detach(), **metrics}
 
 
@@ -125,77 +128,115 @@ def response_logps(model, batch, inputs=None):
 
     model: an image-text-to-text model of transformers, plain or wrapped by peft.
     inputs: `forward_inputs(model, batch)`, which two passes can share.
-    Packed rows switch the language model's attention to `packed_attention` for good.
     """
     inputs = inputs or forward_inputs(model, batch)
-    logits = model(**inputs).logits.float()  # (R, K, V): only the positions that predict a response token
-    targets = batch["targets"].flatten().to(logits.device, non_blocking=True)  # (R * K,), -100 in padding
-    logps = -F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")  # (R * K,), 0 in padding
-    sums = torch.stack([tokens.sum() for tokens in logps.split(batch["n_targets"])])
-    return LogPs(**dict(zip(batch["names"], sums.view(len(batch["names"]), -1))))
-
-
-# --------------------------------------------------------------------- Speed: the same numbers with less work
-#
-# 1. Policy and reference share the features of each image, since vision tower and projector are frozen.
-# 2. Most tokens are image tokens. y_w and y_l share one prefix, so an example is two sequences, not three.
-# 3. All sequences of a batch lie end to end in one row, without padding. Attention runs block by block:
-#
-#        token     m_w m_w q   q   y_w y_w y_w | y_l y_l | m_l m_l q   q   y_w y_w y_w
-#        position  0   1   2   3   4   5   6   | 4   5   | 0   1   2   3   4   5   6
-#        block     causal                      | sees    | causal
-#                                                m_w, q and itself
-#
-# 4. Logits are computed only at the positions that predict a response token.
+    logits = model(**inputs).logits  # (R, n, V): the last n columns; or (1, K, V): the predictors
+    labels = batch.labels.to(logits.device, non_blocking=True)  # (R, T)
+    if batch.take is None:
+        logps = sequence_logps(logits, labels[:, -logits.shape[1] :])  # (R,)
+    else:
+        answers = batch.answers.to(logits.device, non_blocking=True)  # (K,)
+        tokens = -F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()[answers], reduction="none")
+        rows = tokens.new_zeros(labels.numel()).index_put((answers,), tokens)  # back to where they stand
+        logps = rows.view(labels.shape).sum(-1)  # (R,)
+    return LogPs(**dict(zip(batch.names, logps.view(len(batch.names), -1))))
 
 
 def forward_inputs(model, batch):
-    """The keyword arguments of the model's forward pass, on its device, for both passes over a batch."""
+    """The keyword arguments of the model's forward pass, on its device, for both passes over a batch.
+
+    Plain rows are padded on the right. Causal attention never looks there, so that no mask is needed, and
+    attention is faster. Logits begin at the token before the first response.
+    """
     model = unwrapped(model)
-    inputs = {name: batch[name] for name in ("input_ids", *batch["processor_keys"])}
-    inputs["logits_to_keep"] = batch["predictors"]
-    if batch["lengths"] is not None:
-        inputs["position_ids"] = packed_positions(model, batch)  # before the batch is moved
-    inputs = {name: values.to(model.device, non_blocking=True) for name, values in inputs.items()}
+    if batch.take is None:
+        inputs, n_prompt = batch.to(model.device).inputs(), (batch.labels >= 0).any(0).int().argmax()
+        del inputs["attention_mask"]
+        inputs["logits_to_keep"] = batch.labels.shape[1] - int(n_prompt) + 1
+    else:
+        inputs = packed_inputs(model, batch)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)  # most vision towers do it themselves
-    image_features = encode_images(model, inputs)
-    if image_features is not None:
+        inputs["mm_encoder_outputs"] = {"image": encode_images(model, inputs)}
         del inputs["pixel_values"]
-        inputs["mm_encoder_outputs"] = {"image": image_features}
-    if batch["lengths"] is not None:  # plain rows are padded on the right: causal attention needs no mask
-        if model.config.get_text_config()._attn_implementation != "packed":
-            use_packed_attention(model)
-        inputs["blocks"] = attention_blocks(batch["lengths"], model.device, model.dtype)
-        # A 4-D mask stops the library from building one. `packed_attention` ignores it: one True, expanded.
-        whole = torch.ones((), dtype=torch.bool, device=model.device)
-        inputs["attention_mask"] = whole.expand(1, 1, *2 * batch["input_ids"].shape[1:])
     return inputs | {"use_cache": False}
 
 
 def encode_images(model, inputs):
-    """The output of the model's own `get_image_features` for all images in its inputs.
+    """The output of the model's own `get_image_features`, for both passes over a batch.
 
-    None if there are none, or if the model's forward pass does not accept precomputed features.
-    Raises ValueError if vision tower or projector are trained: the reference must not share their output.
+    Raises ValueError if vision tower or projector are trained: the reference would change with them.
     """
-    accepted = inspect.signature(model.forward).parameters
-    if "pixel_values" not in inputs or "mm_encoder_outputs" not in accepted:
-        return None
-    features = model.get_image_features(**known_arguments(model.get_image_features, inputs))
+    known = signature(model.get_image_features).parameters
+    features = model.get_image_features(**{name: inputs[name] for name in known if name in inputs})
     if any(image.requires_grad for image in features.pooler_output):
         raise ValueError("vision tower and projector must be frozen: policy and reference share their output")
     return features
 
 
-def known_arguments(function, options):
-    """Those of the options that a function accepts: models differ in them."""
-    return {name: options[name] for name in inspect.signature(function).parameters if name in options}
-
-
 def unwrapped(model):
     """The library's model, without peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# --------------------------------------------------------------------- Speed: the same numbers with less work
+#
+# 1. Policy and reference share the features of each image, since vision tower and projector are frozen.
+# 2. Logits are computed only where they predict a response.
+# 3. Most tokens are image tokens. y_w and y_l share one prefix: an example has two prefixes, not three.
+# 4. All rows of a batch lie end to end in one, without padding. Attention runs block by block, as for a pair:
+#
+#        token     m_w m_w q   q   y_w y_w y_w | y_l y_l | m_l m_l q   q   y_w y_w y_w
+#        position  0   1   2   3   4   5   6   | 4   5   | 0   1   2   3   4   5   6
+#        block     causal                      | sees    | causal
+#                                                m_w, q and itself
+
+
+def pack(batch):
+    """Index the rows of a batch as one row in which no prefix comes twice -> the batch with these filled in.
+
+    take (N,): where each token of the packed row stands in the flattened rows (R * T,)
+    answers (K,): where each token of the responses stands there
+    predictors (1, K): for each, the place in the packed row of the token before it
+    blocks: for each row how many of its tokens are taken, its owner, and the length of its prefix
+    """
+    is_answer, owner = batch.labels >= 0, torch.tensor(batch.owner)
+    owns = owner == torch.arange(len(owner))
+    taken = batch.tokens["attention_mask"].bool() & (is_answer | owns[:, None])  # (R, T)
+    place = (taken.flatten().cumsum(0) - 1).view(taken.shape)  # of each token in the packed row
+    place = torch.where(taken, place, place[owner])  # a prefix that is not taken lies where its owner's does
+    blocks = zip(taken.sum(1).tolist(), batch.owner, is_answer.int().argmax(1).tolist())
+    flat = lambda mask: mask.flatten().nonzero().squeeze(1)
+    return replace(batch, take=flat(taken), answers=flat(is_answer), blocks=[*blocks],
+                   predictors=place[:, :-1][is_answer[:, 1:]][None])  # fmt: skip
+
+
+def packed_inputs(model, batch):
+    """The packed row, with logits at its predictors; sets the model's attention to `packed_attention`."""
+    if not hasattr(model, "attends_in_blocks"):
+        use_packed_attention(model)
+    positions = row_positions(model, batch)  # before the batch is moved: the library counts on the CPU
+    batch = batch.to(model.device)
+    rows = batch.tokens | {"position_ids": positions}  # (R, T), or (3, R, T) in space
+    del rows["attention_mask"]
+    inputs = {name: values.flatten(-2)[..., batch.take].unsqueeze(-2) for name, values in rows.items()}
+    for name in batch.images:
+        inputs[name] = batch.images_of(name, sorted({*batch.owner}))  # each image once
+    inputs["logits_to_keep"] = batch.predictors
+    inputs["blocks"] = attention_blocks(batch.blocks, model.device, model.dtype)
+    # A 4-D mask stops the library from building one. Attention other than ours would turn into nan.
+    nan = torch.full((), torch.nan, device=model.device, dtype=model.dtype)
+    return inputs | {"attention_mask": nan.expand(1, 1, len(batch.take), len(batch.take))}
+
+
+def row_positions(model, batch):
+    """Position ids of the rows (R, T), or (3, R, T) for models with positions in space (Qwen-VL)."""
+    rope_index = getattr(model.base_model, "get_rope_index", None)
+    if rope_index is None or not batch.images:
+        return torch.arange(batch.labels.shape[1], device=model.device).expand(batch.labels.shape)
+    known = signature(rope_index).parameters
+    sizes = {name: batch.images_of(name, batch.owner) for name in batch.images if name in known}
+    return rope_index(**batch.tokens, **sizes)[0].to(model.device)
 
 
 def use_packed_attention(model):
@@ -206,23 +247,25 @@ def use_packed_attention(model):
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", sdpa_mask)  # plain rows and generation keep SDPA's masks
     model.set_attn_implementation({"text_config": "packed"})
+    model.attends_in_blocks = True
 
 
-def attention_blocks(lengths, device=None, dtype=torch.float32):
-    """`lengths` of `data.make_batch` -> [(tokens in the block, prefix tokens that they see as well, mask)].
+def attention_blocks(blocks, device=None, dtype=torch.float32):
+    """`blocks` of `pack` -> the same with a mask each: None for a row with its own prefix, a causal block.
 
-    A sequence's prefix and first response are one causal block without a mask. Each further response is a
-    block of n tokens that see the prefix and, causally, each other. Its mask (1, 1, n, prefix + n) is added
-    to the scores. Rows of it begin at multiples of 16 numbers, or CUDA's kernels would copy it in each layer.
+    Any other row has n tokens. They see its owner's prefix and, causally, each other. The mask
+    (1, 1, n, prefix + n) is added to the scores. Its rows begin at multiples of 16 numbers, or CUDA's kernels
+    would copy it in each layer.
     """
-    blocks = []
-    for prefix, first, *others in lengths:
-        blocks.append((prefix + first, 0, None))
-        for n in others:
+    masked = []
+    for row, (n, owner, prefix) in enumerate(blocks):
+        mask = None
+        if owner != row:
             width = (prefix + n + 15) // 16 * 16
-            hidden = torch.full((1, 1, n, width), -torch.inf, device=device, dtype=dtype).triu(prefix + 1)
-            blocks.append((n, prefix, hidden[..., : prefix + n]))
-    return blocks
+            mask = torch.full((1, 1, n, width), -torch.inf, device=device, dtype=dtype).triu(prefix + 1)
+            mask = mask[..., : prefix + n]
+        masked.append((n, owner, prefix, mask))
+    return masked
 
 
 def packed_attention(module, query, key, value, attention_mask, blocks=None, **options):
@@ -231,33 +274,11 @@ def packed_attention(module, query, key, value, attention_mask, blocks=None, **o
 
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    # One split per tensor: its backward pass is one concatenation. Each slice's would write a whole row.
+    # Split once: the backward of a split is one concatenation. That of each slice would fill a whole row.
     queries, keys, values = (tensor.split([n for n, *_ in blocks], dim=2) for tensor in (query, key, value))
     outputs = []
-    for i, (_, prefix, mask) in enumerate(blocks):
-        if mask is None:
-            shared, k, v = i, keys[i], values[i]  # the block with the prefix that the next blocks see as well
-        else:
-            k, v = (torch.cat([side[shared][:, :, :prefix], side[i]], dim=2) for side in (keys, values))
-        outputs.append(sdpa_attention_forward(module, queries[i], k, v, mask, **options)[0])
+    for q, k, v, (_, owner, prefix, mask) in zip(queries, keys, values, blocks):
+        if mask is not None:
+            k, v = (torch.cat([of[owner][:, :, :prefix], own], dim=2) for of, own in ((keys, k), (values, v)))
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
     return torch.cat(outputs, dim=1), None
-
-
-def packed_positions(model, batch):
-    """Position ids of a packed row: (1, N), or (3, 1, N) for models with positions in space (Qwen-VL).
-
-    Those models' `get_rope_index` treats the row as one sequence. A sequence by itself has the same positions
-    minus that of its first token. Token j of y_l gets the position of the token j places after the prefix:
-    only text follows the prefix, so positions there rise by one.
-    """
-    positions = batch["position_ids"]  # (1, N): counted from the start of each sequence; y_l's as y_w's
-    rope_index = getattr(model.base_model, "get_rope_index", None)
-    if rope_index is None or "pixel_values" not in batch:
-        return positions
-    known = known_arguments(rope_index, batch)
-    of_row, _ = rope_index(**known, attention_mask=torch.ones_like(positions))  # (3, 1, N)
-    n_tokens = torch.tensor([sum(sequence) for sequence in batch["lengths"]], device=positions.device)
-    starts = n_tokens.cumsum(0) - n_tokens  # where each sequence starts in the row
-    starts = starts.repeat_interleave(n_tokens, output_size=positions.shape[1])  # (N,)
-    at = lambda index: of_row.gather(-1, index.expand_as(of_row))
-    return at(starts + positions) - at(starts)

@@ -9,10 +9,7 @@ there is no second copy of the weights. Vision tower and projector are frozen. D
 """
 
 import argparse
-import fcntl
 import hashlib
-import io
-import itertools
 import json
 import math
 import os
@@ -24,8 +21,11 @@ import signal
 import sys
 import tempfile
 import time
-from contextlib import closing, contextmanager, suppress
+import traceback
+import zipfile
+from contextlib import closing, contextmanager
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warn in each DataLoader worker
@@ -45,7 +45,6 @@ from transformers.utils.hub import cached_file, cached_files
 from data import (
     BUNNY_SYSTEM,
     CROP,
-    LAYOUTS,
     SCORED,
     STRATEGIES,
     BadInput,
@@ -53,160 +52,121 @@ from data import (
     Pairs,
     Parser,
     about,
-    encode_prompts,
     make_batch,
     read_examples,
     run_command,
-    tokenize,
 )
-from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps
+from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps
 
 
 def main(argv=None, loss=mdpo_loss):
-    """The command line -> exit status. loss: any function with the arguments and results of `mdpo_loss`."""
-    if "--demo" in (argv or sys.argv):
-        from examples.demo import main
-
-        return main(argv, loss)
+    """The command line -> exit status. loss: `mdpo_loss`, or one of your own as `mdpo_step` takes it."""
     saves_memory = "a lower --micro-batch-size or --max-length, or --device cpu"
     return run_command(lambda argv: run(parse_args(argv), loss), argv, saves_memory)
 
 
 def run(args, loss):
     """One run, from its arguments to the saved adapter -> exit status."""
-    with run_folder(args) as out:
-        print(f"reading and checking {args.data}")
-        pairs, held_out = read_pairs(args)
+    print(f"reading and checking {args.data}")
+    pairs, held_out = read_pairs(args)
+    print(f"loading {args.model}")
+    model, processor = load_policy(args, [pairs[0, i] for i in range(len(pairs))[:2]])
+    plan = plan_steps(len(pairs), args.batch_size, args.micro_batch_size, args.epochs, args.seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": parameters, "initial_lr": args.lr}]
+    optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay,
+                                  fused=parameters[0].is_cuda)  # fmt: skip
+    shared = identity(args, len(pairs), model, loss)
+    out, records = open_run(args, shared, model, optimizer)
+    done = records[-1]["step"] if records else 0
+    warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # a single step trains, too
+    schedule = transformers.get_cosine_schedule_with_warmup(
+        optimizer, warmup_steps, len(plan), last_epoch=done - 1
+    )
 
-        print(f"loading {args.model}")
-        model, processor = load_model(args.model, args.device)
-        print(f"{model.num_parameters():,} parameters in {model.dtype} on {args.device}; checking the layout")
-        with about(f"{args.model}: no adapter can be added"):
-            model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-        first = [pairs[0, i] for i in range(len(pairs))[:2]]
-        args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
-        if not args.no_checkpointing:
-            enable_checkpointing(model)
-        write_arguments(out, args, pairs.examples + held_out.examples, model, loss)
-        anchors = set(args.anchors) - {"none"}
-        loss = partial(loss, beta=args.beta, delta=args.delta, conditional=args.conditional, anchors=anchors)
-        # Training computes the log-probabilities that the loss needs, evaluation all that images allow.
-        scored = [name for name in SCORED if name != "image_rejected" or not args.no_image]
-        names = [name for name in scored if name != "image_rejected" or args.conditional or name in anchors]
-
-        plan = plan_steps(len(pairs), args.batch_size, args.micro_batch_size, args.epochs, args.seed)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": parameters, "initial_lr": args.lr}]
-        optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay,
-                                      fused=args.device == "cuda")  # fmt: skip
-        records = load_checkpoint(out, args, model, optimizer) if args.resume else []
-        write_log(out, records, "w")  # without the steps after the checkpoint, which come again
-        done = records[-1]["step"] if records else 0
-        warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # a single step trains, too
-        schedule = transformers.get_cosine_schedule_with_warmup(
-            optimizer, warmup_steps, len(plan), last_epoch=done - 1
-        )
-
-        collate = partial(make_batch, processor=processor, layout=args.layout, max_length=args.max_length)
-        batches = load_batches(pairs, sum(plan[done:], []), partial(collate, names=names), args.workers)
-        keys = split([("held out", i) for i in range(len(held_out))], args.micro_batch_size)
-        load_held_out = partial(load_batches, held_out, keys, partial(collate, names=scored), args.workers)
-        evaluate_now = partial(evaluate, model, load_held_out, loss) if held_out else dict
-        save = partial(save_checkpoint, out, args, records, model, optimizer)
-        print(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(pairs)} examples, "
-              f"{len(held_out)} held out, for {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
-        note = partial(log, out, records)
-        if held_out and not records:
-            note({"step": 0, **evaluate_now()})
-        with closing(batches):
-            stopped_by = train(model, plan, batches, loss, optimizer, schedule, note, save, evaluate_now,
-                               args.max_grad_norm, args.save_every)  # fmt: skip
-        if stopped_by:
-            print(f"stopped and saved; to continue: python train.py --resume {shlex.quote(str(out))}")
-            return 128 + stopped_by
-        with replacing(out) as new:
-            save_processor(processor, new)
-        print(f"\n{held_out_table(records)}\nadapter, log and arguments: {out}")
+    anchors = {*args.anchors} - {"none"}
+    objective = partial(mdpo_step, model, loss=loss, beta=args.beta, delta=args.delta,
+                        conditional=args.conditional, anchors=anchors)  # fmt: skip
+    names = [name for name in SCORED if name != "image_rejected" or args.conditional or name in anchors]
+    batches = load_batches(pairs, chain(*plan[done:]), names, processor, args)
+    save = partial(save_checkpoint, out, args, shared, records, model, optimizer)
+    print(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(pairs)} examples, "
+          f"{len(held_out)} held out, for {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
+    if held_out and not records:
+        log(out, records, {"step": 0, **evaluate(objective, held_out, processor, args)})
+    steps = train(objective, plan, batches, optimizer, schedule, args)
+    bar = tqdm(steps, "mDPO", len(plan), initial=done, mininterval=0.1 if sys.stderr.isatty() else 10)
+    to_continue = f"to continue: python train.py --resume {shlex.quote(str(out))}"
+    with closing(batches), stop_signals() as stop, bar:
+        try:
+            for record in bar:
+                if end_of_epoch := record["epoch"].is_integer():
+                    record |= evaluate(objective, held_out, processor, args)
+                log(out, records, record)
+                bar.set_postfix(loss=record["loss"], refresh=False)
+                stopping = bool(stop) and record["step"] < len(plan)  # read once: a signal may come between
+                if end_of_epoch or stopping or record["step"] % (args.save_every or len(plan)) == 0:
+                    save()
+                if stopping:
+                    print(f"stopped and saved; {to_continue}")
+                    return 128 + stop[0]
+        except LostBatch:
+            if records and records[-1]["step"] == schedule.last_epoch:
+                save()
+                print(f"the steps before are saved; {to_continue}")
+            raise
+    if done == len(plan):
+        save()  # after a kill between two files of the last checkpoint
+    with replacing(out) as new:
+        save_processor(processor, new)
+    print(f"\n{held_out_table(records)}\nadapter, log and arguments: {out}")
     return 0
-
-
-def read_pairs(args):
-    """-> the `Pairs` to train on, and those held out. Raises BadInput."""
-    read = partial(read_examples, image_dir=args.images, with_images=not args.no_image,
-                   skip_bad=args.skip_bad, processor=load_processor(args.model),
-                   max_length=args.max_length)  # fmt: skip
-    examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
-    if args.eval_size >= len(examples):
-        raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
-    held = {*random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size)}
-    training, held_out = ([e for i, e in enumerate(examples) if (i in held) == out] for out in (False, True))
-    held_out += read(args.eval_data) if args.eval_data else []
-    options = args.reject, args.crop, args.seed
-    return Pairs(training, *options, examples), Pairs(held_out, *options, examples + held_out)
-
-
-def held_out_table(records):
-    """The held-out metrics before training and now, as text; empty if nothing was held out."""
-    records = [record for record in records if "eval/loss" in record]
-    lines = [f"{'held-out examples':34} before     after"] if records else []
-    for name in records and [*records[0]][1:]:
-        lines.append(f"  {name.removeprefix('eval/'):28} {records[0][name]:10.4f} {records[-1][name]:9.4f}")
-    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------- training
 
 
-def train(model, plan, batches, loss, optimizer, schedule, log, save, evaluate=dict, max_grad_norm=1.0,
-          save_every=None):  # fmt: skip
-    """The training loop, from the step where `schedule` stands -> the signal that stopped it, or 0.
+def train(objective, plan, batches, optimizer, schedule, args):
+    """The training loop, from the step where `schedule` stands: a generator of a record for each step.
 
-    plan: of `plan_steps`. batches: an iterator over the micro-batches of these steps, made by `make_batch`.
-    loss: as in `mdpo_step`. log: takes the record of a step. save: writes a checkpoint. evaluate: returns the
-    metrics of held-out examples, called after each epoch.
+    objective: a batch -> losses (B,) and metrics (B,), such as `mdpo_step` of a model. plan: of `plan_steps`.
+    batches: an iterator over the micro-batches of the steps to come.
     Raises BadInput that names the examples of a step whose loss or gradient is not finite.
     """
-    parameters, done = optimizer.param_groups[0]["params"], schedule.last_epoch
-    seconds = 0.1 if sys.stderr.isatty() else 10  # between two lines of the progress bar
-    steps_per_epoch = sum(micro_batches[0][0][0] == 0 for micro_batches in plan)
-    with stop_signals() as stop, tqdm(total=len(plan), initial=done, desc="mDPO", mininterval=seconds) as bar:
-        for step, micro_batches in enumerate(plan[done:], done + 1):
-            started, metrics, ids, n_examples = time.perf_counter(), [], [], sum(map(len, micro_batches))
-            for _ in micro_batches:  # gradient accumulation
-                batch = next(batches)
-                losses, values = mdpo_step(model, batch, loss)
-                (losses.sum() / n_examples).backward()  # the mean over the batch, not over micro-batches
-                metrics.append(values)
-                ids += batch["ids"]
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-            record = {"step": step, "epoch": step / steps_per_epoch, "lr": schedule.get_last_lr()[0]}
-            record |= means(metrics, grad_norm=grad_norm)  # the one place that waits for the device
-            if not math.isfinite(record["loss"] + record["grad_norm"]):
-                raise BadInput(f"step {step}: loss or gradient is not finite; examples: {', '.join(ids)}")
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-
-            record["examples_per_second"] = n_examples / (time.perf_counter() - started)
-            record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            end_of_epoch = step % steps_per_epoch == 0
-            if end_of_epoch:
-                record |= evaluate()
-            log(record)
-            bar.set_postfix(loss=record["loss"], refresh=False)
-            with suppress(OSError):
-                bar.update()
-            stopping = bool(stop) and step < len(plan)  # read once: a signal may come at any time
-            if end_of_epoch or stopping or step % (save_every or len(plan)) == 0:
-                save()
-            if stopping:
-                return stop[0]
-    return 0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    done = schedule.last_epoch
+    for step, micro_batches in enumerate(plan[done:], done + 1):
+        started, metrics, ids, n_examples = time.perf_counter(), [], [], sum(map(len, micro_batches))
+        for _ in micro_batches:  # gradient accumulation
+            batch = next(batches)
+            losses, values = objective(batch)
+            (losses.sum() / n_examples).backward()  # the mean over the batch, not over micro-batches
+            metrics.append(values)
+            ids += batch.ids
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        record = {"step": step, "epoch": step / (len(plan) // args.epochs), "lr": schedule.get_last_lr()[0]}
+        record |= means(metrics, grad_norm=grad_norm)  # the one place that waits for the device
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            raise BadInput(f"step {step}: loss or gradient is not finite; examples: {', '.join(ids)}")
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        record["examples_per_second"] = n_examples / (time.perf_counter() - started)
+        record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        yield record
 
 
 @torch.no_grad()
-def evaluate(model, load, loss):
-    metrics = [mdpo_step(model, batch, loss)[1] for batch in load()]
+def evaluate(objective, held_out, processor, args):
+    """The metrics of the held-out pairs, means under the names eval/...; none if there are no pairs."""
+    if not held_out:
+        return {}
+    keys = [("held out", i) for i in range(len(held_out))]  # an epoch of its own
+    names = [*SCORED][: 2 if args.no_image else 3]  # more than a loss like DPO's needs
+    with closing(
+        load_batches(held_out, split(keys, args.micro_batch_size), names, processor, args)
+    ) as batches:
+        metrics = [objective(batch)[1] for batch in batches]
     return {f"eval/{name}": value for name, value in means(metrics).items()}
 
 
@@ -234,83 +194,121 @@ def split(values, size):
     return [values[at : at + size] for at in range(0, len(values), size)]
 
 
-def load_batches(pairs, micro_batches, collate, workers):
-    """Yield a batch for each list of (epoch, index), made ahead of time by so many processes."""
-    loader = iter(DataLoader(
-        pairs,
-        batch_sampler=micro_batches,
-        collate_fn=collate,
-        num_workers=(workers := min(workers, os.cpu_count() or 1)),
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_interrupts,
-        timeout=300 if workers else 0,  # a worker without shared memory would hang
-    ))  # fmt: skip
-    try:
-        with about("a process that loads data"):
-            yield from loader
-    finally:
-        getattr(loader, "_shutdown_workers", int)()
-        for worker in getattr(loader, "_workers", ()):
-            worker.kill()  # one that hangs ignores other signals: the exit would wait for it
-
-
-def ignore_interrupts(worker_id):
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the main process stops workers
-        signal.signal(number, signal.SIG_IGN)
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextmanager
 def stop_signals():
-    """Yield a list that collects SIGINT and SIGTERM, for the loop to end its step. A second stops at once."""
-    noted = []
+    """Yield a list that collects signals to stop, for a step to end first. A second one stops at once."""
+    stop = []
 
     def note(number, frame):
-        if noted:
+        if stop:
             raise KeyboardInterrupt
-        noted.append(number)
-        with suppress(OSError):  # `| tee` dies of the same Ctrl-C
-            tqdm.write("stopping after this step (again to stop at once)", file=sys.stderr)
+        stop.append(number)
+        tqdm.write("stopping after this step (again to stop at once)", file=sys.stderr)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Under nohup SIGHUP is ignored, and stays so.
+    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
-        yield noted
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-# ------------------------------------------------------------------------------------------- the run's folder
+class LostBatch(BadInput):
+    """A batch could not be made: the model stands between two steps."""
 
 
-@contextmanager
-def run_folder(args):
-    """The folder of this run: a new one, or that of --resume. Raises BadInput if anything else is there.
+def load_batches(pairs, micro_batches, names, processor, args):
+    """Yield a `Batch` for each list of (epoch, index), prefetched by --workers processes.
 
-    One process at a time holds it. It is removed again if the run ends before it wrote anything.
+    Workers send arrays through a pipe: tensors would need shared memory, of which containers have little.
     """
-    if args.out is None:
-        stem = f"runs/{Path(args.model).name}-{Path(args.data).stem}"
-        args.out = next(out for i in itertools.count(1) if not os.path.exists(out := f"{stem}-{i}"))
-    out = Path(args.out)
-    left_by_a_kill = lambda path: path.name == "run.lock" or path.match("new.*tmp")
-    if not args.resume and (out.is_file() or not all(map(left_by_a_kill, out.glob("*")))):
-        raise BadInput(f"{out}: already exists; choose another --out, or continue the run by --resume {out}")
-    made = not out.exists()
-    with about(f"{out}: cannot be written to"):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / "run.lock", "a")
+    make = partial(make_batch, processor=processor, names=names, max_length=args.max_length)
+    loader = DataLoader(
+        pairs,
+        batch_sampler=micro_batches,
+        collate_fn=partial(collate, make=make, layout=args.layout),
+        num_workers=min(args.workers, os.cpu_count() or 1),
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_signals,
+    )
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BadInput(f"{out}: another process is training there") from None
-    try:
-        yield out
-    finally:
-        if [*out.glob("*")] == [out / "run.lock"]:
-            (out / "run.lock").unlink()
-            if made:
-                out.rmdir()
-        lock.close()
+        with about("a process that loads data", LostBatch):
+            for batch in loader:
+                yield batch.map(torch.as_tensor)
+    except LostBatch as error:  # its traceback holds the workers, which ignore signals: free them
+        traceback.clear_frames(error.__cause__.__traceback__)
+        raise
+
+
+def collate(pairs, make, layout):
+    batch = make(pairs)
+    return (pack(batch) if layout == "packed" else batch).map(torch.Tensor.numpy)
+
+
+def ignore_signals(worker_id):
+    for number in STOPPING:  # sent to the whole group: the main process ends the step, and needs its batches
+        signal.signal(number, signal.SIG_IGN)
+
+
+# --------------------------------------------------------------------------------------------- data and model
+
+
+def read_pairs(args):
+    """-> the `Pairs` to train on, and those held out. Raises BadInput."""
+    read = partial(read_examples, image_dir=args.images, with_images=not args.no_image,
+                   skip_bad=args.skip_bad, processor=load_processor(args.model),
+                   max_length=args.max_length)  # fmt: skip
+    examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
+    if args.eval_size >= len(examples):
+        raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
+    held = {*random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size)}
+    training = [example for i, example in enumerate(examples) if i not in held]
+    held_out = [examples[i] for i in sorted(held)] + (read(args.eval_data) if args.eval_data else [])
+    options = args.reject, args.crop, args.seed
+    return Pairs(training, *options, examples), Pairs(held_out, *options, examples + held_out)
+
+
+def load_policy(args, first):
+    """-> the model with its adapter, and its processor. Sets args.layout, tried on the first pairs."""
+    model, processor = load_model(args.model, args.device or best_device())
+    print(f"{model.num_parameters():,} parameters in {model.dtype} on {model.device}; checking the layout")
+    with about(f"{args.model}: no adapter can be added"):
+        model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+    args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
+    if not args.no_checkpointing:
+        enable_checkpointing(model)
+    return model, processor
+
+
+# ------------------------------------------------------------------------------------------- the run's folder
+#
+# args.json: the run's arguments. With them alone, it begins at step 0.
+# checkpoint.pt: what decides the result (`identity`), the log, the adapter, the optimizer's state. Order and
+# rejected images are pure functions of the seed: nothing else is needed to go on.
+# The rest is for people and other programs, and written anew from these.
+
+
+def open_run(args, shared, model, optimizer):
+    """-> the run's folder and the log of the steps done, which a new run has none of. Raises BadInput."""
+    records = load_checkpoint(Path(args.out), shared, model, optimizer) if args.resume else []
+    stem = f"runs/{Path(args.model).name}-{Path(args.data).stem}"
+    args.out = args.out or next(out for i in count(1) if not os.path.exists(out := f"{stem}-{i}"))
+    with about(f"{args.out}: cannot be written to"):
+        os.makedirs(args.out, exist_ok=True)
+    for left_by_a_kill in Path(args.out).glob("new.*.tmp"):
+        shutil.rmtree(left_by_a_kill)
+    if not records:
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+        with replacing(args.out) as new:
+            arguments = vars(args) | {"resume": None} | shared | {"versions": versions}
+            (new / "args.json").write_text(json.dumps(arguments, indent=2))
+    write_log(args.out, records, "w")  # without the steps after the checkpoint, which come again
+    return Path(args.out), records
 
 
 @contextmanager
@@ -320,69 +318,56 @@ def replacing(out):
         with tempfile.TemporaryDirectory(".tmp", "new.", out) as new:
             yield Path(new)
             for file in filter(Path.is_file, [*Path(new).rglob("*")]):
-                target = out / file.relative_to(new)
+                target = Path(out, file.relative_to(new))
                 target.parent.mkdir(exist_ok=True)
                 os.replace(file, target)
 
 
-def write_arguments(out, args, examples, model, loss):
-    """args.json: the run's arguments and versions, and what a resumed run must share. Raises BadInput."""
-    # Images count by name, wherever the files are.
-    contents = [(*e[:3], *map(os.path.basename, e.images + e.images_rejected), e.id) for e in examples]
+def identity(args, n_examples, model, loss):
+    """What decides the result, and has to be the same when a run goes on: {what: its value}."""
+    sha256 = lambda content: hashlib.sha256(content).hexdigest()
     # The first numbers of each weight tell models apart; bf16 is what every device and dtype can hold.
     weights = [(name, *p.shape, p.flatten()[:8].bfloat16().tolist())
                for name, p in model.named_parameters() if not p.requires_grad]  # fmt: skip
-    shared = {"data": digest(contents), "weights": digest(weights),
-              "loss": getattr(loss, "__qualname__", type(loss).__qualname__)}  # fmt: skip
-    with about(f"{out}: cannot be resumed"):
-        if others := [name for name in shared if args.resume and args.shared[name] != shared[name]]:
-            raise BadInput(f"the run began with other {' and '.join(others)}")
-    args.shared = shared
-    if not args.resume:
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-        with replacing(out) as new:
-            (new / "args.json").write_text(json.dumps(vars(args) | {"versions": versions}, indent=2))
+    sha256_of = lambda path: sha256(Path(path).read_bytes()) if path else None
+    return {name: vars(args)[name] for name in DECISIVE} | {
+        "data_file": sha256_of(args.data),
+        "eval_data_file": sha256_of(args.eval_data),
+        "examples": n_examples,
+        "base_weights": sha256(json.dumps(weights).encode()),
+        "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
+    }
 
 
-def digest(value):
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def refuse_others(now, began):
+    """Raise BadInput that names every value that is not what it was when the run began."""
+    if others := [name.replace("_", " ") for name in began if now.get(name) != began[name]]:
+        raise BadInput(f"the run began with other values of {', '.join(others)}")
 
 
-def identity(args):
-    """The arguments that decide a run's result, which a checkpoint shares with it."""
-    return {k: v for k, v in sorted(vars(args).items()) if k not in MAY_DIFFER}
-
-
-def seal(args, content):
-    """SHA-256, appended to a checkpoint: it tells whether the file is complete, and of this run."""
-    return hashlib.sha256(json.dumps(identity(args)).encode() + content).digest()
-
-
-def save_checkpoint(out, args, records, model, optimizer):
-    """The adapter, and what a resumed run needs; order and rejected images are pure functions of the seed."""
+def save_checkpoint(out, args, shared, records, model, optimizer):
+    """checkpoint.pt, then the adapter in peft's format and its model card."""
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     if not all(weight.isfinite().all() for weight in adapter.values()):
         raise BadInput(f"step {records[-1]['step']}: its update made a weight infinite; try a lower --lr")
-    file, state = io.BytesIO(), optimizer.state_dict()["state"]
-    torch.save({"records": records, "adapter": adapter, "optimizer": state}, file)
-    content = file.getvalue()
+    state = {"run": shared, "records": records, "adapter": adapter}
     with replacing(out) as new:
-        (new / "checkpoint.pt").write_bytes(content + seal(args, content))
+        torch.save(state | {"optimizer": optimizer.state_dict()["state"]}, new / "checkpoint.pt")
+    with replacing(out) as new:
         model.save_pretrained(new, save_embedding_layers=False)
         (new / "README.md").write_text(model_card(args, records), "utf-8", "backslashreplace")
 
 
-def load_checkpoint(out, args, model, optimizer):
+def load_checkpoint(out, shared, model, optimizer):
     """-> the log of the steps done, empty if the run was stopped before its first checkpoint."""
     path = out / "checkpoint.pt"
     if not os.path.lexists(path) and not (out / "adapter_model.safetensors").exists():
         return []
     with about(f"{path}: cannot be resumed from"):
-        content = path.read_bytes()
-        content, end = content[:-32], content[-32:]
-        if end != seal(args, content):
-            raise BadInput("is damaged, or belongs to a run with other arguments, data or weights")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if zipfile.ZipFile(path).testzip():  # torch.load takes most changed bits
+            raise BadInput("is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        refuse_others(shared, state["run"])
         peft.set_peft_model_state_dict(model, state["adapter"])
         groups = optimizer.state_dict()["param_groups"]  # of this device, which may be another
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
@@ -390,7 +375,7 @@ def load_checkpoint(out, args, model, optimizer):
 
 
 def model_card(args, records):
-    """README.md of the run's folder: what was trained, on what, how, and how it does on held-out examples."""
+    """README.md of the run's folder: what was trained, on what, and how it does on held-out examples."""
     return f"""---
 base_model: {args.model}
 library_name: peft
@@ -406,9 +391,18 @@ A LoRA adapter, trained with mDPO (arXiv:2406.11839) on {Path(args.data).name}: 
 ```
 
 ```json
-{json.dumps(identity(args), indent=2)}
+{json.dumps({name: vars(args)[name] for name in DECISIVE}, indent=2)}
 ```
 """
+
+
+def held_out_table(records):
+    """The held-out metrics before training and now, as text; empty if nothing was held out."""
+    records = [record for record in records if "eval/loss" in record]
+    lines = [f"{'held-out examples':34} before     after"] if records else []
+    for name in records and [*records[0]][1:]:
+        lines.append(f"  {name.removeprefix('eval/'):28} {records[0][name]:10.4f} {records[-1][name]:9.4f}")
+    return "\n".join(lines)
 
 
 def log(out, records, record):
@@ -417,7 +411,7 @@ def log(out, records, record):
 
 
 def write_log(out, records, mode):
-    with about(f"{out}/metrics.jsonl: cannot be written"), open(out / "metrics.jsonl", mode) as file:
+    with about(f"{out}/metrics.jsonl: cannot be written"), open(Path(out, "metrics.jsonl"), mode) as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
@@ -438,32 +432,38 @@ def number(kind, low, high):
 
 
 positive, real, share = number(float, 1e-12, 1e6), number(float, -1e6, 1e6), number(float, 0, 1)
-decay, whole, count = number(float, 0, 1 - 1e-6), number(int, 1, 10**7), number(int, 0, 2**63 - 1)
+decay, whole, natural = number(float, 0, 1 - 1e-6), number(int, 1, 10**7), number(int, 0, 2**63 - 1)
 
-ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes from)
+# name: (default, type or choices, what it is and where it comes from)
+FILES = {
     "model": (None, str, "folder or hub name: Bunny, or any image-text-to-text model of transformers"),
     "data": (None, str, "preference file (README, Data)"),
     "images": (None, str, "folder where relative image paths begin (default: the data file's)"),
+    "eval-data": (None, str, "a second preference file, for evaluation only"),
     "out": (None, str, "folder for adapter and log (default: a new one, runs/...-1, -2 and so on)"),
-    "resume": (None, str, "go on with the run in this folder, exactly, with its own arguments"),
+    "resume": (None, str, "resume this folder's run from its last checkpoint, with its own arguments"),
+}
+METHOD = {  # decide the result: a run goes on with its own
     # data
     "subset": (None, str, "only ids with this prefix; the paper's is llava (4.1)"),
-    "limit": (None, whole, "read a random sample of so many examples; 10000 in the paper (4.1)"),
-    "eval-size": (0, count, "of these, examples held out; --reject random may show their images"),
-    "eval-data": (None, str, "a second preference file, for evaluation only"),
+    "limit": (None, whole, "read a random sample of N examples; 10000 in the paper (4.1)"),
+    "eval-size": (0, natural, "of these, examples held out; --reject random may show their images"),
+    "skip-bad": (False, bool, "drop bad records instead of stopping"),
+    "no-image": (False, bool, "the data without images, DPO (No Image) of Fig. 1: no conditional term, and "
+        "no anchor unless --anchors asks for one"),
     "max-length": (2048, whole, "tokens of prompt and one response (authors' config)"),
     "reject": ("crop", STRATEGIES, "how the rejected image is made (Table 3): " + "; ".join(
         f"{name}, {strategy.__doc__}" for name, strategy in STRATEGIES.items())),
-    "crop": ([*CROP], share, "least and most of the area that a crop keeps (Table 3)"),
+    "crop": ([*CROP], share, "minimum and maximum share of the area that a crop keeps (Table 3)"),
     # loss
     "beta": (0.1, positive, "strength of the KL constraint (paper 4.1)"),
     "delta": (0.0, real, "the anchor, in units of reward (paper 4.1)"),
+    "no-conditional": (False, bool, "drop eq. 6 (Table 2, minus conditional)"),
     "anchors": ([], (*LogPs._fields, "none"), "anchored rewards: chosen is eq. 7 and the default, Table 4 "
         "has more; none is Table 2, minus anchored"),
     # optimization
     "epochs": (3, number(int, 1, 1000), "passes over the data (paper 4.1)"),
     "batch-size": (32, whole, "examples per optimizer step (paper 4.1)"),
-    "micro-batch-size": (4, whole, "examples at a time: for memory, not for the result"),
     "lr": (1e-5, positive, "peak learning rate (paper 4.1)"),
     "warmup": (0.1, share, "share of the steps, rounded up, before a cosine to 0 (paper 4.1)"),
     "betas": ([0.9, 0.98], decay, "of AdamW (the second: authors' config)"),
@@ -471,26 +471,18 @@ ARGUMENTS = {  # name: (default, type or choices, what it is and where it comes 
     "max-grad-norm": (1.0, positive, "gradient clipping (the default of the authors' trainer)"),
     "lora-rank": (64, whole, "of the adapter (paper 4.1)"),
     "lora-alpha": (128, whole, "of the adapter (paper 4.1)"),
-    "seed": (0, count, "of adapter, order, samples and rejected images"),
-    # system
-    "device": (None, ("cuda", "cpu"), "cuda in bf16 or cpu in float32 (default: cuda if there is one)"),
-    "layout": (None, LAYOUTS, "two packed sequences an example, or three plain rows (default: packed if the "
-        "first examples show that it is exact for the model)"),
-    "workers": (4, count, "processes that decode images"),
-    "save-every": (None, whole, "also save a checkpoint every so many steps"),
+    "seed": (0, natural, "of adapter, order, samples and rejected images"),
 }  # fmt: skip
-SWITCHES = {
-    "skip-bad": "drop bad records instead of stopping",
-    "no-image": "the data without images, DPO (No Image) of Fig. 1: no conditional term, and no anchor "
-    "unless --anchors asks for one",
-    "no-conditional": "drop eq. 6 (Table 2, minus conditional)",
-    "no-checkpointing": "keep activations: faster, more memory",
-}
-# What may differ when a run goes on: where its files are, and what changes speed, but not what is trained.
-MAY_DIFFER = (
-    "resume argv out model data eval_data images workers save_every debug "
-    "micro_batch_size device layout no_checkpointing"  # the same but for rounding
-).split()
+SYSTEM = {  # may differ when a run goes on: the result is the same but for rounding
+    "device": (None, ("cuda", "cpu"), "cuda in bf16 or cpu in float32 (default: cuda if there is one)"),
+    "micro-batch-size": (4, whole, "examples at a time: for memory, not for the result"),
+    "no-checkpointing": (False, bool, "keep activations: faster, more memory"),
+    "layout": (None, ("packed", "plain"), "two packed sequences an example, or three plain rows (default: "
+        "packed if the first examples show that it is exact for the model)"),
+    "workers": (4, natural, "processes that decode images"),
+    "save-every": (None, whole, "also save a checkpoint every N steps"),
+}  # fmt: skip
+DECISIVE = [name.replace("-", "_") for name in METHOD]
 
 
 def parse_args(argv):
@@ -499,41 +491,39 @@ def parse_args(argv):
         description="Train a multimodal model with mDPO. --demo: a tiny one, on drawn data.",
         allow_abbrev=False,
     )
-    parser._negative_number_matcher = re.compile(r"-(\d|\.|inf|nan)")  # argparse takes -1e-3 for a flag
-    for name, (default, kind, text) in ARGUMENTS.items():
-        options = {"type": kind} if callable(kind) else {"choices": kind}
-        if isinstance(default, list):
-            options["nargs"] = len(default) or "+"
-        text += f" (default: {default})" if default not in (None, []) else ""
-        parser.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"), **options)
-    for name, text in SWITCHES.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-
+    for title, arguments in ("files", FILES), ("method", METHOD), ("system", SYSTEM):
+        group = parser.add_argument_group(title)
+        for name, (default, kind, text) in arguments.items():
+            if kind is bool:
+                group.add_argument(f"--{name}", action="store_true", help=text)
+                continue
+            options = {"type": kind} if callable(kind) else {"choices": kind}
+            if isinstance(default, list):
+                options["nargs"] = len(default) or "+"
+            text += f" (default: {default})" if default not in (None, []) else ""
+            group.add_argument(f"--{name}", default=default, help=text.replace("%", "%%"), **options)
     args = parser.parse_args(argv)
-    if args.resume is None:
-        return resolve(args, argv)
-    out = args.resume
-    with about(f"{out}: cannot be resumed"):
-        run = json.loads(Path(out, "args.json").read_text())
-        began, args = (resolve(parser.parse_args([*run["argv"], *more]), run["argv"]) for more in ([], argv))
-        if others := [name for name in (*identity(began), "out") if vars(args)[name] != vars(began)[name]]:
-            raise BadInput(f"the run began with other values of {', '.join(others)}")
-        args.out, args.shared = out, run["shared"]
-        return args
-
-
-def resolve(args, argv):
-    """Fill in what depends on other arguments, and refuse what does not go together."""
+    if args.resume:
+        with about(f"{args.resume}: cannot be resumed"):
+            began = json.loads(Path(args.resume, "args.json").read_text())
+            parser.set_defaults(**{name: began[name] for name in vars(args) if name != "debug"})
+            args = parser.parse_args(argv)
+            refuse_others(vars(args), {name: began[name] for name in (*DECISIVE, "out")})
+            args.out = args.resume
     if None in (args.model, args.data):
         raise BadInput("--model and --data are required (--help lists the arguments)")
-    args.argv = argv
+    for name in ("model", "data", "images", "eval_data"):  # a run can go on from another folder
+        if os.path.exists(path := vars(args)[name] or ""):
+            setattr(args, name, os.path.abspath(path))
+    if args.out and not args.resume and (os.path.isfile(args.out) or [*Path(args.out).glob("*")]):
+        what_to_do = f"choose another --out, or continue the run by --resume {args.out}"
+        raise BadInput(f"{args.out}: already exists; {what_to_do}")
+    args.anchors = args.anchors or ["none" if args.no_image else "chosen"]
     args.conditional = not (args.no_conditional or args.no_image)
-    args.anchors = [*args.anchors] or ["none" if args.no_image else "chosen"]
     if "none" in args.anchors and len(args.anchors) > 1:
         raise BadInput("--anchors none cannot be combined with other anchors")
     if args.no_image and "image_rejected" in args.anchors:
         raise BadInput("--no-image leaves no rejected image to anchor")
-    args.device = args.device or best_device()
     return args
 
 
@@ -664,11 +654,10 @@ def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
 
 # ------------------------------------------------------------------------------------------- layout, measured
 
-# How far a response of n tokens may be off, in nats over the square root of n, as rounding errors add up.
-# Computed in float32, packed and plain rows are off by at most 9e-6, and the library's own call is 4e-6 from
-# float64 (random models: eight families, and Bunny-3B in full size). Planted mistakes there: one of 750 keys
-# forgotten 3e-4, y_l sees a token of y_w 0.003, positions off by one 0.009, image swapped 0.1.
-# In bf16 itself rounding reaches 0.01 and would hide most of them.
+# The largest accepted error of a log-probability, in nats per square root of its tokens, as rounding adds up.
+# Packed and plain rows in float32 are at most 9e-6 apart (random models: eight families, and Bunny-3B in full
+# size). Planted mistakes: one of 750 keys forgotten 3e-4, y_l sees a token of y_w 0.003, positions off by one
+# 0.009, image swapped 0.1. In bf16 itself rounding reaches 0.01 and would hide most of them.
 TOLERANCE = 5e-5
 
 
@@ -682,49 +671,38 @@ class InFloat32(torch.overrides.TorchFunctionMode):
 
 
 def choose_layout(model, processor, pairs, layout=None, max_length=2048):
-    """The layout to train in: packed rows if they are exact for this model, else plain ones. Raises BadInput.
+    """The layout to train in: "packed" if packed rows give the numbers of plain rows, else "plain".
 
-    It is measured on a few pairs, and does not depend on the model's name. layout: try only this one.
+    It is measured on a few pairs, and does not depend on the model's name. layout: the only one allowed.
+    Raises BadInput if the model cannot be trained in it.
     """
-    window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
-    problem = f"its attention window of {window} tokens is shorter than --max-length {max_length}"
-    # Packed rows know no window. The first examples may fit into a short one, but later ones may not.
-    layouts = LAYOUTS if window >= max_length else ["plain"]
-    layouts = [name for name in layouts if layout in (name, None)]
-    # The library's call has logits of all tokens, so that a long response would take all time and memory.
-    pairs = [pair._replace(chosen=pair.chosen[:1000], rejected=pair.rejected[:1000]) for pair in pairs]
-    with about(f"{model.name_or_path}: cannot be trained in {' or '.join(layouts) or layout} rows"):
-        for chosen, error in layout_errors(model, processor, pairs, layouts):
-            if error <= TOLERANCE:
-                if chosen != (layout or "packed"):
-                    print(f"packed rows are not exact for this model ({problem}); "
-                          "plain rows take about twice as long")  # fmt: skip
-                return chosen
-            problem = f"{error:.2g} off the library's own call, in nats / sqrt(tokens); rounding: {TOLERANCE}"
-        raise BadInput(problem)
+    with about(f"{model.name_or_path}: cannot be trained"):
+        error = packing_error(model, processor, pairs, layout)
+        window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
+        problem = f"{error:.2g} nats / sqrt(tokens) off, rounding: {TOLERANCE}"
+        if window < max_length:  # it may hold the first examples, but not later ones
+            problem = f"its attention window of {window} tokens is shorter than --max-length {max_length}"
+        elif error <= TOLERANCE:
+            return layout or "packed"
+        if layout == "packed":
+            raise BadInput(f"packed rows are not exact: {problem}")
+    if layout is None:
+        print(f"packed rows are not exact for this model ({problem}); plain rows take about twice as long")
+    return "plain"
 
 
 @torch.no_grad()
-def layout_errors(model, processor, pairs, layouts=LAYOUTS):
-    """Yield each layout with its worst distance from the library's call on one sequence, as in TOLERANCE."""
-    model.eval()
-    exact, n_tokens = [], []
-    for images, response in SCORED.values():
-        for pair in pairs:
-            tokens = tokenize(processor, pair)
-            whole = encode_prompts(
-                processor, [tokens.wholes[response]], [getattr(pair, images)]
-            ).to(model.device)
-            labels = whole["input_ids"].clone()
-            labels[:, : -len(tokens.responses[response])] = -100
-            with InFloat32():
-                exact.append(sequence_logps(model(**whole, use_cache=False).logits, labels))
-            n_tokens.append((labels >= 0).sum())
-    for layout in layouts:
-        with InFloat32():
-            logps = response_logps(model, make_batch(pairs, processor, layout, max_length=sys.maxsize))
-        errors = (torch.cat(logps) - torch.cat(exact)).abs()
-        yield layout, (errors / torch.stack(n_tokens).sqrt()).max().item()
+def packing_error(model, processor, pairs, layout="packed"):
+    """The largest distance of rows in this layout from plain ones, computed in float32, as in TOLERANCE."""
+    # Long responses would take time and memory, and show nothing more.
+    pairs = [pair._replace(chosen=pair.chosen[:1000], rejected=pair.rejected[:1000]) for pair in pairs]
+    rows = make_batch(pairs, processor, max_length=sys.maxsize)
+    with InFloat32():
+        batches = rows, rows if layout == "plain" else pack(rows)
+        plain, packed = (torch.cat(response_logps(model.eval(), batch)).cpu() for batch in batches)
+    if not plain.isfinite().all():
+        raise BadInput("its log-probabilities are not finite: its weights may be damaged")
+    return ((packed - plain).abs() / (rows.labels >= 0).sum(1).sqrt()).max().item()  # nan if one is
 
 
 # ---------------------------------------------------------------------------------------- Bunny's file format
@@ -828,4 +806,6 @@ if not transformers.utils.is_torchvision_available():
 
 
 if __name__ == "__main__":
+    if "--demo" in sys.argv:
+        from examples.demo import main
     sys.exit(main())

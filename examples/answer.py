@@ -11,7 +11,7 @@ import peft
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, about, chat_messages, encode_prompts, open_image, run_command
+from data import BadInput, about, chat_messages, encode_prompts, open_image, render, run_command
 from train import Parser, best_device, load_model, whole
 
 
@@ -42,8 +42,7 @@ def read_adapter(adapter):
 
 
 def chat_prompt(processor, question, n_images=1):
-    messages = chat_messages(question, n_images)
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return render(processor, chat_messages(question, n_images), add_generation_prompt=True)
 
 
 @torch.no_grad()

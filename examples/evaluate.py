@@ -30,12 +30,15 @@ LEVEL = 0.95  # of the intervals
 
 
 @torch.no_grad()
-def score(model, processor, pair_of, indices, names, loss, batch_size=8, max_length=2048):
-    """-> {metric of the loss: a float for each index}. pair_of: index -> `Example` with its images. names: of `make_batch`."""
+def score(objective, processor, pair_of, indices, names, batch_size=8, max_length=2048):
+    """-> {metric of the objective, a partial `mdpo_step`: a float for each index}.
+
+    pair_of: index -> `Example` with its images. names: of `make_batch`.
+    """
     metrics = defaultdict(list)
     for some in tqdm(train.split(indices, batch_size), leave=False, disable=None):
-        batch = make_batch([pair_of(i) for i in some], processor, "plain", names, max_length)
-        for name, values in mdpo_step(model, batch, loss)[1].items():
+        batch = make_batch([pair_of(i) for i in some], processor, names, max_length)
+        for name, values in objective(batch)[1].items():
             metrics[name] += values.tolist()
     return metrics
 
@@ -47,12 +50,12 @@ def score_margins(model, processor, examples, beta=0.1, batch_size=8):
         "no_image": [()] * len(examples),
         "other_image": [another_image(examples, index) for index in range(len(examples))],
     }
-    loss, margins = partial(mdpo_loss, beta=beta, conditional=False, anchors=()), {}
+    objective, margins = partial(mdpo_step, model, beta=beta, conditional=False, anchors=()), {}
     for name, paths in shown.items():
         pair_of = lambda i: examples[i]._replace(images=tuple(map(open_image, paths[i])), images_rejected=())
         indices = [i for i in range(len(examples)) if paths[i] is not None]
-        options = ("chosen", "rejected"), loss, batch_size, sys.maxsize
-        margins[name] = score(model, processor, pair_of, indices, *options)["rewards/margins"]
+        options = ("chosen", "rejected"), batch_size, sys.maxsize
+        margins[name] = score(objective, processor, pair_of, indices, *options)["rewards/margins"]
     return margins
 
 
@@ -118,10 +121,11 @@ def run(argv):
         names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False
     options = {"beta": trained.beta, "delta": trained.delta, "conditional": conditional, "anchors": anchors}
     losses = {f.__qualname__: f for f, _ in [(mdpo_loss, ()), *variants.VARIANTS.values()]}
-    pair_of, name = lambda i: pairs["held out", i], vars(trained).get("shared", {}).get("loss", "mdpo_loss")
+    pair_of, name = lambda i: pairs["held out", i], vars(trained).get("loss", "mdpo_loss")
     with about(f"the run's loss, {name} of mdpo.py or variants.py"):
-        loss = partial(losses[name], **options)
-        metrics = score(model, processor, pair_of, range(len(pairs)), names, loss, max_length=trained.max_length)
+        objective = partial(mdpo_step, model, loss=losses[name], **options)
+        indices, max_length = range(len(pairs)), trained.max_length
+        metrics = score(objective, processor, pair_of, indices, names, max_length=max_length)
     margins = score_margins(model, processor, examples, trained.beta)
     print(f"{len(examples)} examples: means, and bootstrap intervals of level {LEVEL:.0%}")
     print("\n".join(line(name, values) for name, values in metrics.items()))

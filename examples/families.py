@@ -1,10 +1,11 @@
-"""Tiny random models of today's families, each of its own config class and processor, put through the whole of training.
+"""Tiny random models of today's families, each of its own config class and processor, put through training.
 
     python examples/families.py              # all of them, in temporary folders
     python examples/families.py qwen3_vl
 
-For each it prints the layout that training chose, how far packed and plain rows are from the library's own call, and
-what the model answers before and after four steps with an exaggerated learning rate.
+For each it prints the layout that training chose, how far packed and plain rows are from the library's own
+call on one conversation at a time, in nats / sqrt(tokens), and what the model answers before and after four
+steps with an exaggerated learning rate.
 """
 
 import json
@@ -28,31 +29,48 @@ from transformers.utils import is_torchvision_available
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import BadInput, Pairs, read_examples, run_command
+from data import SCORED, BadInput, Pairs, make_batch, read_examples, run_command, tokenize
 from examples import shapes
 from examples.answer import generate_answers, load_tuned
+from mdpo import pack, response_logps, sequence_logps
 
-# The templates do what the families' own do: the same order, markers and white space around images and turns.
-CHATML = (
+# The templates write what the families' own do: order, markers and white space around images and turns.
+CHATML = (  # Qwen, InternVL
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
     "{% for part in message.content %}{{ IMAGE if part.type == 'image' else part.text }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-USER_ASSISTANT = (
-    "{% for message in messages %}{{ message.role.upper() + ': ' }}"
-    "{% for part in message.content %}{{ '<image>\n' if part.type == 'image' else part.text + ' ' }}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+SYSTEM = (  # Qwen2.5-VL's, where the messages have none
+    "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
 )
-SMOL = (
-    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}"
+IMAGES_THEN_TEXT = (
+    "{% for part in message.content if part.type == 'image' %}{{ IMAGE }}{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}{{ TEXT }}{% endfor %}"
+)
+LLAVA = (  # LLaVA-1.5, and LLaVA-1.6 of Vicuna
+    "{% for message in messages %}{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}"
+    + IMAGES_THEN_TEXT.replace("IMAGE", "'<image>\n'").replace("TEXT", "part.text + ' '")
+    + "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+ONEVISION = (  # a space after the role, but not in the generation prompt, and no new line between turns
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + ' ' }}"
+    + IMAGES_THEN_TEXT.replace("IMAGE", "'<image>'").replace("TEXT", "'\n' + part.text")
+    + "<|im_end|>{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SMOL = (  # Idefics3, SmolVLM
+    "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}"
     "{% if message.content[0].type == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
     "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
     "{{ '<end_of_utterance>\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-GEMMA = (
-    "{{ bos_token }}{% for message in messages %}"
+GEMMA = (  # a system text is part of the user's first turn
+    "{{ bos_token }}{% set first = messages[0] %}"
+    "{% set system = first.content[0].text + '\n\n' if first.role == 'system' else '' %}"
+    "{% for message in (messages[1:] if system else messages) %}"
+    "{% if loop.index0 % 2 == (message.role == 'user') %}{{ raise_exception('no turns') }}{% endif %}"
     "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' }}"
+    "{{ system if loop.first else '' }}"
     "{% for part in message.content %}{{ '<start_of_image>' if part.type == 'image' else part.text | trim }}{% endfor %}"
     "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
@@ -94,7 +112,7 @@ def llava_next():
     processor = transformers.LlavaNextProcessor(
         LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=TILE, image_grid_pinpoints=grids),
         tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=USER_ASSISTANT,
+        chat_template=LLAVA,
     )  # fmt: skip
     return transformers.LlavaNextConfig(
         vision_config=transformers.CLIPVisionConfig(**VISION, image_size=32, patch_size=8),
@@ -110,7 +128,7 @@ def llava_onevision():
     processor = transformers.LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessorPil(size=TILE, image_grid_pinpoints=grids),
         tokenizer, num_image_tokens=16, vision_feature_select_strategy="full",
-        chat_template=CHATML.replace("IMAGE", "'<image>\\n'"), **video_part("LlavaOnevision"),
+        chat_template=ONEVISION, **video_part("LlavaOnevision"),
     )  # fmt: skip
     return transformers.LlavaOnevisionConfig(
         vision_config=transformers.SiglipVisionConfig(**VISION, image_size=32, patch_size=8, vision_use_head=False),
@@ -120,10 +138,10 @@ def llava_onevision():
     ), processor  # fmt: skip
 
 
-def qwen(name, patch_size, rope, vision, **text):
+def qwen(name, patch_size, system, rope, vision, **text):
     tokenizer = chatml_tokenizer(image_token="<|image_pad|>", video_token="<|video_pad|>",
                                  vision_bos_token="<|vision_start|>", vision_eos_token="<|vision_end|>")  # fmt: skip
-    template = SYSTEM + CHATML.replace("IMAGE", "'<|vision_start|><|image_pad|><|vision_end|>'")
+    template = system + CHATML.replace("IMAGE", "'<|vision_start|><|image_pad|><|vision_end|>'")
     image_processor = Qwen2VLImageProcessorPil(size=EDGES, patch_size=patch_size)
     parts = {"image_processor": image_processor, "tokenizer": tokenizer} | video_part(name)
     processor = getattr(transformers, f"{name}Processor")(**parts, chat_template=template)
@@ -139,20 +157,22 @@ def qwen(name, patch_size, rope, vision, **text):
 def qwen2_5_vl():
     """Dynamic resolution; positions in time, height and width; windows of attention in the tower."""
     vision = {"fullatt_block_indexes": [1], "window_size": 56}
-    return qwen("Qwen2_5_VL", 14, {"mrope_section": [1, 1, 2]}, vision)
+    return qwen("Qwen2_5_VL", 14, SYSTEM, {"mrope_section": [1, 1, 2]}, vision)
 
 
 def qwen3_vl():
     """As Qwen2.5-VL, and features of the tower's lower layers are added in the first layers of the language model."""
     rope, vision = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}, {"deepstack_visual_indexes": [0]}
-    return qwen("Qwen3VL", 16, rope, vision | {"num_position_embeddings": 64}, head_dim=8)
+    return qwen("Qwen3VL", 16, "", rope, vision | {"num_position_embeddings": 64}, head_dim=8)
 
 
-def idefics3(image_processor_class=Idefics3ImageProcessorPil, config_class=transformers.Idefics3Config):
+def idefics3(image_processor_class=Idefics3ImageProcessorPil, config_class=transformers.Idefics3Config,
+             bos="<|begin_of_text|>"):  # fmt: skip
     """An image is split into parts, with text between that says which part it is."""
     parts = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    tokenizer = make_tokenizer("<|im_start|>", "<global-img>", *parts, eos_token="<end_of_utterance>", pad_token="<pad>",
-                               image_token="<image>", fake_image_token="<fake_token_around_image>",
+    tokenizer = make_tokenizer("<global-img>", *parts, bos_token=bos, eos_token="<end_of_utterance>",
+                               pad_token="<pad>", image_token="<image>",
+                               fake_image_token="<fake_token_around_image>",
                                global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>")  # fmt: skip
     image_processor = image_processor_class(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     processor = transformers.Idefics3Processor(image_processor, tokenizer, image_seq_len=4, chat_template=SMOL)
@@ -165,7 +185,7 @@ def idefics3(image_processor_class=Idefics3ImageProcessorPil, config_class=trans
 
 def smolvlm():
     """As Idefics3, and with Idefics3's processor: SmolVLM's needs torchvision and num2words, and does the same."""
-    return idefics3(SmolVLMImageProcessorPil, transformers.SmolVLMConfig)
+    return idefics3(SmolVLMImageProcessorPil, transformers.SmolVLMConfig, "<|im_start|>")
 
 
 def internvl():
@@ -236,14 +256,32 @@ def try_family(name, device):
             raise BadInput(f"{name}: {(folder / 'log').read_text().rpartition('error: ')[2].strip()}")
         examples = read_examples(data)
         pairs = [Pairs(examples)[0, i] for i in range(2)]
-        errors = dict(train.layout_errors(*train.load_model(str(folder / "model"), device), pairs))
+        packed, plain = distances(*train.load_model(str(folder / "model"), device), pairs)
         layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
         model, processor = load_tuned(folder / "model", folder / "out", device)
         ask = [(pairs[0].images, pairs[0].question)]
         after = generate_answers(model, processor, ask, 6)
         with model.disable_adapter():
             answers = generate_answers(model, processor, ask, 6) + after
-    return f"{name:16} {layout:8} {errors['packed']:14.1e} {errors['plain']:13.1e}   {ascii(answers)}"
+    return f"{name:16} {layout:8} {packed:14.1e} {plain:13.1e}   {ascii(answers)}"
+
+
+@torch.no_grad()
+def distances(model, processor, pairs):
+    """How far packed and plain rows are from the library's own call, in float32, as in `train.TOLERANCE`."""
+    exact, n_tokens, rows = [], [], make_batch(pairs, processor)
+    with train.InFloat32():
+        for field, response in SCORED.values():
+            for pair in pairs:
+                tokens, images = tokenize(processor, pair), [*getattr(pair, field)]
+                whole = tokens.wholes[response]
+                inputs = processor(text=[whole], images=[images], return_tensors="pt").to(model.device)
+                labels = inputs["input_ids"].clone()
+                labels[:, : -len(tokens.responses[response])] = -100
+                exact.append(sequence_logps(model(**inputs, use_cache=False).logits, labels))
+                n_tokens.append((labels >= 0).sum())
+        errors = [torch.cat(response_logps(model, batch)) - torch.cat(exact) for batch in (pack(rows), rows)]
+    return [(error.abs() / torch.stack(n_tokens).sqrt()).max().item() for error in errors]
 
 
 def run(argv):

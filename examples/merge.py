@@ -41,7 +41,7 @@ def merge(adapter, to, base=None):
 
     def measure(model, processor):
         with torch.no_grad():
-            logps = torch.cat(response_logps(model, make_batch(pairs, processor, "plain")))
+            logps = torch.cat(response_logps(model, make_batch(pairs, processor)))
         return logps, generate_answers(model, processor, [(images, question) for question in QUESTIONS], 40)
 
     model, processor = load_tuned(base, adapter, "cpu")

@@ -239,7 +239,7 @@ def run(argv):
     add, listed = parser.add_argument, ", ".join(METHODS).replace("%", "%%")
     add("--out", type=Path, help="(default: runs/miniature; of the large world: runs/miniature-large)")
     add("--quick", action="store_true", help="one seed, the methods of Figure 1 and Table 2")
-    add("--seeds", type=train.count, nargs="+", default=None, help="(default: 0 1 2 3 4; --quick: 0)")
+    add("--seeds", type=train.natural, nargs="+", default=None, help="(default: 0 1 2 3 4; --quick: 0)")
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"(default: all) {listed}")
     add("--world", choices=("small", "large"), default="small", help="large: up to five shapes, 48 pixels")
     add("--scenes", type=train.whole, default=200, help="held-out images, five questions each")

@@ -32,10 +32,11 @@ def make_rows(processor, pair, folder, rng):  # [m_w q y_w], [m_w q y_l], [m_l q
     image = ImageOps.exif_transpose(Image.open(folder / pair["image"])).convert("RGB")
     bos, eos = processor.tokenizer.bos_token, processor.tokenizer.eos_token
     say = lambda role, text, *image: {"role": role, "content": [*image, {"type": "text", "text": text}]}
-    chat = lambda *turns, **options: processor.apply_chat_template([*turns], tokenize=False, **options)
     user = say("user", pair["question"].strip(), {"type": "image"})
-    whole = lambda answer: chat(user, say("assistant", answer.strip())).rstrip().removesuffix(eos) + eos
-    texts = [chat(user, add_generation_prompt=True), whole(pair["chosen"]), whole(pair["rejected"])]
+    chat = lambda text: processor.apply_chat_template([user, say("assistant", text)], tokenize=False)
+    whole = lambda answer: chat(answer.strip()).rstrip().removesuffix(eos) + eos
+    prompt = chat("\ue000").rpartition("\ue000")[0].rstrip(" ")  # what the template writes before an answer
+    texts = [prompt, whole(pair["chosen"]), whole(pair["rejected"])]
     special = {"add_special_tokens": not texts[0].startswith(bos or eos)}  # no second <s>
     prompt, y_w, y_l = processor.tokenizer(texts, **special).input_ids  # an image is one token here
     n_shared = len(commonprefix([prompt, y_w, y_l]))  # tokens may merge where prompt and answer meet

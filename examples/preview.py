@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, Pairs, about, read_examples, run_command, texts_of
-from train import Parser, count, whole
+from train import Parser, natural, whole
 
 PANELS = {"crop 1-20%": {"strategy": "crop"}, "crop 20-50%": {"strategy": "crop", "crop": (0.2, 0.5)}}
 PANELS |= {name: {"strategy": name} for name in ("random", "moco")}  # title -> arguments of Pairs
@@ -55,7 +55,7 @@ def run(argv):
     parser.add_argument("out")
     parser.add_argument("--images", metavar="DIR", help="where relative image paths begin")
     parser.add_argument("--count", type=whole, default=4, help="how many examples (default: 4)")
-    parser.add_argument("--seed", type=count, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--no-image", action="store_true", help="the texts alone; for data without images")
     args = parser.parse_args(argv)
     if Path(args.out).exists():

@@ -5,18 +5,19 @@ import socket
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-pytest.importorskip("trl")
+trl = pytest.importorskip("trl")
 
 import train
 from data import BadInput, Pairs, make_batch, read_examples, run_command
 from examples import families, shapes, trl_mdpo
-from mdpo import mdpo_step
+from mdpo import mdpo_step, pack
 from test_mdpo import ROOT, adapter, log_of
 from test_mdpo import bunny, llava  # noqa: F401 (fixtures)
 
@@ -89,6 +90,7 @@ def test_one_process_gives_train_pys_numbers(runs):
     ours, theirs = adapter(out["train"]), adapter(out["trl"])
     assert ours.keys() == theirs.keys()
     assert not (out["trl"] / "ref").exists()  # a second adapter of TRL's
+    assert json.loads((out["trl"] / "trainer_state.json").read_text())["total_flos"] > 0  # it counts tokens
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-4
     assert max(weight.abs().max() for name, weight in theirs.items() if "lora_B" in name) > 1e-3  # trained
 
@@ -166,12 +168,12 @@ def test_tokens_loss_and_gradients_are_train_pys(name, request, drawn, tmp_path)
     ours, processor = train.load_model(str(model))
     ours = train.add_lora(ours, rank=4, alpha=8)
     layout = train.choose_layout(ours, processor, [pairs[0, 0], pairs[0, 1]])
-    batch = make_batch(chosen, processor, layout)
-    assert torch.equal(inputs["input_ids"], batch["input_ids"]) and torch.equal(
-        inputs["targets"], batch["targets"]
-    )
-    eos = processor.tokenizer.eos_token_id
-    n_ends = (inputs["targets"] == eos).sum().item()
+    batch, given = make_batch(chosen, processor), inputs["batch"]
+    batch = pack(batch) if layout == "packed" else batch
+    assert tuple(given.names) == batch.names and (given.take is None) == (layout == "plain")
+    assert torch.equal(given.tokens["input_ids"], batch.tokens["input_ids"])
+    assert torch.equal(given.labels, batch.labels)
+    n_ends = (given.labels == processor.tokenizer.eos_token_id).sum().item()
     assert n_ends == 6  # of y_w, y_l and y_w again, in two examples
     losses, gradients = [], []
     for one in ours, trainer.model:
@@ -198,6 +200,22 @@ def test_tokens_loss_and_gradients_are_train_pys(name, request, drawn, tmp_path)
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "gemma3"])
+def test_templates_of_the_families_write_what_the_hubs_write(name, system):
+    """What trains with our templates must train with the families' own, of which TRL has copies."""
+    template = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not template.exists():
+        pytest.skip(f"this release of TRL has no {template.name}")
+    _, processor = families.FAMILIES[name]()
+    say = lambda role, text, *images: {"role": role, "content": [*images, {"type": "text", "text": text}]}
+    turns = [say("user", " What? ", {"type": "image"}), say("assistant", "A."), say("user", "Why?")]
+    turns = [say("system", "Be brief.")] * system + turns
+    for messages, asking in ((turns, True), ([*turns, say("assistant", "B.")], False)):
+        write = partial(processor.apply_chat_template, messages, add_generation_prompt=asking)
+        assert write() == write(chat_template=template.read_text())
+
+
 def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):
     """A flag that is read and not used trains something else than was asked for. Policy and reference are the
     same at the start, so rewards are 0: DPO's term is ln 2, the anchor's is softplus(delta) on y_w and
@@ -209,10 +227,10 @@ def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):
     )
     trainer = trl_mdpo.MDPOTrainer(config, args)
     inputs = next(iter(trainer.get_train_dataloader()))
-    assert inputs["names"] == ["chosen", "rejected"] and trainer.loss.keywords["beta"] == 0.2
+    assert [*inputs["batch"].names] == ["chosen", "rejected"] and trainer.loss.keywords["beta"] == 0.2
     assert (len(trainer.pairs), len(trainer.held_out)) == (5, 3)
     assert (trainer.pairs.strategy, tuple(trainer.pairs.crop)) == ("random", (0.5, 0.6))
-    assert max(prefix + max(n) for prefix, *n in inputs["lengths"]) <= 70
+    assert inputs["batch"].tokens["attention_mask"].sum(1).max() <= 70
     expected = 0.693147 + 1.313262 + 0.313262  # ln 2, softplus(1), softplus(-1)
     assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, abs=1e-5)
 

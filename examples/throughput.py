@@ -38,9 +38,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import Example, Parser, about, make_batch, run_command
+from data import Batch, Example, Parser, about, make_batch, run_command
 from examples import tiny_bunny
-from mdpo import LogPs, mdpo_loss, mdpo_step, response_logps, sequence_logps, unwrapped
+from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps, sequence_logps, unwrapped
 
 WORDS = "there is a red circle and blue square here the picture of on in with small large near left right".split()
 LEARNING_RATE = 1e-4
@@ -102,12 +102,19 @@ def make_pairs(n, seed=0):
 
 
 def to_device(batch, device):
+    if isinstance(batch, Batch):
+        return batch.to(device)
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 # ----------------------------------------------------------------------------------------------------- three schemes
 #
 # A scheme is a function that makes a batch of (pairs, processor), and one of a model and a batch -> losses (B,).
+
+
+def packed_batch(pairs, processor):
+    """Two sequences an example, end to end in one row."""
+    return pack(make_batch(pairs, processor))
 
 
 def our_losses(model, batch):
@@ -130,15 +137,14 @@ def authors_logps(model, batch):
 
     Rows are padded on the right, where no token of a response looks: without a mask, attention is fastest.
     """
-    logits = model(batch["input_ids"], batch["pixel_values"], use_cache=False).logits
-    return LogPs(*sequence_logps(logits, batch["labels"]).chunk(3))
+    inputs = batch.inputs()
+    del inputs["attention_mask"]
+    return LogPs(*sequence_logps(model(**inputs, use_cache=False).logits, batch.labels).chunk(3))
 
 
 def plain_batch(pairs, processor):
-    """Three rows an example, with labels (3B, T)."""
-    batch = make_batch(pairs, processor, "plain")
-    labels = torch.full_like(batch["input_ids"], -100)
-    return batch | {"labels": labels.scatter(1, batch["predictors"] + 1, batch["targets"])}
+    """Three rows an example, padded to the longest."""
+    return make_batch(pairs, processor)
 
 
 authors_losses = in_two_passes(authors_logps)
@@ -205,7 +211,7 @@ class Stepper:
     No batch comes twice: in training shapes never repeat, and what plans or allocates by shape would gain by it.
     """
 
-    def __init__(self, name, model, processor, groups, losses, make=make_batch):
+    def __init__(self, name, model, processor, groups, losses, make=packed_batch):
         self.name, self.model, self.losses = name, model, losses
         self.batches = (make(pairs, processor) for pairs in groups)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -265,9 +271,9 @@ def micro_batches(args):
 
 
 MEMORY = {  # whose peak is measured: losses, how a batch is made, checkpointing
-    "ours": (our_losses, make_batch, True),
+    "ours": (our_losses, packed_batch, True),
     "authors": (authors_losses, plain_batch, True),
-    "ours, no checkpointing": (our_losses, make_batch, False),
+    "ours, no checkpointing": (our_losses, packed_batch, False),
 }
 
 
@@ -327,8 +333,9 @@ def compare(args, identical):
                          for name, (make, losses) in rivals.items()]  # fmt: skip
     speedup = in_turns(steppers, in_turn, args.rounds)
     seconds = statistics.median(ours.times) / args.micro_batch_size
-    batches, n = [make_batch(group, processor) for group in groups[2:]], len(groups[2:]) * args.micro_batch_size
-    tokens, targets = (sum(batch[name].numel() for batch in batches) for name in ("input_ids", "targets"))
+    batches = [packed_batch(group, processor) for group in groups[2:]]
+    n = len(batches) * args.micro_batch_size
+    tokens, targets = (sum(len(getattr(batch, name)) for batch in batches) for name in ("take", "answers"))
     flops = useful_flops(model, tokens, targets, 2 * n) / n
     return record(
         args,
@@ -344,7 +351,7 @@ def compare(args, identical):
 @torch.no_grad()
 def check_equal(model, processor, pairs):
     """Both schemes on the same model and examples. Raises AssertionError if they do not compute the same."""
-    ours = response_logps(model, make_batch(pairs, processor))
+    ours = response_logps(model, packed_batch(pairs, processor))
     theirs = authors_logps(model, to_device(plain_batch(pairs, processor), model.device))
     for name, a, b in zip(LogPs._fields, ours, theirs):
         difference = ((a - b).abs() / b.abs()).max().item()
@@ -405,8 +412,8 @@ def print_formula(shape):
         peaks = [max(predicted_peak(terms, *group, checkpointing) for group in groups) for checkpointing in (1, 0)]
         print(f"{n:8}: {peaks[0]:6.1f} with checkpointing, {peaks[1]:6.1f} without")
     for n in (1, 2, 4):
-        batch = make_batch(heaviest(make_pairs(16), n)[-1], processor)
-        measured = predicted_peak(terms, batch["input_ids"].numel(), batch["targets"].numel(), True, gradient=False)
+        batch = packed_batch(heaviest(make_pairs(16), n)[-1], processor)
+        measured = predicted_peak(terms, len(batch.take), len(batch.answers), True, gradient=False)
         above = measured - (terms["weights in bf16"] + terms["adapter in float32"]) / 2**30
         print(f"  `--only ours --micro-batch-size {n}`, above what is there before: {above:.1f} GiB")
     for card, rate in {"H200": 990, "A100": 312}.items():  # TFLOP/s, dense bf16, by the vendor's data sheets

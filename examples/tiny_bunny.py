@@ -20,9 +20,9 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BUNNY_SYSTEM, lay_out
+from data import BUNNY_SYSTEM
 from examples import shapes
-from mdpo import attention_blocks
+from mdpo import attention_blocks, use_packed_attention
 from train import BUNNY_IMAGE_TOKEN, load_model
 
 
@@ -154,8 +154,9 @@ def question_and_answer(scene, rng):
 
 
 def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questions=8, lr=2e-3):
-    """Supervised tuning. A sequence is one image and several questions, each blind to the others, as mDPO packs answers."""
+    """Supervised tuning. Questions about an image share it, blind to each other, as mDPO packs answers."""
     tokenizer = processor.tokenizer
+    use_packed_attention(model)
     prefix = tokenizer(f"{BUNNY_SYSTEM} USER: {BUNNY_IMAGE_TOKEN * (2 * world.grid) ** 2}\n").input_ids
     tokens = functools.cache(lambda text: tokenizer(text).input_ids)
     parameters = [p for name, p in model.requires_grad_(True).named_parameters() if "vision_tower" not in name]
@@ -165,18 +166,21 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
     for _ in tqdm(range(world.base_steps), "learning to answer", disable=not progress):
         scenes = [shapes.random_scene(rng, 0.25, world) for _ in range(n_scenes)]
         row = {name: [] for name in ("input_ids", "position_ids", "predictors", "targets")}
-        lengths = []
+        blocks = []  # as `mdpo.pack` has them: the scene's prefix is part of its first question's block
         for scene in scenes:
-            talk = [question_and_answer(scene, rng) for _ in range(questions)]
-            asked = [tokens(f"{question} ASSISTANT:") for question, _ in talk]
-            answered = [[*tokens(f" {answer}"), tokenizer.eos_token_id] for _, answer in talk]
-            sequence, predictors = lay_out({"input_ids": prefix}, [a + b for a, b in zip(asked, answered)])
-            start = len(row["input_ids"])
-            for a, positions in zip(asked, predictors):
-                row["predictors"] += [start + position for position in positions[len(a) :]]
-            for name, values in (sequence | {"targets": sum(answered, [])}).items():
-                row[name] += values
-            lengths.append([len(prefix), *map(len, predictors)])
+            owner, n_prefix = len(blocks), len(prefix)
+            row["input_ids"] += prefix
+            row["position_ids"] += range(n_prefix)
+            for i in range(questions):
+                question, answer = question_and_answer(scene, rng)
+                asked = tokens(f"{question} ASSISTANT:")
+                answered = [*tokens(f" {answer}"), tokenizer.eos_token_id]
+                start, n = len(row["input_ids"]), len(asked) + len(answered)
+                row["input_ids"] += asked + answered
+                row["position_ids"] += range(n_prefix, n_prefix + n)
+                row["predictors"] += range(start + len(asked) - 1, start + n - 1)
+                row["targets"] += answered
+                blocks.append((n if i else n_prefix + n, owner, n_prefix))
         batch = {name: torch.tensor([values]) for name, values in row.items()}
         with torch.no_grad():
             seen = tower_features(model, pixels(scenes, rng, world))
@@ -184,7 +188,7 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
         logits = model(
             input_ids=batch["input_ids"],
             attention_mask=torch.ones((), dtype=torch.bool).expand(1, 1, *batch["input_ids"].shape[-1:] * 2),
-            blocks=attention_blocks(lengths),
+            blocks=attention_blocks(blocks),
             position_ids=batch["position_ids"],
             logits_to_keep=batch["predictors"],
             mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=projected)},

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data import SCORED, BadInput, about, make_batch, run_command
-from mdpo import forward_inputs, mdpo_loss, response_logps
+from mdpo import forward_inputs, mdpo_loss, pack, response_logps
 
 # The flags that are used, TRL's and then train.py's, with the paper's values as defaults. Others are refused.
 FLAGS = """learning_rate=1e-5 lr_scheduler_type=cosine warmup_steps=0.1 num_train_epochs=3 adam_beta1=0.9
@@ -93,13 +93,14 @@ class MDPOTrainer(DPOTrainer):
         return self.load(self.held_out, batch_sampler=keys, collate_fn=collate)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inner, n_examples = self.accelerator.unwrap_model(model), len(inputs["shift_labels"])
+        inner, batch = self.accelerator.unwrap_model(model), inputs["batch"]
+        n_examples = len(inputs["shift_labels"])
         inner.forward_inputs = partial(forward_inputs, inner)
         register_fsdp_forward_method(inner, "forward_inputs")  # FSDP2 gathers the weights that encode images
-        shared = inner.forward_inputs(inputs)
-        policy_logps = response_logps(model, inputs, shared)  # first: FSDP2 notes here which weights train
+        shared = inner.forward_inputs(batch)
+        policy_logps = response_logps(model, batch, shared)  # first: FSDP2 notes here which weights train
         with torch.no_grad(), inner.disable_adapter():
-            ref_logps = response_logps(inner, inputs, shared)
+            ref_logps = response_logps(inner, batch, shared)
         losses, metrics = self.loss(policy_logps, ref_logps)
         rows = torch.stack([losses.detach(), *metrics.values()], dim=1)[:n_examples].tolist()
         rows = self.accelerator.gather_for_metrics(rows, use_gather_object=True)  # of all processes
@@ -133,8 +134,11 @@ def deal(micro_batches, config):
     return (micro_batches + [[]] * (-len(micro_batches) % n))[config.process_index :: n]
 
 
-def counted_batch(pairs, spare, **options):
-    return make_batch(pairs or spare, **options) | {"labels": None, "shift_labels": torch.zeros(len(pairs))}
+def counted_batch(pairs, spare, layout, **options):
+    """A `data.Batch`, with what the Trainer counts: tokens, and examples in the place of labels."""
+    batch = make_batch(pairs or spare, **options)
+    counted = {"input_ids": batch.tokens["input_ids"], "shift_labels": torch.zeros(len(pairs))}
+    return counted | {"labels": None, "batch": pack(batch) if layout == "packed" else batch}
 
 
 def parse(argv):

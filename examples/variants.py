@@ -8,8 +8,8 @@
     rpo       DPO with a negative log-likelihood of y_w (SFT) in place of the conditional term and the anchor
 
 Each changes what its paper changes in mDPO's loss and rejected image, and nothing else of that paper. To add
-one, write a function with the arguments and results of `mdpo_loss`, for `train.main(argv, loss)`, or one of
-(image, rng), for `data.STRATEGIES`, and enter it at the end.
+one, write a function with the results and arguments of `mdpo_loss`, and `batch`, for `train.main(argv,
+loss)`, or one like `data.random_crop`, for `data.STRATEGIES`, and enter it at the end.
 """
 
 import argparse
@@ -57,12 +57,11 @@ def rpo_loss(policy_logps, ref_logps, beta=0.1, alpha=1.0, *, batch, **fixed):
     """DPO + alpha * NLL of y_w per token: -log sigmoid(r_w - r_l) - alpha * log pi(y_w | m_w, q) / |y_w|.
 
     The SFT term of RPO (arXiv:2405.16436) keeps the chosen answer likely, as mDPO's anchor does. alpha is
-    TRL's `rpo_alpha`. batch: of `make_batch`, whose names begin with "chosen": it holds the tokens of y_w.
+    TRL's `rpo_alpha`. batch: of `make_batch`, whose first rows are those of y_w.
     """
     r = rewards(policy_logps, ref_logps, beta, ("chosen", "rejected"), ())
     terms = {"dpo": -F.logsigmoid(r["chosen"] - r["rejected"])}
-    of_responses = batch["targets"].flatten().split(batch["n_targets"])[: len(r["chosen"])]  # of all y_w
-    n_tokens = torch.stack([(targets >= 0).sum() for targets in of_responses]).to(r["chosen"].device)
+    n_tokens = (batch.labels >= 0).sum(1)[: len(r["chosen"])].to(r["chosen"].device)  # (B,)
     terms["sft"] = -alpha * policy_logps[0].to(r["chosen"].dtype) / n_tokens
     return with_metrics(terms, policy_logps, ref_logps, beta)
 
@@ -80,7 +79,7 @@ def with_metrics(terms, policy_logps, ref_logps, beta):
 A = (1 - (1e-5 + (5e-3 - 1e-5) * torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid())).cumprod(0)
 
 
-def diffusion_noise(image, rng, t=500):
+def diffusion_noise(image, rng, area=None, other=None, t=500):
     """noise of a diffusion's step 500 of 1000 (CHiP)"""
     # x_t = sqrt(a_t) x + sqrt(1 - a_t) e, for pixels x in -1..1 and normal e. CHiP does this to the model's
     # input. Here it is the picture, so that it is clipped to -1..1, and shrinking it averages noise out.
@@ -91,7 +90,7 @@ def diffusion_noise(image, rng, t=500):
     return Image.frombytes("RGB", image.size, levels.numpy().tobytes())
 
 
-def mask_patches(image, rng, share=0.3, grid=24):
+def mask_patches(image, rng, area=None, other=None, share=0.3, grid=24):
     """30% of 24 x 24 patches in the image's mean grey (OPA-DPO)"""
     # 24 x 24 as in LLaVA-1.5. Of the authors' two masks this is "blockwise"; their script has single pixels.
     hidden = {*rng.sample(range(grid**2), round(share * grid**2))}

@@ -49,13 +49,14 @@ def differences(model, processor, pair, max_length=2048):
     logps = []
     for images in (pair.images, pair.images_rejected):
         pairs, names = [pair._replace(images=images)], ("chosen", "rejected")
-        batch = make_batch(pairs, processor, "plain", names, max_length)
-        logits = model(**forward_inputs(model, batch)).logits.float().cpu()  # (2, K, V)
-        logps.append(-F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none"))  # (2, K)
+        batch = make_batch(pairs, processor, names, max_length)
+        logits = model(**forward_inputs(model, batch)).logits[:, :-1].float().cpu()  # (2, K, V)
+        targets = batch.labels[:, -logits.shape[1] :]  # (2, K)
+        logps.append(-F.cross_entropy(logits.mT, targets, reduction="none"))  # (2, K), 0 outside the response
     words = {}
-    for name, values, targets in zip(("y_w", "y_l"), logps[0] - logps[1], batch["targets"]):
-        real = targets >= 0
-        words[name] = [*zip(token_texts(processor.tokenizer, targets[real].tolist()), values[real].tolist())]
+    for name, values, of_row in zip(("y_w", "y_l"), logps[0] - logps[1], targets):
+        real = of_row >= 0
+        words[name] = [*zip(token_texts(processor.tokenizer, of_row[real].tolist()), values[real].tolist())]
     return words
 
 
