@@ -4,6 +4,7 @@
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import random
 import re
 import statistics
 import sys
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -38,26 +40,22 @@ class Example(NamedTuple):
     key: tuple = ()  # (epoch, index), set by `Pairs`
 
 
-BUNNY_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-
-
 # -------------------------------------------------------------------------------------------- rejected images
 
 CROP = (0.01, 0.2)  # area that is kept: the paper says 0-20%, its code keeps 1-20%
 
 
 def random_crop(image, rng, area=CROP, other=None):
-    """a part of the image, resized to the whole's size"""
+    """a part of the image, resized to the full image size"""
     # Area uniform in `area`, aspect log-uniform in 3/4..4/3, or as near to it as a long image allows.
     width, height = image.size
     n_pixels = max(1, rng.uniform(*area) * width * height)
     fits = lambda aspect: min(max(aspect, n_pixels / height**2), width**2 / n_pixels)  # box inside the image
     aspect = math.exp(rng.uniform(math.log(fits(3 / 4)), math.log(fits(4 / 3))))
-    w, h = (max(1, round(math.sqrt(n))) for n in (n_pixels * aspect, n_pixels / aspect))
-    x, y = rng.randint(0, width - w), rng.randint(0, height - h)
+    w = max(1, round(math.sqrt(n_pixels * aspect)))
+    h = max(1, round(math.sqrt(n_pixels / aspect)))
+    x = rng.randint(0, width - w)
+    y = rng.randint(0, height - h)
     return image.resize(image.size, Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
 
 
@@ -96,50 +94,75 @@ STRATEGIES = {"crop": random_crop, "random": another_image, "moco": moco_augment
 
 
 class Pairs:
-    """Examples with their images: `pairs[epoch, index]` -> `Example`.
+    """Examples with their images: `pairs[epoch, index]` -> `Example`; `pairs[index]` is of epoch 0.
 
     Rejected images are a pure function of (seed, epoch, index): policy and reference share them, and resumed
     runs see them again. "random" takes an image of `pool` (default: the examples), but not of the example.
-    An example's own rejected images take the place of the strategy.
+    An example's own rejected images take the place of the strategy. max_pixels: of `open_image`.
     """
 
-    def __init__(self, examples, strategy="crop", crop=CROP, seed=0, pool=None):
+    def __init__(self, examples, strategy="crop", crop=CROP, seed=0, pool=None, max_pixels=None):
+        if strategy not in STRATEGIES:
+            raise BadInput(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
         self.examples, self.strategy, self.crop, self.seed = examples, strategy, crop, seed
+        self.open = partial(open_image, max_pixels=max_pixels)
         self.pool = sorted({image for example in pool or examples for image in example.images})
         drawn = [example for example in examples if not example.images_rejected]
-        if strategy == "random" and any(0 < len(self.pool) <= len({*example.images}) for example in drawn):
+        if strategy == "random" and any(
+            example.images and {*self.pool} <= {*example.images} for example in drawn
+        ):
             raise BadInput("rejected images of strategy 'random' need more different images in the data")
 
     def __len__(self):
         return len(self.examples)
 
     def __getitem__(self, key):
-        epoch, index = key
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         example, rng = self.examples[index], random.Random(f"{self.seed} {epoch} {index}")
 
         def other():
             while (path := rng.choice(self.pool)) in example.images:
                 pass
-            return open_image(path)
+            return self.open(path)
 
-        images = tuple(map(open_image, example.images))
-        images_rejected = tuple(map(open_image, example.images_rejected))
+        images = tuple(map(self.open, example.images))
+        images_rejected = tuple(map(self.open, example.images_rejected))
         if not images_rejected:
             reject = STRATEGIES[self.strategy]
             images_rejected = tuple(reject(image, rng, self.crop, other) for image in images)
-        return example._replace(images=images, images_rejected=images_rejected, key=key)
+        return example._replace(images=images, images_rejected=images_rejected, key=(epoch, index))
 
 
-def open_image(path):
-    """Decode a whole image file -> RGB, turned as its EXIF orientation says. Raises BadInput."""
+PICTURES = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TIFF WEBP".split()  # not PostScript, which is a program
+
+
+def open_image(path, max_pixels=None):
+    """Decode an image file -> RGB, turned as its EXIF orientation says, on white where it is transparent.
+
+    max_pixels: a larger image is scaled down to so many. Raises BadInput.
+    """
     with about(f"image {path} cannot be decoded"), Image.open(path) as image:
-        if max(image.size) > 50 * min(image.size) or image.width * image.height > 100e6:
-            size = f"{image.width} x {image.height} pixels"
+        width, height = image.size
+        if image.format not in PICTURES:
+            raise BadInput(f"{image.format} is none of {', '.join(PICTURES)}")
+        if max(image.size) > 50 * min(image.size) or width * height > 100e6:
+            size = f"{width} x {height} pixels"
             raise BadInput(f"{size}: sides differ more than 50-fold, or more than 100 million pixels")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits
-            image = image.convert("I").point(lambda value: value / 256).convert("L")
-        return image.convert("RGB")
+        if image.mode[0] in "IF":  # 12 or 16 bits, or floats of any range
+            low, high = (levels := image.convert("F")).getextrema()
+            if image.mode[0] == "I":
+                low, high = 0, 2**12 if high < 2**12 else 2**16
+            scale = 256 / (high - low or 1)
+            image = levels.point(lambda level: level * scale - low * scale).convert("L")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        if max_pixels and width * height > max_pixels:
+            scale = math.sqrt(max_pixels / (width * height))
+            image.thumbnail((image.width * scale, image.height * scale))
+        return image
 
 
 # ------------------------------------------------------------------------------------------------------ batch
@@ -164,105 +187,79 @@ class Batch:
         1    rejected          7 7 5 6 3 0 pad      -100 -100 -100 -100 3 0 -100     0
         2    image_rejected    7 7 5 6 1 2 0        -100 -100 -100 -100 1 2    0     2
 
-    `mdpo.sequence_logps(model(**batch.inputs()).logits, batch.labels)` are the R = 3B log-probabilities.
+    `mdpo.sequence_logps(model(**batch.inputs).logits, batch.labels)` are the R = 3B log-probabilities, if
+    each row is its own owner. Otherwise it shares an image with one, which `mdpo.pack` makes use of.
     """
 
-    tokens: dict[str, torch.Tensor]  # (R, T): input_ids, attention_mask and, of some processors, token types
+    inputs: dict[
+        str, torch.Tensor
+    ]  # of the processor: input_ids, attention_mask (R, T); images of the owners
     labels: torch.Tensor  # (R, T): the response's input_ids, end-of-sequence included; -100 elsewhere
-    images: dict[str, dict[int, torch.Tensor]]  # pixel_values, grids and so on: of each row that is an owner
     owner: list[int]  # for each row, the first one that shows the same images to the same question
     names: tuple[str, ...]  # of the log-probabilities
     keys: list[tuple]  # (epoch, index) of each pair
     ids: list[str]  # id of its record
-    take: torch.Tensor | None = None  # this and the next: of `mdpo.pack`
+    take: torch.Tensor | None = None  # this and the rest: of `mdpo.pack`
     answers: torch.Tensor | None = None
     predictors: torch.Tensor | None = None
     blocks: list[tuple] | None = None
-
-    def inputs(self):
-        """The keyword arguments of a model's forward pass over all rows."""
-        return self.tokens | {name: self.images_of(name, self.owner) for name in self.images}
-
-    def images_of(self, name, rows):
-        """`images[name]` of these rows, one after the other; with zeros where others have more tiles."""
-        tensors = [self.images[name][row] for row in rows if row in self.images[name]]
-        sizes = [max(of_dim) for of_dim in zip(*(tensor.shape[1:] for tensor in tensors))]
-        for i, tensor in enumerate(tensors):
-            missing = [most - size for most, size in zip(sizes, tensor.shape[1:])]
-            if any(missing):
-                tensors[i] = F.pad(tensor, [n for size in reversed(missing) for n in (0, size)])
-        return torch.cat(tensors)
-
-    def to(self, device):
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self):  # called by a DataLoader that pins
         return self.map(lambda array: torch.as_tensor(array).pin_memory())
 
     def map(self, function):
         """The batch with `function(tensor)` in the place of each tensor."""
-
-        def new(value):
-            if isinstance(value, dict):
-                return {name: new(part) for name, part in value.items()}
-            return function(value) if hasattr(value, "shape") else value
-
-        return Batch(*map(new, vars(self).values()))
+        new = lambda value: function(value) if hasattr(value, "shape") else value
+        inputs, *rest = vars(self).values()
+        return Batch({name: new(value) for name, value in inputs.items()}, *map(new, rest))
 
 
-def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048):
+def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=False):
     """Pairs, with their images open -> `Batch`.
 
     names: the fields of `LogPs` to compute. DPO needs only two.
     max_length: tokens of prompt and one response. A longer response is truncated on the right, alike for all
         images of its pair; the prompt never is.
-    Raises BadInput if a prompt leaves no room for a response.
+    share: encode m_w once for y_w and y_l, for `mdpo.pack`. Otherwise each row has its own images.
+    Raises BadInput if a prompt leaves no room for a response, or if nothing is left to prefer.
     """
-    by_pair, n_pairs = [make_rows(pair, processor, names, max_length) for pair in pairs], len(pairs)
-    rows = [of_pair[name] for name in names for of_pair in by_pair]
-    fields = [SCORED[name][0] for name in names]
-    owner = [fields.index(field) * n_pairs + i for field in fields for i in range(n_pairs)]
-    padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": -100}
-    tokens = {
-        key: pad_sequence([row[key] for row, _ in rows], True, padding.get(key, 0)) for key in rows[0][0]
-    }
-    images = {}
-    for i in sorted({*owner}):
-        for key, values in rows[i][1].items():
-            images.setdefault(key, {})[i] = values
-    labels, keys, ids = tokens.pop("labels"), [pair.key for pair in pairs], [pair.id for pair in pairs]
-    return Batch(tokens, labels, images, owner, names, keys, ids)
+    if isinstance(pairs, Example) or isinstance((*pairs[0].images, None)[0], str):
+        raise BadInput("make_batch takes a list of pairs with open images: [Pairs(examples)[epoch, i], ...]")
+    texts = [tokenize(processor, pair) for pair in pairs]
+    rows = [(i, *SCORED[name]) for name in names for i in range(len(pairs))]  # (pair, images, response)
+    wholes = [texts[i].wholes[answer] for i, _, answer in rows]
+    responses = [texts[i].responses[answer] for i, _, answer in rows]
+    images = [getattr(pairs[i], field) for i, field, _ in rows]
+    shows = [row[:2] for row in rows]
+    owner = [shows.index(row) for row in shows] if share else [*range(len(rows))]
+    owners = sorted({*owner})
+    inputs = dict(encode(processor, [wholes[n] for n in owners], [images[n] for n in owners], "right"))
 
+    lengths = dict(zip(owners, inputs["attention_mask"].sum(1).tolist()))
+    starts = [lengths[n] - len(responses[n]) for n in owner]  # of each row's response
+    for i, text in enumerate(texts):
+        longest = max(starts[i :: len(pairs)])
+        if not 0 < longest < max_length:
+            raise BadInput(f"prompt of {longest} tokens, --max-length {max_length}: no room for a response")
+        if len({tuple(ids[: max_length - longest]) for ids in text.responses.values()}) == 1:
+            raise BadInput(f"'chosen' and 'rejected' are equal in the tokens of --max-length {max_length}")
+        for n in range(i, len(rows), len(pairs)):
+            responses[n] = responses[n][: max_length - longest]
 
-def make_rows(pair, processor, names, max_length):
-    """A pair -> {name of a log-probability: (its values per token (T,), what is of its images)}.
-
-    The library encodes y_w with m_w and with m_l. Its row of y_l is that of y_w up to the response.
-    """
-    texts, fields = tokenize(processor, pair), {SCORED[name][0] for name in names}
-    whole = [texts.wholes["chosen"]]
-    encoded = {field: encode_prompts(processor, whole, [getattr(pair, field)]) for field in fields}
-    n_response = len(texts.responses["chosen"])
-    longest = max(inputs["input_ids"].shape[1] for inputs in encoded.values()) - n_response
-    if longest >= max_length:
-        raise BadInput(f"prompt of {longest} tokens, --max-length {max_length}: no room for a response")
-    rows = {}
-    for name in names:
-        field, answer = SCORED[name]
-        ids = encoded[field]["input_ids"]  # (1, T), of y_w
-        prompt, response = ids[0, :-n_response], torch.tensor(texts.responses[answer][: max_length - longest])
-        added = {"input_ids": response, "attention_mask": torch.ones_like(response)}
-        tokens, images = {"labels": torch.cat([torch.full_like(prompt, -100), response])}, {}
-        for key, values in encoded[field].items():
-            if values.shape[:2] != ids.shape:
-                images[key] = values
-            elif values.ndim > 2:  # such as Mllama's cross-attention mask
-                raise BadInput(f"its processor returns {key}, which a response cannot extend")
-            else:
-                of_response = added.get(key, torch.zeros_like(response))  # 0: the type of text
-                tokens[key] = torch.cat([values[0, : len(prompt)], of_response])
-        rows[name] = tokens, images
-    return rows
+    labels = [torch.tensor([-100] * start + response) for start, response in zip(starts, responses)]
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    is_prompt = torch.arange(labels.shape[1]) < torch.tensor(starts)[:, None]
+    shape = inputs["input_ids"].shape
+    for name, values in inputs.items():
+        if values.shape[:2] == shape:  # the prompts', and 0 for a response: the type of text
+            if values.ndim > 2:  # such as Mllama's cross-attention mask
+                raise BadInput(f"its processor returns {name}, which a response cannot extend")
+            values = F.pad(values, (0, labels.shape[1] - shape[1]))
+            inputs[name] = values[[owners.index(n) for n in owner]] * is_prompt
+    of_response = labels.where(labels >= 0, processor.tokenizer.pad_token_id)
+    inputs["input_ids"] = inputs["input_ids"].where(is_prompt, of_response)
+    inputs["attention_mask"] = (is_prompt | (labels >= 0)).long()
+    return Batch(inputs, labels, owner, names, [pair.key for pair in pairs], [pair.id for pair in pairs])
 
 
 class Tokens(NamedTuple):
@@ -273,28 +270,24 @@ class Tokens(NamedTuple):
     responses: dict[str, list[int]]  # the last tokens of each, which are scored
 
 
-def tokenize(processor, pair):
-    """A pair -> `Tokens`. Prompt and response are tokenised together, since tokens may merge across them."""
-    prompt, wholes = write_texts(processor, pair)
-    prompt_ids, *whole_ids = (processor.tokenizer(text).input_ids for text in (prompt, *wholes.values()))
-    n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of paths
-    return Tokens(prompt, wholes, {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)})
-
-
 STAND_IN = "\ue000"  # written in place of a response, it shows what a template puts before and after it
 
 
-def write_texts(processor, pair):
-    """The prompt and the wholes of `Tokens`.
+def tokenize(processor, pair):
+    """A pair -> `Tokens`. Prompt and response are tokenised together, since tokens may merge across them.
 
     The template writes the response itself: some write reasoning in another place, or trim white space.
-    Raises BadInput if the question is written in another way once a response follows.
+    Raises BadInput if it writes the question in another way once a response follows, or no system text.
     """
     write, eos = partial(render, processor), processor.tokenizer.eos_token
     messages = chat_messages(pair.question, len(pair.images))
     answered = lambda text: [*messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
     asked = os.path.commonprefix([write(messages), write(messages, add_generation_prompt=True)])
     before, _, after = write(answered(STAND_IN)).rpartition(STAND_IN)  # the question may hold it, too
+    if messages[0]["role"] == "system":
+        marked = {"role": "system", "content": [{"type": "text", "text": STAND_IN}]}
+        if write([marked, *messages[1:]]).count(STAND_IN) != 1:
+            raise BadInput("the chat template has no place for a system text: put it into the question")
     wholes = {}
     for name in ("chosen", "rejected"):
         whole = write(answered(getattr(pair, name)))
@@ -303,8 +296,13 @@ def write_texts(processor, pair):
         n_before = len(os.path.commonprefix([before, whole]))
         response = whole[n_before:].removesuffix(after) + (after.strip() or eos)
         response, end, _ = response.partition(eos)  # the first end-of-sequence ends the response
+        if not response:
+            raise BadInput(f"'{name}' is empty before its end-of-sequence")
         wholes[name] = whole[:n_before] + response + end
-    return before.rstrip(" "), wholes  # tabs are not stripped: they are Bunny's image token
+    prompt = before.rstrip(" ")  # tabs are not stripped: they are Bunny's image token
+    prompt_ids, *whole_ids = (processor.tokenizer(text).input_ids for text in (prompt, *wholes.values()))
+    n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of texts
+    return Tokens(prompt, wholes, {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)})
 
 
 def render(processor, messages, **options):
@@ -330,18 +328,18 @@ def chat_messages(question, n_images):
         text = {"type": "text", "text": question}
         question = [{"role": "user", "content": [{"type": "image"}] * n_images + [text]}]
     keep = lambda part: n_images or part["type"] != "image"
-    return [{**message, "content": [*filter(keep, message["content"])]} for message in question]
+    return [message | {"content": [*filter(keep, message["content"])]} for message in question]
 
 
-def encode_prompts(processor, prompts, images):
-    """The processor's own call on prompts and a tuple of images for each: padded as for generation."""
+def encode(processor, texts, images, padding_side="left"):
+    """The processor's own call on texts and a tuple of images for each; generation pads on the left."""
     bos = processor.tokenizer.bos_token
     return processor(
-        text=prompts,
-        images=[[*of_prompt] for of_prompt in images] if any(images) else None,
-        add_special_tokens=bos is None or not prompts[0].startswith(bos),
-        padding=len(prompts) > 1,
-        padding_side="left",
+        text=texts,
+        images=[[*of_text] for of_text in images] if any(images) else None,
+        add_special_tokens=bos is None or not texts[0].startswith(bos),
+        padding=len(texts) > 1,
+        padding_side=padding_side,
         return_tensors="pt",
     )
 
@@ -350,177 +348,282 @@ def encode_prompts(processor, prompts, images):
 
 
 def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with_images=True, skip_bad=False,
-                  processor=None, max_length=2048, log=print):  # fmt: skip
-    """Read a preference file of any known format (README, "Data") -> list of `Example`, each checked.
+                  processor=None, max_length=2048, max_pixels=None, check=True, log=print):  # fmt: skip
+    """Read a preference file of a known format (README, "Data") -> list of `Example`.
 
     image_dir: where relative image paths begin (default: the file's folder); also in its `merged_images/`.
-    subset: keep the ids that begin so. limit: a sample of so many, drawn by `seed`.
+    subset: keep the ids that begin so. limit: a random sample of N examples, drawn by `seed`.
     with_images: False leaves every image out, and needs none. skip_bad: drop bad records instead of raising.
-    processor, max_length: if given, prompts must leave room to answer, and texts hold no image token.
+    processor, max_length, max_pixels: of the training, for which each example must make rows.
+    check: open all images and make all rows. log: gets what is left out, and counts.
     Raises BadInput, listing bad records and their reasons, or if nothing is left.
     """
     folder = Path(image_dir or Path(path).parent)
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such image folder")
     roots = [folder, folder / "merged_images"] if with_images else None
-    parts, kinds = [processor, processor.tokenizer] if processor else [], ("image", "boi", "video")
-    image_tokens = {getattr(part, f"{kind}_token", None) for part in parts for kind in kinds} - {None}
-    problems, found = {}, {}
+    tokens, problems = special_tokens(processor), {}
 
-    def attempt(number, id, function, *arguments):  # -> what it returns, or None after noting a problem
+    def attempt(number, function, *arguments):  # -> what it returns, or None after noting a problem
         try:
-            with about(f"record {number}" + f" (id {id})" * (id != str(number))):
+            with about(f"record {number}" + names[number]):
                 return function(*arguments)
         except BadInput as error:
             problems[number] = str(error)
 
-    for number, record in load_records(path):
-        if isinstance(record, str):
-            record = attempt(number, str(number), json.loads, record)
-        fields = record if isinstance(record, dict) else {}
-        id = str(number if fields.get("id") is None else fields["id"])
-        if number not in problems and (fields is not record or id.startswith(subset or "")):
-            found[number] = attempt(number, id, parse_record, record, id, roots, image_tokens | {"<image>"})
-    n_unpaired = sum(found[number] is None for number in found if number not in problems)
-    found = {number: example for number, example in found.items() if example}
+    records = load_records(path)
+    names = {n: f" (id {r['id']})" if isinstance(r, dict) and "id" in r else "" for n, r in records}
+    found = {
+        n: attempt(n, parse_record, record, str(n), subset or "", roots, tokens) for n, record in records
+    }
+    n_left_out = sum(example is None for example in found.values()) - len(problems)
+    found = {n: example for n, example in found.items() if example}
     if limit is not None and limit < len(found):
-        found = {number: found[number] for number in sorted(random.Random(seed).sample([*found], limit))}
+        found = {n: found[n] for n in sorted(random.Random(seed).sample([*found], limit))}
+    wrapped = [n for n, example in found.items() if "wrapped" in example.question[0]]
+    if wrapped and processor and not speaks_vicuna(processor):
+        log(
+            f"{path}: left out {len(wrapped)} system texts around USER: ... ASSISTANT:, unknown to this model"
+        )
+        found |= {n: found[n]._replace(question=found[n].question[1:]) for n in wrapped}
 
-    def check(example):  # as training will use it, so that whatever fails there fails here
-        pair = Pairs([example])[0, 0]
-        if processor:  # rejected images that are drawn are as large as the image: they need no check
-            names = tuple(SCORED) if example.images_rejected else tuple(SCORED)[:2]
-            make_batch([pair], processor, names, max_length)
-        return example
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = pool.map(lambda number: attempt(number, found[number].id, check, found[number]), found)
-        examples = [*filter(None, tqdm(checked, "checking data", len(found), leave=False, disable=None))]
+    examples, lengths = [*found.values()], []
+    if check:
+        check_one = partial(check_example, processor and knowing_sizes(processor), max_length, max_pixels)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            checked = pool.map(lambda n: attempt(n, check_one, found[n]), found)
+            interval = 0.1 if sys.stderr.isatty() else 10
+            lengths = [
+                *tqdm(checked, "checking data", len(found), leave=False, mininterval=interval, delay=interval)
+            ]
+        examples = [example for n, example in found.items() if n not in problems]
     if problems:
         what = "dropped" if skip_bad else "--skip-bad would drop"
-        lines = [problems[number] for number in sorted(problems)][:20]
+        lines = [problems[n] for n in sorted(problems)][:20]
         if len(problems) > 20:
             lines.append(f"... and {len(problems) - 20} more")
         report = "\n  ".join([f"{path}: {what} {len(problems)} bad records:", *lines])
         if not skip_bad:
             raise BadInput(report)
         log(report)
-    if n_unpaired:
-        log(f"{path}: left out {n_unpaired} records whose best and worst rating are equal or missing")
+    if n_left_out:
+        log(f"{path}: left out {n_left_out} records of other ids, or whose ratings prefer nothing")
     if not examples:
         raise BadInput(f"{path}: no example is left" + (f" with an id in {subset!r}" if subset else ""))
+    log(f"{path}: {describe(examples, [*filter(None, lengths)], max_length)}")
     return examples
 
 
-def load_records(path):
-    """A JSON list or JSON lines, by the first character -> [(number from 1, record or its line)]."""
-    with about(f"{path}: cannot be read"):
-        text = Path(path).read_text("utf-8-sig", "surrogateescape")
-        if text.lstrip().startswith("["):
-            return [*enumerate(json.loads(text), 1)]
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+ONE_AT_A_TIME = threading.Lock()
 
 
-def parse_record(record, id, roots, placeholders):
-    """One record of any known format -> `Example`, or None if it expresses no preference. Raises BadInput.
-
-    roots: folders where relative image paths begin; None: no images. placeholders: no text may hold them.
-    """
-    field = next((field for field in FORMATS if record.get(field) is not None), None)
-    if field is None:
-        raise BadInput(f"has no field {' or '.join(map(repr, FORMATS))}")
-    preference = FORMATS[field](record, id)
-    if preference is None:
+def check_example(processor, max_length, max_pixels, example):
+    """Use an example as training will, so that whatever fails there fails here -> its lengths in tokens."""
+    images, images_rejected = (tuple(open_image(path, max_pixels) for path in of) for of in example[3:5])
+    if images and images == images_rejected:
+        raise BadInput("the rejected image is the image")
+    if processor is None:
         return None
-    question, chosen, rejected, images = preference
-    images = find_images(images, roots) if roots else ()
-    own = first(record, "rejected_images", "rejected_image")
-    images_rejected = find_images(own, roots) if roots and own else ()
-    if images_rejected and len(images_rejected) != len(images):
+    pair = example._replace(images=images, images_rejected=images_rejected)
+    names = tuple(SCORED) if images_rejected else tuple(SCORED)[:2]  # a drawn one is as large as the image
+    with ONE_AT_A_TIME:  # threads would share the tokenizer's padding
+        labels = make_batch([pair], processor, names, max_length, share=True).labels
+        responses = tokenize(processor, pair).responses.values()
+    n_ended = sum(processor.tokenizer.eos_token in text for text in (pair.chosen, pair.rejected))
+    return (labels >= 0).int().argmax(1).max().item(), [*map(len, responses)], n_ended
+
+
+def speaks_vicuna(processor):
+    """Is the model asked as Bunny and LLaVA-1.5 are, USER: ... ASSISTANT:, with a system text before it?"""
+    return render(processor, chat_messages("?", 0), add_generation_prompt=True).endswith("ASSISTANT:")
+
+
+def knowing_sizes(processor):
+    """The processor, whose image processor works once for each size of images: enough to count tokens."""
+    processor, known = copy.copy(processor), {}
+
+    class BySize(type(processor.image_processor)):
+        def __call__(self, images, **options):
+            sizes = re.sub(" at 0x[0-9a-fA-F]+", "", str(images))
+            if sizes not in known:
+                known[sizes] = super().__call__(images, **options)
+                pixels = known[sizes]["pixel_values"]
+                known[sizes]["pixel_values"] = pixels.new_zeros(()).expand(pixels.shape)  # takes no memory
+            return copy.copy(known[sizes])
+
+    processor.image_processor = copy.copy(processor.image_processor)
+    processor.image_processor.__class__ = BySize
+    return processor
+
+
+def describe(examples, lengths, max_length):
+    """Counts of examples and images and, if there are any, of tokens -> text."""
+    images = {image for example in examples for image in example.images}
+    n_own = sum(example.images_rejected != () for example in examples)
+    lines = [f"{len(examples)} examples with {len(images)} different images; "
+             f"{n_own} examples have their own rejected images"]  # fmt: skip
+    if lengths:
+        prompts, pairs, ended = zip(*lengths)
+        responses = [n for pair in pairs for n in pair]
+        n_cut = sum(prompt + n > max_length for prompt, pair in zip(prompts, pairs) for n in pair)
+        for name, values in ("prompts", prompts), ("responses", responses):
+            lines.append(f"{name}: {statistics.median(values):.0f} tokens, the longest {max(values)}")
+        lines.append(f"{n_cut} responses are cut at --max-length {max_length}")
+        lines.append(f"{sum(ended)} responses end at an end-of-sequence inside")
+    return "\n  ".join(lines)
+
+
+FILE_KINDS = {  # by their first bytes
+    b"PAR1": "a parquet file: python examples/convert.py reads it",
+    b"\x1f\x8b": "a gzip file: unpack it",
+    b"PK": "a zip file: unpack it",
+    b"version https://git-lfs": "a Git LFS pointer, not the file: run git lfs pull",
+    b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
+}
+
+
+def load_records(path):
+    """A JSON list or JSON lines, by the first character -> [(number from 1, record or a line that is none)]."""
+    if not os.path.exists(path):
+        raise BadInput(f"{path}: no such file; for a data set of the hub, run python examples/convert.py")
+    with about(f"{path}: cannot be read"):
+        content = Path(path).read_bytes()
+        for start, kind in FILE_KINDS.items():
+            if content.startswith(start):
+                raise BadInput(f"is {kind}")
+        text = content.decode("utf-8-sig")
+        start = text.lstrip()[:1]
+        if start == "[":
+            return [*enumerate(json.loads(text), 1)]
+        if start != "{":
+            raise BadInput(f"begins with {shown(text[:20])}: neither a JSON list nor JSON lines")
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                with suppress(ValueError, RecursionError):  # a bad line stays text, and one bad record
+                    line = json.loads(line)
+                records.append((number, line))
+        if isinstance(records[0][1], str):
+            with suppress(json.JSONDecodeError):
+                fields = ", ".join(json.loads(text))
+                raise BadInput(f"is one JSON object with the fields {fields}, not a list of records")
+    return records
+
+
+IMAGE_FIELDS = ("img_path", "image", "images", "image_path")
+# How other tools write an image into a question. Code such as a<image_size>2 is none.
+IMAGE_MARKS = (
+    r"<ImageHere>|<IMAGE>|\[IMG\]|<start_of_image>|<img>.*?</img>|<image([ _]\d+|-placeholder)>|<\|\w+\|>"
+)
+
+
+def special_tokens(processor):
+    """{part of a record: what its texts may not hold}: control and image tokens, but not think tags."""
+    tokens, eos = {"<image>"}, None
+    if processor:
+        parts, eos = (processor, processor.tokenizer), processor.tokenizer.eos_token
+        added = processor.tokenizer.added_tokens_decoder.values()
+        tokens |= {token.content for token in added if token.special and "think" not in token.content}
+        tokens |= {
+            getattr(part, f"{kind}_token", None) for part in parts for kind in ("image", "boi", "video")
+        }
+    responses = tokens - {eos, None}  # an end-of-sequence inside a response ends it
+    return {"prompt": tokens - {None}, "chosen": responses, "rejected": responses}
+
+
+def parse_record(record, number, subset, roots, tokens):
+    """A record of a known format -> `Example`; None if it is of another subset, or prefers nothing.
+
+    roots: folders where relative image paths begin; None: no images. tokens: of `special_tokens`.
+    Raises BadInput.
+    """
+    record = json.loads(record) if isinstance(record, str) else record
+    if not isinstance(record, dict):
+        raise BadInput(f"is {shown(record)}, not an object with fields")
+    id = str(number if record.get("id") is None else record["id"])
+    if not id.startswith(subset):
+        return None
+    images, question = first(record, IMAGE_FIELDS), first(record, ("prompt", "question"))
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if record.get("completions"):
+        chosen, rejected = best_and_worst(record["completions"])
+        if chosen is None:
+            return None
+        images = images or f"{id}.jpg"
+    n_turns = len(question) if isinstance(question, list) else 1
+    if isinstance(chosen, list) and (question is None or len(chosen) - 1 > n_turns):  # conversations
+        question = chosen[:-1]
+        if question != rejected[:-1]:
+            raise BadInput("'chosen' and 'rejected' differ before their last turn")
+    if None in (question, chosen, rejected):
+        raise BadInput(f"has the fields {', '.join(record)}; needed are image, prompt, chosen and rejected "
+                       "(README, Data); python examples/convert.py converts other formats")  # fmt: skip
+    images = find_images(images, roots)
+    own = first(record, ("rejected_images", "rejected_image"))
+    images_rejected = find_images(own, roots) if own else ()
+    if own and len(images_rejected) != len(images):
         raise BadInput(f"has {len(images)} images and {len(images_rejected)} rejected images")
     question = read_question(question, len(images) if roots else None)
-    chosen, rejected = chosen.strip(), rejected.strip()
+    chosen, rejected = read_response(chosen, "chosen"), read_response(rejected, "rejected")
     texts = [("prompt", text) for text in texts_of(question)] + [("chosen", chosen), ("rejected", rejected)]
     for name, text in texts:
         if not text.strip():
             raise BadInput(f"'{name}' is empty")
         with about(f"'{name}'"):
             text.encode()  # raises for a lone surrogate, which JSON can hold and a tokenizer cannot
-        for placeholder in placeholders:
-            if placeholder in text:
-                raise BadInput(f"'{name}' holds the image token {placeholder!r} in its text")
+        foreign = re.search(IMAGE_MARKS, text) if name == "prompt" else None
+        held = [foreign[0]] if foreign else [token for token in tokens[name] if token in text]
+        if held:
+            raise BadInput(f"'{name}' holds {held[0]!r}, a control token or image mark, in its text")
     if chosen == rejected:
         raise BadInput("'chosen' and 'rejected' are equal")
     return Example(question, chosen, rejected, images, images_rejected, id)
 
 
-# ---------------------------------------------------------------------------------------------------- formats
-#
-# A format is a function: record, id -> question, chosen, rejected, image path or paths; or None if the record
-# expresses no preference. The question is text or chat messages. Any exception marks the record as bad.
-
-
-def from_vlfeedback(record, id):
-    """VLFeedback (Silkie): the completion with the highest mean rating against the one with the lowest."""
-    completions = record["completions"]
-    if isinstance(completions, dict):  # exported through `datasets`: a dict of lists, at any depth
-        completions = [row(completions, i) for i in range(len(completions["response"]))]
+def best_and_worst(completions):
+    """VLFeedback (Silkie): the responses of the highest and the lowest mean rating; twice None if equal."""
     rated = []
     for completion in completions:
         ratings = [str(aspect["Rating"]).strip() for aspect in completion["annotations"].values()]
         if ratings and all(re.fullmatch(r"[0-9]{1,3}(\.[0-9]+)?", rating) for rating in ratings):  # not "N/A"
             rated.append((statistics.mean(map(float, ratings)), completion["response"]))
-    if not rated:
-        return None
-    (high, chosen), (low, rejected) = (best(rated, key=lambda pair: pair[0]) for best in (max, min))
-    if high == low:
-        return None
+    if len({rating for rating, _ in rated}) < 2:
+        return None, None
+    (_, chosen), (_, rejected) = (best(rated, key=lambda pair: pair[0]) for best in (max, min))
     citation = r"【[^【】†]*†[^【】]*】"
-    chosen, rejected = (re.sub(citation, "", text) for text in (chosen, rejected))
-    return record["prompt"], chosen, rejected, first(record, *IMAGE_FIELDS) or f"{id}.jpg"
+    return re.sub(citation, "", chosen), re.sub(citation, "", rejected)
 
 
-def from_preference(record, id):
-    """The authors' release, TRL's vision preferences and their like."""
-    chosen, rejected = record["chosen"], record["rejected"]
-    question = first(record, "prompt", "question")
-    n_turns = len(question) if isinstance(question, list) else 1
-    if question is None or isinstance(chosen, list) and len(chosen) - 1 > n_turns:  # conversations
-        question = chosen[:-1]
-        if not isinstance(question, list) or not question:
-            raise BadInput("has no field 'prompt' or 'question'")
-        if question != rejected[:-1]:
-            raise BadInput("'chosen' and 'rejected' differ before their last turn")
-    chosen, rejected = answer_of(chosen, "chosen"), answer_of(rejected, "rejected")
-    return question, chosen, rejected, first(record, *IMAGE_FIELDS)
+def first(record, names):
+    """The first of these fields that is there and says something, or None."""
+    return next((record[name] for name in names if record.get(name)), None)
 
 
-FORMATS = {"completions": from_vlfeedback, "chosen": from_preference}  # by the field that identifies it
-IMAGE_FIELDS = ("img_path", "image", "images", "image_path")
-
-
-def row(columns, i):
-    return {k: row(v, i) for k, v in columns.items()} if isinstance(columns, dict) else columns[i]
-
-
-def first(record, *names):
-    """The first of these fields that is there and not null, or None."""
-    return next((record[name] for name in names if record.get(name) is not None), None)
+def shown(value):
+    """A value of a record, for a message."""
+    return one_line(json.dumps(value, default=str), 150)
 
 
 def find_images(value, roots):
     """A path, or a list of them -> paths of files that are there. Raises BadInput."""
+    if roots is None:
+        return ()
     if not value:
         raise BadInput(f"has no image path ({' or '.join(map(repr, IMAGE_FIELDS))})")
     paths = []
     for image in value if isinstance(value, list) else [value]:
         image = image["path"] if isinstance(image, dict) else image
+        if not isinstance(image, str):
+            raise BadInput(
+                f"an image is {shown(value)}, not a path; examples/convert.py makes files of images"
+            )
         if Path(os.path.normpath(image)).parts[:1] == ("..",):
             raise BadInput(f"image path {image!r} points outside the image folder")
         # An absolute path is taken as it is: root / path is the path.
         found = [root / image for root in roots if (root / image).is_file()]
         if not found:
-            raise BadInput(f"no image {image!r} in {' or '.join(map(str, roots))}")
+            raise BadInput(f"no image {one_line(image, 150)!r} in {' or '.join(map(str, roots))}")
         paths.append(os.path.abspath(found[0]))  # one name for a file, for --reject random
     return tuple(paths)
 
@@ -529,10 +632,17 @@ def read_question(question, n_images):
     """Text, or chat messages up to the question -> chat messages with a part for each image.
 
     n_images: how many the record has; None for any number. If no message shows an image, the user's first
-    message opens with all of them.
+    message opens with all of them. The authors' data have Bunny's whole template around a text: its system
+    text becomes a message, marked as "wrapped".
     """
-    if isinstance(question, str):
-        question = [{"role": "user", "content": without_template(question)}]
+    if not isinstance(question, list):
+        text = text_of(question, "prompt").rstrip()
+        system, user, asked = text.partition("USER: ")
+        question = [{"role": "user", "content": text}]
+        if user and text.endswith(" ASSISTANT:"):
+            question = [{"role": "user", "content": asked.removesuffix(" ASSISTANT:")}]
+            if system.strip():
+                question.insert(0, {"role": "system", "content": system, "wrapped": True})
     messages = [read_message(message, "prompt") for message in question]
     roles = [message["role"] for message in messages]
     if not re.fullmatch("(system )?(user assistant )*user", " ".join(roles)):
@@ -545,45 +655,47 @@ def read_question(question, n_images):
     return messages
 
 
-def without_template(prompt):
-    """The question, taken out of Bunny's template, in which the authors' data have it."""
-    system, user, question = prompt.partition("USER: ")
-    if not user or not question.rstrip().endswith(" ASSISTANT:"):
-        return prompt
-    if system.strip() not in ("", BUNNY_SYSTEM):
-        raise BadInput("'prompt' opens with a system text that is not Bunny's")
-    return question.rstrip().removesuffix(" ASSISTANT:")
-
-
-def answer_of(value, name):
+def read_response(value, name):
     """A response: text, or the last of chat messages."""
-    if isinstance(value, str):
-        return value
-    message = read_message(value[-1] if isinstance(value, list) else value, name)
+    last = value[-1] if isinstance(value, list) and value else value
+    if not isinstance(last, dict):
+        return text_of(value, name).strip()
+    message = read_message(last, name)
     if message["role"] != "assistant" or {"type": "image"} in message["content"]:
         raise BadInput(f"'{name}' must end in an assistant message of text")
-    return "\n".join(texts_of([message]))
+    return "\n".join(texts_of([message])).strip()
 
 
 def read_message(message, name):
     """One chat message -> {"role", "content": parts of type "text" or "image"}. Raises BadInput.
 
-    `<image>` at either end of a text stands for an image before it, as in LLaVA's data.
+    `<image>` in a text stands for an image before it, as in LLaVA's data. Several with text between them stay
+    where they are.
     """
+    if not isinstance(message, dict):
+        raise BadInput(f"'{name}' is {shown(message)}, not a chat message")
     with about(f"'{name}'"):
         role, content, parts = message["role"], message["content"], []
+        content = content.strip() if isinstance(content, str) else content
         if role not in ("system", "user", "assistant"):
-            raise BadInput(f"role {role!r} is not system, user or assistant")
-        for part in [{"type": "text", "text": content.strip()}] if isinstance(content, str) else content:
-            text = "<image>" if part["type"] == "image" else part["text"]
-            around = [piece.strip() for piece in text.split("<image>") if piece.strip()]
-            if "<image>" in text and len(around) < 2:  # else left in the text, where it is refused
-                parts += [{"type": "image"}] * text.count("<image>")
-                text = "".join(around)
-            parts += [{"type": "text", "text": text}] if text else []
+            raise BadInput(f"role {shown(role)} is not system, user or assistant")
+        for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            text = "<image>" if part["type"] == "image" else text_of(part["text"], name)
+            pieces = text.split("<image>")
+            if len(pieces) > 1 and (len(pieces) == 2 or sum(map(bool, map(str.strip, pieces))) < 2):
+                pieces = [""] * (len(pieces) - 1) + ["".join(pieces).strip()]
+            for n, piece in enumerate(pieces):
+                parts += [{"type": "image"}] * (n > 0)
+                parts += [{"type": "text", "text": piece}] * (piece.strip() != "")
         if not texts_of([{"content": parts}]):
             raise BadInput("a message has no text")
-    return {"role": role, "content": parts}
+    return message | {"content": parts}
+
+
+def text_of(value, name):
+    if not isinstance(value, str):
+        raise BadInput(f"'{name}' is {shown(value)}, not text")
+    return value
 
 
 def texts_of(messages):
@@ -622,7 +734,8 @@ def run_command(command, argv=None, saves_memory="--device cpu"):
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a log file shows it at once
     if "--debug" not in argv:
         warnings.simplefilter("ignore")  # of libraries: about their renames, or an image's odd metadata
-    with redirect_stderr(Unbreakable(sys.stderr or open(os.devnull, "w"))):
+        warnings.filterwarnings("default", ".*(CUDA|driver)")  # but not that a GPU cannot be used
+    with redirect_stderr(Unbreakable(sys.stderr)):
         try:
             return command(argv)
         except KeyboardInterrupt:
@@ -633,23 +746,22 @@ def run_command(command, argv=None, saves_memory="--device cpu"):
         except Exception as error:
             if "--debug" in argv:
                 raise
-            message = str(error) or type(error).__name__
-            ours = not isinstance(error, (BadInput, OSError, MemoryError))
+            message, status = str(error) or type(error).__name__, 2
             if isinstance(error, torch.OutOfMemoryError):
-                message, ours = f"out of GPU memory; what saves some: {saves_memory}", False
+                message = f"out of GPU memory; what saves some: {saves_memory}"
             elif "DataLoader worker" in message:  # raised wherever the main process is
-                message, ours = f"{message} The last checkpoint stands; --workers 0 needs no workers.", False
-            elif ours:
-                message = f"internal error, please report what --debug shows: {error!r}"
+                message = f"{message} The last checkpoint stands; --workers 0 needs no workers."
+            elif not isinstance(error, (BadInput, OSError, MemoryError)):
+                message, status = f"internal error, please report what --debug shows: {error!r}", 1
             print("error:", "\n  ".join(map(one_line, message.split("\n  "))), file=sys.stderr)
-            return 1 if ours else 2
+            return status
 
 
 class Unbreakable:
     """A stream that may be closed, or that nobody reads any more: no run ends for it."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -686,11 +798,7 @@ def check_file(argv):
     parser.add_argument("--images", help="folder where relative image paths begin (default: the file's)")
     parser.add_argument("--subset", help="only ids that begin so, e.g. llava (paper 4.1)")
     args = parser.parse_args(argv)
-    examples = read_examples(args.file, args.images, subset=args.subset)
-    n_images = len({image for example in examples for image in example.images})
-    n_own = sum(example.images_rejected != () for example in examples)
-    print(f"{args.file}: {len(examples)} examples with {n_images} different images, no problems found; "
-          f"{n_own} examples have their own rejected images")  # fmt: skip
+    read_examples(args.file, args.images, subset=args.subset)
     return 0
 
 

@@ -76,6 +76,8 @@ def rewards(policy_logps, ref_logps, beta, needed, anchors):
         raise ValueError(f"beta must be above 0 and finite, got {beta}")
     if isinstance(anchors, str) or not set(anchors) <= set(LogPs._fields):
         raise ValueError(f"anchors must be a tuple of names among {LogPs._fields}, got {anchors!r}")
+    if torch.is_tensor(policy_logps) or torch.is_tensor(ref_logps):
+        raise ValueError("policy_logps and ref_logps must be a LogPs or a tuple of its tensors each")
     r = {}
     for name, policy, ref in zip(LogPs._fields, LogPs(*policy_logps), LogPs(*ref_logps)):
         if policy is None and ref is None and name not in {*needed, *anchors}:
@@ -109,6 +111,8 @@ def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
     ref_model: by default `model` without its adapter, which shares the features of the images.
     loss: `mdpo_loss`, or a function of (policy_logps, ref_logps, batch=batch, **options) -> losses, metrics.
     """
+    if ref_model is None and not hasattr(model, "disable_adapter"):
+        raise ValueError("mdpo_step needs a model with an adapter, or ref_model")
     inputs = forward_inputs(model, batch)
     with torch.no_grad():
         if ref_model is not None:
@@ -150,9 +154,10 @@ def forward_inputs(model, batch):
     """
     model = unwrapped(model)
     if batch.take is None:
-        inputs, n_prompt = batch.to(model.device).inputs(), (batch.labels >= 0).any(0).int().argmax()
+        n_prompt = (batch.labels >= 0).any(0).int().argmax().item()
+        inputs = dict(to_device(batch, model.device).inputs)
         del inputs["attention_mask"]
-        inputs["logits_to_keep"] = batch.labels.shape[1] - int(n_prompt) + 1
+        inputs["logits_to_keep"] = batch.labels.shape[1] - n_prompt + 1
     else:
         inputs = packed_inputs(model, batch)
     if "pixel_values" in inputs:
@@ -172,6 +177,10 @@ def encode_images(model, inputs):
     if any(image.requires_grad for image in features.pooler_output):
         raise ValueError("vision tower and projector must be frozen: policy and reference share their output")
     return features
+
+
+def to_device(batch, device):
+    return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def unwrapped(model):
@@ -202,13 +211,13 @@ def pack(batch):
     """
     is_answer, owner = batch.labels >= 0, torch.tensor(batch.owner)
     owns = owner == torch.arange(len(owner))
-    taken = batch.tokens["attention_mask"].bool() & (is_answer | owns[:, None])  # (R, T)
+    taken = batch.inputs["attention_mask"].bool() & (is_answer | owns[:, None])  # (R, T)
     place = (taken.flatten().cumsum(0) - 1).view(taken.shape)  # of each token in the packed row
     place = torch.where(taken, place, place[owner])  # a prefix that is not taken lies where its owner's does
     blocks = zip(taken.sum(1).tolist(), batch.owner, is_answer.int().argmax(1).tolist())
     flat = lambda mask: mask.flatten().nonzero().squeeze(1)
-    return replace(batch, take=flat(taken), answers=flat(is_answer), blocks=[*blocks],
-                   predictors=place[:, :-1][is_answer[:, 1:]][None])  # fmt: skip
+    predictors = place[:, :-1][is_answer[:, 1:]][None]
+    return replace(batch, take=flat(taken), answers=flat(is_answer), predictors=predictors, blocks=[*blocks])
 
 
 def packed_inputs(model, batch):
@@ -216,12 +225,12 @@ def packed_inputs(model, batch):
     if not hasattr(model, "attends_in_blocks"):
         use_packed_attention(model)
     positions = row_positions(model, batch)  # before the batch is moved: the library counts on the CPU
-    batch = batch.to(model.device)
-    rows = batch.tokens | {"position_ids": positions}  # (R, T), or (3, R, T) in space
-    del rows["attention_mask"]
-    inputs = {name: values.flatten(-2)[..., batch.take].unsqueeze(-2) for name, values in rows.items()}
-    for name in batch.images:
-        inputs[name] = batch.images_of(name, sorted({*batch.owner}))  # each image once
+    batch = to_device(batch, model.device)
+    inputs = batch.inputs | {"position_ids": positions}  # (R, T), or (3, R, T) in space
+    del inputs["attention_mask"]
+    for name, values in inputs.items():
+        if values.shape[-2:] == batch.labels.shape:  # the rest is of images
+            inputs[name] = values.flatten(-2)[..., batch.take].unsqueeze(-2)
     inputs["logits_to_keep"] = batch.predictors
     inputs["blocks"] = attention_blocks(batch.blocks, model.device, model.dtype)
     # A 4-D mask stops the library from building one. Attention other than ours would turn into nan.
@@ -232,11 +241,15 @@ def packed_inputs(model, batch):
 def row_positions(model, batch):
     """Position ids of the rows (R, T), or (3, R, T) for models with positions in space (Qwen-VL)."""
     rope_index = getattr(model.base_model, "get_rope_index", None)
-    if rope_index is None or not batch.images:
+    if rope_index is None or "pixel_values" not in batch.inputs:
         return torch.arange(batch.labels.shape[1], device=model.device).expand(batch.labels.shape)
-    known = signature(rope_index).parameters
-    sizes = {name: batch.images_of(name, batch.owner) for name in batch.images if name in known}
-    return rope_index(**batch.tokens, **sizes)[0].to(model.device)
+    owners = sorted({*batch.owner})  # whose images it gets; text goes on counting where the other rows differ
+    inputs = batch.inputs | {"attention_mask": torch.ones_like(batch.labels)}
+    known = {name: inputs[name] for name in signature(rope_index).parameters if name in inputs}
+    for name, values in known.items():
+        if values.shape == batch.labels.shape:
+            known[name] = values[owners]
+    return rope_index(**known)[0][:, [owners.index(row) for row in batch.owner]].to(model.device)
 
 
 def use_packed_attention(model):

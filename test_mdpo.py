@@ -51,10 +51,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 ROOT = Path(__file__).parent
 LAYOUTS = pytest.mark.parametrize("layout", ["packed", "plain"])
 TEXTS = [
-    data.BUNNY_SYSTEM + " USER: Describe the picture. ASSISTANT: There is a red circle and a blue square. answers"
+    train.BUNNY_SYSTEM + " USER: Describe the picture. ASSISTANT: There is a red circle and a blue square. answers"
 ] * 3
 HUB_LLAVA_TEMPLATE = (  # what llava-hf/llava-1.5-7b-hf does: no space after ASSISTANT:, one after the answer, no </s>
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
@@ -393,6 +393,11 @@ def pair(question, chosen, rejected, image=None, image_rejected=None):
     return Example(question, chosen, rejected, several(image), several(image_rejected))
 
 
+def wrapped(text=train.BUNNY_SYSTEM):
+    """The system text of a USER: ... ASSISTANT: wrapper, as `read_examples` gives it."""
+    return {"role": "system", "content": [{"type": "text", "text": text}], "wrapped": True}
+
+
 def asked(question, n_images=1):
     """A question as `read_examples` gives it."""
     return [{"role": "user", "content": [*[{"type": "image"}] * n_images, {"type": "text", "text": question}]}]
@@ -400,8 +405,9 @@ def asked(question, n_images=1):
 
 def laid_out(pairs, processor, layout="packed", **options):
     """A batch of rows, or the same packed."""
-    batch = make_batch(pairs, processor, **options)
-    return pack(batch) if layout == "packed" else batch
+    if layout == "plain":
+        return make_batch(pairs, processor, **options)
+    return pack(make_batch(pairs, processor, share=True, **options))
 
 
 def prefix_length(batch, row=0):
@@ -436,15 +442,15 @@ def full_text(processor, question, response):
     if processor.tokenizer.eos_token == "</s>":
         return f"USER: <image>\n{question} ASSISTANT:", f" {response}</s>"
     nine_tabs = "\t" * 9
-    return f"{data.BUNNY_SYSTEM} USER: {nine_tabs}\n{question} ASSISTANT:", f" {response}<|endoftext|>"
+    return f"{train.BUNNY_SYSTEM} USER: {nine_tabs}\n{question} ASSISTANT:", f" {response}<|endoftext|>"
 
 
 def test_tokens_are_those_of_the_librarys_own_call(loaded):
     """Each row, and with its prefix each packed one, is what the processor gives for the whole text."""
     _, processor = loaded
     batch = make_batch(PAIRS, processor)
-    rows, masks = batch.tokens["input_ids"], batch.tokens["attention_mask"]
-    taken = pack(batch)
+    rows, masks = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    taken = pack(make_batch(PAIRS, processor, share=True))
     blocks = rows.flatten()[taken.take].split([n for n, *_ in taken.blocks])
     for name, answer, image in (("chosen", 1, 3), ("rejected", 2, 3), ("image_rejected", 1, 4)):
         for i, one in enumerate(PAIRS):
@@ -538,7 +544,7 @@ def test_a_sequence_has_one_bos(llava, template_has_bos):
     if template_has_bos:
         processor.chat_template = "{{ bos_token }}" + HUB_LLAVA_TEMPLATE
     for one in (PAIRS[0], pair(*PAIRS[0][:3])):
-        ids = make_batch([one], processor, names=DPO_NAMES).tokens["input_ids"][0].tolist()
+        ids = make_batch([one], processor, names=DPO_NAMES).inputs["input_ids"][0].tolist()
         assert ids[0] == processor.tokenizer.bos_token_id == 1 and ids.count(1) == 1
 
 
@@ -655,9 +661,9 @@ def test_attention_that_was_switched_off_after_packing_is_nan(bunny, implementat
 def test_dpo_computes_no_row_of_the_rejected_image(loaded):
     """conditional=False, anchors=() must cost one image and one prefix an example, not two."""
     model, processor = loaded
-    batch = pack(make_batch(PAIRS, processor, names=DPO_NAMES))
-    assert len(batch.images_of("pixel_values", {*batch.owner})) == len(PAIRS)
-    n_chosen, n_rejected = batch.tokens["attention_mask"][:3].sum(), (batch.labels[3:] >= 0).sum()
+    batch = laid_out(PAIRS, processor, names=DPO_NAMES)
+    assert len(batch.inputs["pixel_values"]) == len(PAIRS)
+    n_chosen, n_rejected = batch.inputs["attention_mask"][:3].sum(), (batch.labels[3:] >= 0).sum()
     assert len(batch.take) == n_chosen + n_rejected
     full = response_logps(model, pack(make_batch(PAIRS, processor)))
     part = response_logps(model, batch)
@@ -669,7 +675,7 @@ def test_no_image_leaves_the_placeholder_out(loaded):
     """DPO (No Image) of Fig. 1: the text alone, with no stray image token in it."""
     model, processor = loaded
     batch = make_batch([pair(*one[:3]) for one in PAIRS], processor, names=DPO_NAMES)
-    inputs = batch.inputs()
+    inputs = batch.inputs
     assert "pixel_values" not in inputs and not (inputs["input_ids"] == processor.image_token_id).any()
     prompt, response = full_text(processor, *PAIRS[0][:2])
     whole = processor.tokenizer(prompt.replace(processor.image_token + "\n", "") + response, return_tensors="pt")
@@ -683,8 +689,8 @@ def test_no_image_leaves_the_placeholder_out(loaded):
 def sequences_of(batch, processor):
     """The rows of a batch, each as (ids of its prefix, ids of its response), an image's tokens as one."""
     image_id, sequences = processor.image_token_id, []
-    for row, ids in enumerate(batch.tokens["input_ids"].tolist()):
-        start, n = prefix_length(batch, row), int(batch.tokens["attention_mask"][row].sum())
+    for row, ids in enumerate(batch.inputs["input_ids"].tolist()):
+        start, n = prefix_length(batch, row), int(batch.inputs["attention_mask"][row].sum())
         prefix, response = ids[:start], ids[start:n]
         first = prefix.index(image_id) if image_id in prefix else 0
         prefix = [id for i, id in enumerate(prefix) if id != image_id or i % 16 == first % 16]
@@ -948,13 +954,13 @@ def test_token_types_go_on_as_text_in_the_responses(bunny, layout):
     texts = (("a red answ", "ers", "x"), ("Which of them?", "No.", "A red circle."))
     pairs = [pair(*text, noise(i), noise(i + 2)) for i, text in enumerate(texts)]
     batch, without = make_batch(pairs, Typed(processor)), make_batch(pairs, processor)
-    assert {*batch.tokens} == {"input_ids", "attention_mask", "types"} and "types" not in without.tokens
-    assert torch.equal(batch.tokens["input_ids"], without.tokens["input_ids"])
+    assert {*batch.inputs} == {*without.inputs, "types"}
+    assert torch.equal(batch.inputs["input_ids"], without.inputs["input_ids"])
     expected = [[7] * prefix_length(batch, row) for row in range(6)]  # and 0 behind it, in padding as well
-    types = batch.tokens["types"].tolist()
+    types = batch.inputs["types"].tolist()
     assert types == [row + [0] * (batch.labels.shape[1] - len(row)) for row in expected]
     if layout == "packed":
-        batch, expected = pack(batch), []
+        batch, expected = laid_out(pairs, Typed(processor)), []
         for row, (n, owner, n_prefix) in enumerate(batch.blocks):
             expected += [7] * n_prefix + [0] * (n - n_prefix) if owner == row else [0] * n
         types = [expected]
@@ -969,7 +975,8 @@ def test_a_batch_is_what_its_docstring_says(llava):
     _, processor = train.load_model(str(llava))
     ids = lambda text: processor.tokenizer(text).input_ids
     keyed = [one._replace(key=(2, i), id=str(i)) for i, one in enumerate(PAIRS[:2])]
-    batch, rows, labels = make_batch(keyed, processor), [], []
+    batch, rows, labels = make_batch(keyed, processor, share=True), [], []
+    plain = make_batch(keyed, processor)
     for answer in ("chosen", "rejected", "chosen"):
         for one in PAIRS[:2]:
             prompt, response = full_text(processor, one.question, getattr(one, answer))
@@ -983,15 +990,17 @@ def test_a_batch_is_what_its_docstring_says(llava):
     def filled(lists, value):
         return [values + [value] * (longest - len(values)) for values in lists]
 
-    assert batch.tokens["input_ids"].tolist() == filled(rows, processor.tokenizer.pad_token_id)
-    assert batch.tokens["attention_mask"].tolist() == filled([[1] * len(row) for row in rows], 0)
-    assert batch.labels.tolist() == filled(labels, -100)
+    for made in batch, plain:
+        assert made.inputs["input_ids"].tolist() == filled(rows, processor.tokenizer.pad_token_id)
+        assert made.inputs["attention_mask"].tolist() == filled([[1] * len(row) for row in rows], 0)
+        assert made.labels.tolist() == filled(labels, -100)
     assert batch.names == ("chosen", "rejected", "image_rejected") and batch.owner == [0, 1, 0, 1, 4, 5]
     assert batch.keys == [(2, 0), (2, 1)] and batch.ids == ["0", "1"] and batch.take is None
     m_w = [image for one in PAIRS[:2] for image in one.images]
     m_l = [image for one in PAIRS[:2] for image in one.images_rejected]
-    expected = pixels_of(processor, *m_w, *m_w, *m_l)
-    assert torch.equal(batch.inputs()["pixel_values"], expected)
+    assert torch.equal(batch.inputs["pixel_values"], pixels_of(processor, *m_w, *m_l))
+    assert torch.equal(plain.inputs["pixel_values"], pixels_of(processor, *m_w, *m_w, *m_l))
+    assert plain.owner == [*range(6)]
 
 
 def pixels_of(processor, *images):
@@ -1005,7 +1014,7 @@ def worked_example():
     names, ids, labels, owner = zip(*rows)
     ids, labels = (torch.tensor([*map(numbers, of_rows)]) for of_rows in (ids, labels))
     tokens = {"input_ids": ids, "attention_mask": (ids != 9).long()}
-    return data.Batch(tokens, labels, images={}, owner=[*map(int, owner)], names=names, keys=[(0, 0)], ids=["1"])
+    return data.Batch(tokens, labels, [*map(int, owner)], names, keys=[(0, 0)], ids=["1"])
 
 
 def test_the_worked_example_is_packed_as_by_hand(llava):
@@ -1016,7 +1025,7 @@ def test_the_worked_example_is_packed_as_by_hand(llava):
     """
     batch = worked_example()
     asked, prompt = [7, 7, 5, 6], [-100] * 4
-    assert batch.tokens["input_ids"].tolist() == [[*asked, 1, 2, 0], [*asked, 3, 0, 9], [*asked, 1, 2, 0]]
+    assert batch.inputs["input_ids"].tolist() == [[*asked, 1, 2, 0], [*asked, 3, 0, 9], [*asked, 1, 2, 0]]
     assert batch.labels.tolist() == [[*prompt, 1, 2, 0], [*prompt, 3, 0, -100], [*prompt, 1, 2, 0]]
     packed = pack(batch)
     assert packed.take.tolist() == [0, 1, 2, 3, 4, 5, 6, 11, 12, 14, 15, 16, 17, 18, 19, 20]
@@ -1030,7 +1039,7 @@ def test_the_worked_example_is_packed_as_by_hand(llava):
     drawn = re.findall(r"^# +position (.*)$", Path(mdpo.__file__).read_text(), re.MULTILINE)
     assert [*map(int, drawn[0].replace("|", " ").split())] == inputs["position_ids"][0].tolist()
     # As said there, the rows need nothing but `sequence_logps`.
-    logps = sequence_logps(model(**batch.inputs()).logits, batch.labels)
+    logps = sequence_logps(model(**batch.inputs).logits, batch.labels)
     for ours in batch, packed:
         torch.testing.assert_close(torch.cat(response_logps(model, ours)), logps, rtol=1e-5, atol=1e-5)
 
@@ -1038,17 +1047,17 @@ def test_the_worked_example_is_packed_as_by_hand(llava):
 def test_packing_takes_each_prefix_once_and_each_token_of_a_response(loaded):
     """Of several pairs of all lengths, in order: what is taken, and which token predicts which."""
     _, processor = loaded
-    batch = pack(make_batch(PAIRS, processor))
+    batch = laid_out(PAIRS, processor)
     T = batch.labels.shape[1]
     assert batch.take.tolist() == sorted(set(batch.take.tolist()))
     rows = {row: [at % T for at in batch.take.tolist() if at // T == row] for row in range(9)}
     for row, (n, owner, n_prefix) in enumerate(batch.blocks):
-        n_row = int(batch.tokens["attention_mask"][row].sum())
+        n_row = int(batch.inputs["attention_mask"][row].sum())
         begin = n_prefix if 3 <= row < 6 else 0
         assert rows[row] == [*range(begin, n_row)] and n == n_row - begin
         assert owner == (row - 3 if 3 <= row < 6 else row) and n_prefix == prefix_length(batch, row)
     assert batch.answers.tolist() == (batch.labels.flatten() >= 0).nonzero()[:, 0].tolist()
-    ids, labels = batch.tokens["input_ids"].flatten(), batch.labels
+    ids, labels = batch.inputs["input_ids"].flatten(), batch.labels
     for at, predictor in zip(batch.answers.tolist(), batch.predictors[0].tolist(), strict=True):
         assert ids[batch.take[predictor]] == ids[at - 1]  # the token before it, here or in the shared prefix
         row, column = divmod(batch.take[predictor].item(), T)
@@ -1060,13 +1069,13 @@ def test_plain_rows_are_padded_on_the_right_and_padding_counts_for_nothing(llava
     """A row's positions count from its first token; padding that counted would change some sum."""
     model, processor = train.load_model(str(llava))
     batch = make_batch(PAIRS, processor)
-    ids, mask = batch.tokens["input_ids"], batch.tokens["attention_mask"]
+    ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
     pad = processor.tokenizer.pad_token_id
     assert len(ids) == 9 and pad != 0 and len({*mask.sum(1).tolist()}) > 1
     assert torch.equal(mask, mask.sort(1, descending=True).values)
     assert torch.equal(ids == pad, mask == 0) and (batch.labels[mask == 0] == -100).all()
     expected = response_logps(model, batch)
-    batch.tokens["input_ids"][mask == 0] = 5
+    batch.inputs["input_ids"][mask == 0] = 5
     assert all(map(torch.equal, response_logps(model, batch), expected))
 
 
@@ -1083,7 +1092,7 @@ def test_each_image_is_processed_once_a_pair(loaded, monkeypatch):
         return call(self, images, *args, **options)
 
     monkeypatch.setattr(image_processor, "__call__", note)
-    make_batch(PAIRS, processor)
+    laid_out(PAIRS, processor)
     images = [image.tobytes() for one in PAIRS for image in (*one.images, *one.images_rejected)]
     assert sorted(seen) == sorted(images) and len({*images}) == 6
 
@@ -1120,15 +1129,15 @@ def test_all_inputs_of_the_model_are_on_its_device(bunny, layout):
 def test_truncation_cuts_the_response_never_the_image(loaded):
     """A cut image leaves fewer tokens than features: the model raises, or worse, looks at half an image."""
     _, processor = loaded
-    full = make_batch(PAIRS[:1], processor)
+    full = make_batch(PAIRS[1:2], processor)
     n = prefix_length(full)
-    cut = make_batch(PAIRS[:1], processor, max_length=n + 2)
+    cut = make_batch(PAIRS[1:2], processor, max_length=n + 2)
     assert cut.labels.shape == (3, n + 2)
     for name in "input_ids", "attention_mask":
-        assert torch.equal(cut.tokens[name], full.tokens[name][:, : n + 2])
+        assert torch.equal(cut.inputs[name], full.inputs[name][:, : n + 2])
     assert torch.equal(cut.labels, full.labels[:, : n + 2]) and (cut.labels[:, n:] >= 0).all()
     with pytest.raises(BadInput, match="no room"):
-        make_batch(PAIRS[:1], processor, max_length=n)
+        make_batch(PAIRS[1:2], processor, max_length=n)
 
 
 @pytest.mark.parametrize("family", ["llava_next"], indirect=True)
@@ -1171,7 +1180,7 @@ def test_five_images_of_which_three_differ_stay_five(folder, loaded):
     noise(3, (20, 50)).save(folder / "b.png")
     names = ["a.png", "b.png", "a.png", "merged_images/llava-1.jpg", "b.png"]
     question = "<image>\n" * 5 + "Which is the odd one?"
-    path = write(folder / "x.json", [authors(img_path=None, images=names, prompt=question)])
+    path = write(folder / "x.json", [authors(img_path=None, images=names, prompt=question, rejected="None.")])
     examples = read_examples(path)
     assert [Path(image).name for image in examples[0].images] == [Path(name).name for name in names]
     question, _, _, images, images_rejected, *_ = one = Pairs(examples)[0, 0]
@@ -1179,11 +1188,11 @@ def test_five_images_of_which_three_differ_stay_five(folder, loaded):
     assert [image.size for image in images_rejected] == [image.size for image in images]
     assert len({image.tobytes() for image in images}) == 3 and len({image.tobytes() for image in images_rejected}) == 5
     batch = make_batch([one], processor)
-    assert [len(batch.images["pixel_values"][row]) for row in {*batch.owner}] == [5, 5]
-    assert ((batch.tokens["input_ids"] == processor.image_token_id).sum(1) == 5 * 16).all()
-    # The check of the room knows it: a prompt of n tokens has room for an answer in n + 1, and not in n.
+    assert len(batch.inputs["pixel_values"]) == 3 * 5 and len(laid_out([one], processor).inputs["pixel_values"]) == 2 * 5
+    assert ((batch.inputs["input_ids"] == processor.image_token_id).sum(1) == 5 * 16).all()
+    # The check of the room knows it: a prompt of n tokens has room for two of an answer in n + 2, and none in n.
     n = prefix_length(batch)
-    assert len(read_examples(path, processor=processor, max_length=n + 1)) == 1
+    assert len(read_examples(path, processor=processor, max_length=n + 2)) == 1
     with pytest.raises(BadInput, match=f"prompt of {n} tokens, --max-length {n}: no room"):
         read_examples(path, processor=processor, max_length=n)
 
@@ -1322,14 +1331,13 @@ def test_positions_in_space_start_anew_in_each_row(family):
     """They are relative, so a shift is harmless in float32; in bf16 its rounding grows along the packed
     row."""
     _, model, processor = family
-    batch = pack(make_batch(SIZES, processor))
+    batch, grids = laid_out(SIZES, processor), make_batch(SIZES, processor).inputs["image_grid_thw"]
     positions = mdpo.forward_inputs(model, batch)["position_ids"]  # (3, 1, N)
-    grids = batch.images_of("image_grid_thw", batch.owner)
     parts, in_a_line = positions[:, 0].split([n for n, *_ in batch.blocks], dim=1), []
     for row, (n, owner, prefix) in enumerate(batch.blocks):
-        alone = batch.tokens["attention_mask"][row].bool()
+        alone = batch.inputs["attention_mask"][row].bool()
         names = ("input_ids", "mm_token_type_ids")
-        known = {name: batch.tokens[name][row : row + 1, alone] for name in names}
+        known = {name: batch.inputs[name][row : row + 1, alone] for name in names}
         expected, _ = model.model.get_rope_index(**known, image_grid_thw=grids[row : row + 1])
         assert torch.equal(parts[row], expected[:, 0, -n:]) and expected[:, 0, 0].max() == 0
         in_a_line.append(torch.equal(expected[0, 0], torch.arange(len(expected[0, 0]))))
@@ -1477,7 +1485,7 @@ def test_what_is_not_exact_is_noticed(family, monkeypatch, capsys):
 
     def without_types(batch):
         batch = pack(batch)
-        return replace(batch, tokens=batch.tokens | {"mm_token_type_ids": 0 * batch.labels})
+        return replace(batch, inputs=batch.inputs | {"mm_token_type_ids": 0 * batch.labels})
 
     with monkeypatch.context() as patch:
         patch.setattr(mdpo, "attention_blocks", leaking)
@@ -1551,8 +1559,8 @@ def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read
     _, processor = train.load_model(str(bunny))
     with monkeypatch.context() as patch:  # as Mllama's, whose layers of cross-attention need a mask of their own
         mask = lambda call: {"cross_attention_mask": call["input_ids"][:, :, None, None]}
-        encode = data.encode_prompts
-        patch.setattr(data, "encode_prompts", lambda *args: (lambda call: call.data | mask(call))(encode(*args)))
+        encode = data.encode
+        patch.setattr(data, "encode", lambda *args: (lambda call: call.data | mask(call))(encode(*args)))
         with pytest.raises(BadInput, match="returns cross_attention_mask, which"):
             make_batch(PAIRS, processor)
 
@@ -1561,7 +1569,7 @@ def test_a_conversation_with_bunny_is_in_its_own_words(bunny):
     """Bunny was tuned on one template. Earlier answers end in the end-of-sequence token, as the last one does."""
     _, processor = train.load_model(str(bunny))
     batch = make_batch([pair(CONVERSATION, "A cat.", "A dog.", noise(1), noise(2))], processor)
-    ids = batch.tokens["input_ids"][0].tolist()
+    ids = batch.inputs["input_ids"][0].tolist()
     text = processor.decode(ids).replace("\t" * 9, "[]")
     expected = "Be brief. USER: Hello.  ASSISTANT: Hello!<|endoftext|>USER: " + "[]" * 16 + "\nWhat is it?  ASSISTANT: A cat.<|endoftext|>"
     assert re.sub(" +", " ", text).startswith(re.sub(" +", " ", expected))
@@ -1584,7 +1592,7 @@ def test_turns_and_several_images_are_read_and_shown(folder, loaded):
     assert text.count("[]") == 2 and text.find("[]", text.find("Acat.")) > 0
     (no_image,) = examples = read_examples(write(folder / "x.json", [TURNS]), with_images=False)
     batch = make_batch([Pairs(examples)[0, 0]], processor, names=DPO_NAMES)
-    assert no_image.images == () and not (batch.tokens["input_ids"] == processor.image_token_id).any()
+    assert no_image.images == () and not (batch.inputs["input_ids"] == processor.image_token_id).any()
 
 
 # -------------------------------------------------------------------------------------------------- model loading
@@ -1658,7 +1666,7 @@ def test_bunnys_eye_by_hand(bunny, size):
         weights[name.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")] = tensor
     seen = []
     model.model.multi_modal_projector.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    response_logps(model, pack(make_batch([pair(*PAIRS[0][:3], noise(1, size), noise(2, size))], processor)))
+    response_logps(model, laid_out([pair(*PAIRS[0][:3], noise(1, size), noise(2, size))], processor))
     expected = [eye_by_hand(weights, noise(seed, size)) for seed in (1, 2)]
     torch.testing.assert_close(torch.cat(seen).view(2, 16, 32).double(), torch.stack(expected), rtol=1e-4, atol=1e-4)
 
@@ -1843,7 +1851,7 @@ def folder(tmp_path):
 
 
 def authors(**changes):
-    prompt = f"{data.BUNNY_SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
+    prompt = f"{train.BUNNY_SYSTEM} USER: <image>\nWhat is it? ASSISTANT:"
     return {"img_path": "a.png", "prompt": prompt, "chosen": "A cat.", "rejected": "A dog."} | changes
 
 
@@ -1863,16 +1871,6 @@ VLFEEDBACK = {
         completion("A dog.", "1", "4", "1"),
         completion("Never.", "N/A", "5", "5"),
     ],
-}
-AS_COLUMNS = VLFEEDBACK | {
-    "completions": {
-        "model": ["m"] * 4,
-        "response": [c["response"] for c in VLFEEDBACK["completions"]],
-        "annotations": {
-            aspect: {"Rating": [c["annotations"][aspect]["Rating"] for c in VLFEEDBACK["completions"]]}
-            for aspect in ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
-        },
-    }
 }
 MESSAGES = {
     "images": ["a.png"],
@@ -1897,14 +1895,15 @@ TURNS = {  # a system text, an earlier turn, two images
 }
 
 
-@pytest.mark.parametrize("record", [authors(), VLFEEDBACK, AS_COLUMNS, MESSAGES, PLAIN, NO_PROMPT])
+@pytest.mark.parametrize("record", [authors(), VLFEEDBACK, MESSAGES, PLAIN, NO_PROMPT])
 @pytest.mark.parametrize(
     "name, form", [("x.json", "[{}]"), ("x.jsonl", "{}\n"), ("x.json", "\n{}\n"), ("x.jsonl", "\n [{}]")]
 )
 def test_every_format_gives_the_same_example(folder, record, name, form):
     """Formats are told apart by the records, not by the file's name."""
     (example,) = read_examples(write(folder / name, form.replace("{}", json.dumps(record))))
-    assert example[:3] == (asked("What is it?"), "A cat.", "A dog.")
+    question = [wrapped(), *asked("What is it?")] if "img_path" in record else asked("What is it?")
+    assert example[:3] == (question, "A cat.", "A dog.")
     assert Path(example.images[0]).name == ("llava-1.jpg" if "completions" in record else "a.png")
 
 
@@ -1960,14 +1959,6 @@ def test_vlfeedback_citation_marks_alone_are_taken_out(folder):
     assert pair_of(folder, marked, completion("【1†x】A dog", "1")) == ("A cat on 【a】 mat.", "A dog")
 
 
-def test_vlfeedback_as_columns_keeps_every_completion(folder):
-    """The export of `datasets` turns rows into columns: the last row is the worst here, the first the
-    best."""
-    columns = {"response": ["A", "B", "C"], "annotations": {"Helpfulness": {"Rating": ["5", "3", "1"]}}}
-    (example,) = read_examples(write(folder / "x.json", [VLFEEDBACK | {"completions": columns}]))
-    assert (example.chosen, example.rejected) == ("A", "C")
-
-
 def replaced(value, new):
     """Every copy of a JSON value in which one part, at any depth, is `new`."""
     yield new
@@ -1979,7 +1970,7 @@ def replaced(value, new):
                 yield changed_value
 
 
-@pytest.mark.parametrize("record", [authors(), VLFEEDBACK, AS_COLUMNS, MESSAGES, NO_PROMPT, TURNS])
+@pytest.mark.parametrize("record", [authors(), VLFEEDBACK, MESSAGES, NO_PROMPT, TURNS])
 @pytest.mark.parametrize("odd", [None, 3, True, "", "a\0", [], {}, [[None]]], ids=repr)
 def test_odd_json_is_bad_or_good_never_a_crash(folder, record, odd):
     """A crash names no record, and --skip-bad cannot drop what crashes."""
@@ -2020,7 +2011,7 @@ def test_a_field_of_null_is_not_there(folder):
     others."""
     record = authors(img_path=None, image="a.png", question="And this?")
     (example,) = read_examples(write(folder / "x.json", [record | {"images": ["b.png"]} | {"images": None}]))
-    assert example.question == asked("What is it?") and Path(example.images[0]).name == "a.png"
+    assert example.question[1:] == asked("What is it?") and Path(example.images[0]).name == "a.png"
     record = authors(image="b.png", images="c.png", image_path="d.png", prompt=None, question="And this?")
     (example,) = read_examples(write(folder / "x.json", [record]))
     assert example.question == asked("And this?") and Path(example.images[0]).name == "a.png"
@@ -2033,19 +2024,20 @@ def test_a_field_of_null_is_not_there(folder):
         "<image>\nWhat?\nAnd why?",
         "What?\nAnd why? <image>",
         " USER: <image>\nWhat?\nAnd why? ASSISTANT:",
-        f"{data.BUNNY_SYSTEM} USER: What?\nAnd why?\n<image> ASSISTANT: ",
+        f"{train.BUNNY_SYSTEM} USER: What?\nAnd why?\n<image> ASSISTANT: ",
     ],
 )
 def test_the_bare_question_is_taken_out_of_its_prompt(folder, prompt):
     """What is left of a template, or of an image mark, would stand in the text that the model is trained
     on."""
     (example,) = read_examples(write(folder / "x.json", [authors(prompt=prompt)]))
-    assert example.question == asked("What?\nAnd why?")
+    system = [wrapped()] if prompt.startswith("A chat") else []
+    assert example.question == [*system, *asked("What?\nAnd why?")]
 
 
 def test_messages_keep_their_parts_and_their_order(folder):
     """What is dropped or moved changes the prompt. `<image>` in a text is an image part before it, as in a plain
-    string; between two texts it is refused."""
+    string; between two texts one is moved before them, as LLaVA's code does, and several stay."""
     image, text = {"type": "image"}, lambda text: {"type": "text", "text": text}
     read = lambda *messages, **changes: read_examples(
         write(folder / "x.json", [MESSAGES | {"prompt": list(messages)} | changes])
@@ -2055,8 +2047,9 @@ def test_messages_keep_their_parts_and_their_order(folder):
         assert read(user(*content)).question == [user(*content)]
     for written in ([text("<image>\nWhat?")], [text("What? <image>")], [text("What?")], "<image> What?", "What?\n"):
         assert read({"role": "user", "content": written}).question == [user(image, text("What?"))]
-    with pytest.raises(BadInput, match="'prompt' holds the image token '<image>' in its text"):
-        read(user(text("Is <image> it?")))
+    assert read(user(text("Is <image>it?"))).question == [user(image, text("Is it?"))]
+    two = read(user(text("1: <image>\n2: <image>\nWhich?")), images=["a.png", "merged_images/llava-1.jpg"])
+    assert two.question == [user(text("1: "), image, text("\n2: "), image, text("\nWhich?"))]
     # Where no message shows an image, the first of the user's opens with all of them.
     opening = [{"role": "system", "content": [text("Be brief.")]}, user(text("What?"))]
     more = [{"role": "assistant", "content": [text("A cat.")]}, user(text("And?"))]
@@ -2078,7 +2071,7 @@ def test_no_image_needs_no_images_and_no_pool(folder):
     for strategy in data.STRATEGIES:
         pairs = [Pairs(examples, strategy)[0, index] for index in range(3)]
         assert [one[1:6] for one in pairs] == [("A cat.", "A dog.", (), (), id) for id in ("1", "2", "3")]
-        assert all(data.chat_messages(one.question, 0) == asked("What is it?", 0) for one in pairs)
+        assert all(data.chat_messages(one.question, 0)[-1:] == asked("What is it?", 0) for one in pairs)
 
 
 def test_lines_are_numbered_as_an_editor_does(folder):
@@ -2102,10 +2095,17 @@ def test_lines_are_numbered_as_an_editor_does(folder):
 
 
 UNREADABLE = {
-    "x: cannot be read: .*No such file": None,
-    "1 bad records:\n  record 1: not valid JSON: .*": b"\xff\xfe[",
+    "x: no such file; for a data set of the hub, run python examples/convert.py": None,
+    "x: cannot be read: is UTF-16: save it as UTF-8": b"\xff\xfe[",
     "x: cannot be read: not valid JSON": b"[{},",
-    "2 bad records:\n  record 1: not valid JSON": b"a table\nof text\n",
+    "x: cannot be read: begins with \"a table\\\\nof text": b"a table\nof text\n",
+    "x: cannot be read: begins with \"<!DOCTYPE html>": b"<!DOCTYPE html><html>",
+    "x: cannot be read: is a parquet file: python examples/convert.py": b"PAR1\x15\x04",
+    "x: cannot be read: is a gzip file: unpack it": b"\x1f\x8b\x08",
+    "x: cannot be read: is a zip file: unpack it": b"PK\x03\x04",
+    "x: cannot be read: is a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+    "x: cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 9": b'{"chose":\xe9"}',
+    "x: cannot be read: is one JSON object with the fields data, split, not a list": b'{\n"data": [{}],\n"split": 1}',
     "x: no example is left$": b"[]",
 }
 
@@ -2131,7 +2131,7 @@ def test_a_report_of_bad_records_ends_after_20_and_counts_the_rest(folder):
 def test_a_broken_line_is_bad_whatever_the_subset(folder):
     """A record that cannot be read has no id: dropped as if it were of another subset, it would be lost in silence."""
     path = write(folder / "x.jsonl", json.dumps(VLFEEDBACK) + '\n{"id": "llava-2", "prom\n5\n')
-    with pytest.raises(BadInput, match="record 2: not valid JSON: .*\n  record 3: is not in a known form"):
+    with pytest.raises(BadInput, match="record 2: not valid JSON: .*\n  record 3: is 5, not an object"):
         read_examples(path, subset="llava")
 
 
@@ -2190,10 +2190,12 @@ def test_turns_of_conversations_are_not_lost_beside_a_prompt(folder):
 
 
 BAD_RECORDS = {
-    "has no field 'completions' or 'chosen'": authors(chosen=None),
-    "has no field 'prompt' or 'question'": {"image": "a.png", "chosen": "a", "rejected": "b"},
-    "'chosen': is not in a known form": authors(chosen=3),
-    "is not in a known form": [1],
+    "has the fields img_path, question, chosen, rejected; needed are image, prompt, chosen": {
+        "img_path": "a.png", "question": "Q", "chosen": None, "rejected": "b"},
+    "has the fields image, chosen, rejected; needed are image, prompt": {
+        "image": "a.png", "chosen": "a", "rejected": "b"},
+    "'chosen' is 3, not text": authors(chosen=3),
+    "is [1], not an object with fields": [1],
     "'rejected' is empty": authors(rejected=" \n"),
     "'chosen': 'utf-8' codec can't encode character": authors(chosen="A \ud800 cat."),
     "'chosen' and 'rejected' are equal": authors(rejected="A cat. "),
@@ -2201,12 +2203,12 @@ BAD_RECORDS = {
     "cannot be decoded": authors(img_path="broken.png"),
     "has no image path": {"question": "Q", "chosen": "a", "rejected": "b"},
     "points outside the image folder": authors(img_path="../a.png"),
-    "'chosen' holds the image token": authors(chosen="An <image>"),
-    "'prompt' holds the image token": authors(prompt="Is <image> a picture?"),
+    "'chosen' holds '<image>', a control token": authors(chosen="An <image>"),
+    "'prompt' holds '<image 1>', a control token": authors(prompt="Is <image 1> a picture?"),
     "shows 1 images, the record has 2": authors(img_path=None, images=["a.png", "a.png"]),
     "shows 2 images, the record has 1": TURNS | {"images": ["a.png"]},
     "must take turns": MESSAGES | {"prompt": [*MESSAGES["prompt"], *MESSAGES["prompt"]]},
-    "'prompt': role 'tool' is not system": MESSAGES | {"prompt": [{"role": "tool", "content": "S"}]},
+    "'prompt': role \"tool\" is not system": MESSAGES | {"prompt": [{"role": "tool", "content": "S"}]},
     "'prompt': has no 'text'": MESSAGES | {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
     "'chosen' must end in an assistant message": MESSAGES
     | {"chosen": [{"role": "user", "content": "A cat."}]},
@@ -2218,7 +2220,6 @@ BAD_RECORDS = {
         "chosen": [*MESSAGES["prompt"], *MESSAGES["chosen"]],
         "rejected": [{"role": "user", "content": "Who is it?"}, *MESSAGES["rejected"]],
     },
-    "is not Bunny's": authors(prompt="Be rude. USER: <image>\nWhat? ASSISTANT:"),
     "has no 'annotations'": VLFEEDBACK | {"completions": [{"response": "x"}]},
     "not valid JSON": None,
 }
@@ -2241,7 +2242,7 @@ def test_bad_records_are_all_reported_with_number_id_and_reason(folder, reason):
 def test_the_models_own_image_token_in_text_is_bad(folder, bunny):
     """Nine tabs are Bunny's image token: in a table of tabs they would be taken for an image."""
     path = write(folder / "x.json", [authors(chosen="a" + "\t" * 9 + "b")])
-    with pytest.raises(BadInput, match="'chosen' holds the image token"):
+    with pytest.raises(BadInput, match=r"'chosen' holds '(\\t){9}', a control token"):
         read_examples(path, processor=train.load_processor(str(bunny)))
 
 
@@ -2252,7 +2253,7 @@ def test_other_tokens_for_images_in_text_are_bad_as_well(folder, bunny, part, ki
     names = {"processor": processor, "tokenizer": processor.tokenizer}
     setattr(names[part], f"{kind}_token", "<it>")
     path = write(folder / "x.json", [authors(chosen="An <it> tag."), authors()])
-    with pytest.raises(BadInput, match="1 bad records:\n.*record 1.*'chosen' holds the image token '<it>'"):
+    with pytest.raises(BadInput, match="1 bad records:\n.*record 1.*'chosen' holds '<it>'"):
         read_examples(path, processor=processor)
 
 
@@ -2261,18 +2262,21 @@ def test_the_check_of_the_room_counts_each_prompts_own_images(folder, loaded):
     lengths."""
     _, processor = loaded
     noise(3, (20, 50)).save(folder / "b.png")
-    two = authors(id="two", img_path=None, images=["a.png", "b.png"], prompt="What?")
+    two = authors(id="two", rejected="No.", img_path=None, images=["a.png", "b.png"], prompt="What?")
     path = write(
-        folder / "x.json", [authors(id="one", prompt="What?"), two, authors(id="other", img_path="b.png")]
+        folder / "x.json", [authors(id="one", rejected="No.", prompt="What?"), two, authors(id="other", rejected="No.", img_path="b.png")]
     )
     pairs = Pairs(read_examples(path))
-    needs = [prefix_length(make_batch([pairs[0, i]], processor)) + 1 for i in range(3)]
+    batches = [make_batch([pairs[i]], processor) for i in range(3)]
+    prefixes = [prefix_length(batch) for batch in batches]
+    alike = len(os.path.commonprefix([ids[prefixes[0] :].tolist() for ids in batches[0].labels[:2]]))  # a space
+    needs = [prefix + alike + 1 for prefix in prefixes]
     assert len(set(needs)) == 3
     for max_length in {length + more for length in needs for more in (-1, 0)} - {min(needs) - 1}:
         options = {"processor": processor, "max_length": max_length, "skip_bad": True}
         good = [e.id for e in read_examples(path, **options, log=lambda text: None)]
         assert good == [id for id, n in zip(("one", "two", "other"), needs) if n <= max_length]
-    with pytest.raises(BadInput, match=f"no example is left|prompt of {min(needs) - 1} tokens"):
+    with pytest.raises(BadInput, match="no example is left|prompt of|are equal in the tokens"):
         read_examples(path, processor=processor, max_length=min(needs) - 1)
 
 
@@ -2446,14 +2450,20 @@ def test_a_record_may_bring_its_own_rejected_image(folder, bunny, record, layout
     assert Pairs(read_examples(write(folder / "x.json", [record])))[0, 0].images_rejected[0].size == one.images[0].size
 
 
-def test_records_are_checked_one_prompt_at_a_time(folder, bunny, monkeypatch):
-    """To pad two prompts sets the tokenizer's padding, which threads share: good records were bad at random."""
-    _, processor = train.load_model(str(bunny))
-    encode, sizes = data.encode_prompts, []
-    note = lambda processor, prompts, images: sizes.append(len(prompts)) or encode(processor, prompts, images)
-    monkeypatch.setattr(data, "encode_prompts", note)
-    read_examples(write(folder / "x.json", [authors(rejected_image="a.png"), authors()]), processor=processor)
-    assert sizes == [1, 1, 1]  # m_w, m_l; m_w
+def test_threads_that_check_do_not_share_the_tokenizers_padding(folder, bunny):
+    """To pad two prompts sets it for all threads: good records were bad at random."""
+    noise(2).save(folder / "b.png")
+    records = [authors(rejected_image="b.png"), authors(chosen="A cat and a dog."), authors(chosen="Yes.")] * 40
+    processor = train.load_processor(str(bunny))
+    assert len(read_examples(write(folder / "x.json", records), processor=processor)) == 120
+
+
+def test_a_rejected_image_that_is_the_image_is_bad(folder):
+    """CoPO would compare a log-probability with itself: loss/conditional is ln 2 for ever."""
+    shutil.copy(folder / "a.png", folder / "copy.png")
+    for own in ("a.png", "copy.png"):
+        with pytest.raises(BadInput, match="record 1: the rejected image is the image"):
+            read_examples(write(folder / "x.json", [authors(rejected_image=own)]))
 
 
 def test_own_rejected_images_are_checked_as_any_image(folder, bunny, capsys):
@@ -2465,7 +2475,8 @@ def test_own_rejected_images_are_checked_as_any_image(folder, bunny, capsys):
             read_examples(write(folder / "x.json", [authors(rejected_image=path)]))
     with pytest.raises(BadInput, match="has 1 images and 2 rejected images"):
         read_examples(write(folder / "x.json", [authors(rejected_images=["a.png", "a.png"])]))
-    path = write(folder / "x.json", [authors(rejected_image="a.png"), authors()])
+    noise(2).save(folder / "b.png")
+    path = write(folder / "x.json", [authors(rejected_image="b.png"), authors()])
     assert check_file([path]) == 0 and "1 examples have their own rejected images" in capsys.readouterr().out
     (one, _) = read_examples(write(folder / "x.json", [authors(rejected_image="no.png"), authors()]), with_images=False)
     assert one.images_rejected == ()  # DPO (No Image) needs none
@@ -2475,7 +2486,7 @@ def test_rejected_images_are_the_same_in_another_process(tmp_path):
     """A resumed run is another process: what hangs on Python's own hash would differ in it."""
     examples = as_examples(tmp_path)
     script = (
-        "import zlib; from data import *; examples = read_examples(r'%s')\n"
+        "import zlib; from data import *; examples = read_examples(r'%s', log=len)\n"
         "print(*(zlib.crc32(Pairs(examples, s)[3, 2].images_rejected[0].tobytes()) for s in ('crop', 'random', 'moco')))"
     ) % (tmp_path / "drawn" / "silkie.json")
     environment = os.environ | {"PYTHONHASHSEED": "1"}
@@ -2494,7 +2505,7 @@ def test_random_image_is_another_file_whatever_its_path(tmp_path, monkeypatch):
 
 def test_an_unknown_strategy_is_refused(tmp_path):
     """A misspelled one must not train on the image itself."""
-    with pytest.raises(KeyError, match="crops"):
+    with pytest.raises(BadInput, match="unknown strategy 'crops': choose from crop, random, moco"):
         Pairs(as_examples(tmp_path), "crops")[0, 0]
 
 
@@ -2690,11 +2701,11 @@ def test_data_command_counts_every_kind_of_record(folder, capsys):
     write(path_of := folder / "good.json", kinds[:5])
     assert check_file([str(path_of), "--images", str(folder), "--subset", "llava"]) == 0
     out, err = capsys.readouterr()
-    assert f"{path_of}: left out 1 records" in out and err == ""
-    assert f"{path_of}: 3 examples with 2 different images, no problems found" in out
+    assert f"{path_of}: left out 2 records of other ids, or whose ratings" in out and err == ""
+    assert f"{path_of}: 3 examples with 2 different images; 0 examples have" in out
     assert check_file([str(folder / "none.json")]) == check_file([path, "--images", str(folder / "none")]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("error: ") == 2 and "none.json: cannot be read" in err and "no such image folder" in err
+    assert out == "" and err.count("error: ") == 2 and "none.json: no such file" in err and "no such image folder" in err
 
 
 # --------------------------------------------------------------------------------------------------------- the run
@@ -2760,7 +2771,7 @@ def test_saved_processor_reloads(finished, bunny):
     processor unless it is told not to."""
     saved, original = transformers.AutoProcessor.from_pretrained(finished), train.load_processor(str(bunny))
     saved.image_processor = transformers.AutoImageProcessor.from_pretrained(finished, backend="pil")
-    ours, theirs = (make_batch(PAIRS, processor).inputs() for processor in (saved, original))
+    ours, theirs = (make_batch(PAIRS, processor).inputs for processor in (saved, original))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
@@ -2840,16 +2851,19 @@ def run_by_hand(folder, data_file, a):
     records = list(enumerate(json.loads(Path(data_file).read_text())))
     if a.limit:
         records = [records[i] for i in sorted(random.Random(a.seed).sample(range(len(records)), a.limit))]
-    held = random.Random(f"{a.seed} held out").sample(range(len(records)), a.eval_size)
+    draw, held = random.Random(f"{a.seed} held out"), set()
+    while len(held) < a.eval_size:
+        held.add(draw.randrange(len(records)))
     training = [record for i, record in enumerate(records) if i not in held]
     held_out = [record for i, record in enumerate(records) if i in held]
     open_ = lambda record: Image.open(Path(data_file).parent / record[1]["img_path"]).convert("RGB")
-    pool = sorted(records, key=lambda record: str(Path(data_file).parent / record[1]["img_path"]))
+    by_path = lambda pool: sorted(pool, key=lambda record: str(Path(data_file).parent / record[1]["img_path"]))
 
     def rejected_image(record, key):
         rng = random.Random(f"{a.seed} {key[0]} {key[1]}")
         if a.reject == "crop":
             return crop_by_hand(open_(record), rng, *a.crop)
+        pool = by_path(records if key[0] == "held out" else training)
         while (other := rng.choice(pool)) == record:
             pass
         return open_(other)
@@ -2934,7 +2948,7 @@ RUNS = {
     "every number changed": Settings(
         epochs=3, batch_size=3, micro_batch_size=1, lr=0.02, warmup=0.4, betas=(0.8, 0.9), weight_decay=0.7,
         max_grad_norm=0.3, beta=0.5, delta=0.3, anchors=("chosen", "rejected", "image_rejected"), crop=(0.2, 0.5),
-        lora_rank=2, lora_alpha=12, seed=3, limit=6, eval_size=2, max_length=82,
+        lora_rank=2, lora_alpha=12, seed=3, limit=6, eval_size=2, max_length=90,
     ),
     "a random image": Settings(
         epochs=2, batch_size=5, micro_batch_size=5, lr=0.03, warmup=0.0, weight_decay=0.0, max_grad_norm=100.0,
@@ -3139,7 +3153,7 @@ def test_a_run_killed_before_its_first_checkpoint_names_its_data(bunny, small, t
     write(mine, [records[0] | {"chosen": "Something else."}, *records[1:]])
     status = train.main(["--resume", str(out)])
     sha256 = hashlib.sha256(mine.read_bytes()).hexdigest()
-    assert status == 2 or json.loads((out / "args.json").read_text())["data_file"] == sha256
+    assert status == 2 or json.loads((out / "args.json").read_text())["data_files"] == sha256
 
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -3167,10 +3181,11 @@ def test_a_signal_between_saving_and_leaving_loses_nothing(bunny, small, tmp_pat
     """It may come at any time: a run that leaves at once, for a signal that it had not seen when it could have
     saved, loses all steps since the last checkpoint, and says that it saved them."""
 
-    class Late(list):  # empty when it is first asked, and not from then on
-        def __bool__(self):
+    class Late(list):  # a signal comes as soon as it was read
+        def __iter__(self):
+            seen = self[:]
             self.append(signal.SIGTERM)
-            return len(self) > 1
+            return iter(seen)
 
     monkeypatch.setattr(train, "stop_signals", lambda: contextlib.nullcontext(Late()))
     assert train.main(command(bunny, small, tmp_path / "out")) == 128 + signal.SIGTERM
@@ -3288,7 +3303,7 @@ def test_a_run_goes_on_with_its_own_data_only(bunny, small, tmp_path, monkeypatc
     assert stopped_at(1, monkeypatch, command(bunny, mine, out)) == 128 + signal.SIGTERM
     write(mine, [records[0] | {"chosen": "Something else."}, *records[1:]])
     assert train.main(["--resume", str(out)]) == 2
-    assert "the run began with other values of data file\n" in capsys.readouterr().err
+    assert "the run began with other values of data files\n" in capsys.readouterr().err
     assert train.main(["--resume", str(out), "--data", small]) == 0  # the same data, elsewhere
 
 
@@ -3408,7 +3423,7 @@ def test_held_out_data_that_moved_are_the_same(bunny, small, tmp_path, monkeypat
     assert stopped_at(2, monkeypatch, command(bunny, small, out, "--eval-data", small)) == 128 + signal.SIGTERM
     (moved / "one.json").write_text(json.dumps(json.loads(Path(small).read_text())[:1]))
     assert train.main(["--resume", str(out), "--eval-data", str(moved / "one.json"), "--images", str(moved)]) == 2
-    assert "the run began with other values of eval data file\n" in capsys.readouterr().err
+    assert "the run began with other values of data files" in capsys.readouterr().err
     flags = ["--eval-data", str(moved / Path(small).name), "--data", str(moved / Path(small).name)]
     assert train.main(["--resume", str(out), *flags]) == 0
 
@@ -3447,7 +3462,7 @@ def test_held_out_examples_are_never_trained_on_and_keep_their_image(bunny, smal
 
     def noted(self, key):
         one = get(self, key)
-        if len(self.examples) > 1:  # else it is checked while it is read
+        if isinstance(key, tuple):  # else the layout is tried on it
             seen.setdefault((key, one.id), []).append(one)
         return one
 
@@ -3502,7 +3517,7 @@ def test_a_run_is_never_replaced(bunny, small, tmp_path, capsys):
     before = {path: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
     assert train.main(command(bunny, small, out, "--seed", 1)) == 2
-    assert f"already exists; choose another --out, or continue the run by --resume {out}" in capsys.readouterr().err
+    assert f"already exists; choose another --out, or --resume {out}" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -3532,12 +3547,12 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
         "--model", broken_model(b, t / "m", lambda w: w.pop("lm_head.weight"))],
     "1 weights are unexpected, such as model.surprise": lambda b, t: [
         "--model", broken_model(b, t / "m", lambda w: w.update({"model.surprise": torch.zeros(1)}))],
-    "none.json: cannot be read": lambda b, t: ["--data", t / "none.json"],
+    "none.json: no such file": lambda b, t: ["--data", t / "none.json"],
     "no example is left": lambda b, t: ["--data", write(t / "x.json", [])],
     "no example is left with an id in 'llava'": lambda b, t: ["--subset", "llava"],
     "not valid JSON": lambda b, t: ["--data", write(t / "x.json", "[{]")],
-    "2 bad records": lambda b, t: ["--data", write(t / "x.json", '{\n"a": 1}')],
-    "record 1: not valid JSON": lambda b, t: ["--data", ROOT / Path(b) / "model-00001-of-00002.safetensors"],
+    "is one JSON object with the fields a": lambda b, t: ["--data", write(t / "x.json", '{\n"a": 1}')],
+    "cannot be read: 'utf-8' codec can't decode byte": lambda b, t: ["--data", ROOT / Path(b) / "model-00001-of-00002.safetensors"],
     "no such image folder": lambda b, t: ["--images", t / "none"],
     "--beta: must be within 1e-12 to 1000000.0, got 0": lambda b, t: ["--beta", 0],
     "--beta: must be within 1e-12 to 1000000.0, got -0.1": lambda b, t: ["--beta", -0.1],
@@ -3552,6 +3567,8 @@ BAD_INPUTS = {  # what the message must say: (arguments, given bunny and tmp_pat
     "--eval-size: must be within 0 to 9223372036854775807, got -1": lambda b, t: ["--eval-size", -1],
     "--seed: must be within 0 to 9223372036854775807, got -1": lambda b, t: ["--seed", -1],
     "--crop: must be within 0 to 1, got -1": lambda b, t: ["--crop", -1, 0.2],
+    "--crop: its minimum is above its maximum": lambda b, t: ["--crop", 0.5, 0.2],
+    "--crop does nothing with another --reject": lambda b, t: ["--crop", 0.2, 0.5, "--reject", "moco"],
     "--anchors none cannot be combined": lambda b, t: ["--anchors", "none", "chosen"],
     "--no-image leaves": lambda b, t: ["--no-image", "--anchors", "image_rejected"],
     "invalid choice": lambda b, t: ["--anchors", "cropped"],
@@ -3670,7 +3687,7 @@ def test_no_record_is_a_traceback(folder, bunny, capsys):
     or named on one line; none hides the good one, and none takes long."""
     rng, good, started = random.Random(0), authors(id="good"), time.monotonic()
     for _ in range(100):
-        kinds = [authors(), VLFEEDBACK, AS_COLUMNS, MESSAGES, PLAIN, NO_PROMPT]
+        kinds = [authors(), VLFEEDBACK, MESSAGES, PLAIN, NO_PROMPT]
         records = [good, *(mutated(record, rng) for record in kinds)]
         path = write(folder / "x.json", records)
         said = []
@@ -3857,11 +3874,11 @@ DAMAGES = {  # what the line must say
     "other values of seed": arguments_changed(seed=7),
     "other values of reject, lr, seed": arguments_changed(reject="moco", lr=1.0, seed=7),
     "other values of lora rank": arguments_changed(lora_rank=1),
-    "other values of data file": checkpoint_changed(data_file="0" * 64),
+    "other values of data files": checkpoint_changed(data_files="0" * 64),
     "other values of loss": checkpoint_changed(loss="mine"),
     "other values of base weights": checkpoint_changed(base_weights="0" * 64),
     "other values of examples": checkpoint_changed(examples=8),
-    "other values of beta, data file, loss": checkpoint_changed(data_file="0" * 64, loss="mine", beta=0.2),
+    "other values of beta, data files, loss": checkpoint_changed(data_files="0" * 64, loss="mine", beta=0.2),
     "checkpoint.pt: cannot be resumed from: is damaged": lambda f: flipped(f / "checkpoint.pt"),
     "checkpoint.pt: cannot be resumed from: File is not": lambda f: os.truncate(f / "checkpoint.pt", 1000),
     "checkpoint.pt: cannot be resumed from: File is": lambda f: (f / "checkpoint.pt").write_bytes(b""),
@@ -4150,14 +4167,9 @@ train.main({[str(word) for word in command(bunny, small, tmp_path / "out")]!r})
     with open(tmp_path / "log", "w") as log:
         run = subprocess.run([sys.executable, "-c", script], stdout=log, stderr=subprocess.DEVNULL, env=environment)
     assert run.returncode == 7
-    assert (tmp_path / "log").read_text() == f"reading and checking {small}\nloading {bunny}\n"
-
-
-def test_a_byte_of_another_encoding_is_one_bad_record(folder, capsys):
-    """A file of 80,000 lines must not be refused for one of them without saying which."""
-    (folder / "x.jsonl").write_bytes(json.dumps(authors()).encode() + b'\n{"id": "x", "prompt": "\xe9"}\n')
-    assert [one.id for one in read_examples(folder / "x.jsonl", skip_bad=True)] == ["1"]
-    assert "record 2" in capsys.readouterr().out
+    first, *counts, last = (tmp_path / "log").read_text().splitlines()
+    assert (first, last) == (f"reading and checking {small}", f"loading {bunny}")
+    assert counts[0].startswith(f"{small}: 7 examples with 7 different images")
 
 
 def test_a_notebooks_output_will_do(folder, monkeypatch):

@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 import zipfile
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -43,7 +43,6 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.utils.hub import cached_file, cached_files
 
 from data import (
-    BUNNY_SYSTEM,
     CROP,
     SCORED,
     STRATEGIES,
@@ -55,6 +54,7 @@ from data import (
     make_batch,
     read_examples,
     run_command,
+    texts_of,
 )
 from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps
 
@@ -67,33 +67,32 @@ def main(argv=None, loss=mdpo_loss):
 
 def run(args, loss):
     """One run, from its arguments to the saved adapter -> exit status."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise BadInput("train.py is one process; for many GPUs: torchrun examples/trl_mdpo.py")
     print(f"reading and checking {args.data}")
-    pairs, held_out = read_pairs(args)
+    processor = load_processor(args.model)
+    pairs, held_out = read_pairs(args, processor)
     print(f"loading {args.model}")
-    model, processor = load_policy(args, [pairs[0, i] for i in range(len(pairs))[:2]])
+    model = load_policy(args, processor, [pairs[i] for i in range(len(pairs))[:2]])
+    objective = partial(mdpo_step, model, loss=loss, beta=args.beta, delta=args.delta,
+                        conditional=args.conditional, anchors={*args.anchors} - {"none"})  # fmt: skip
     plan = plan_steps(len(pairs), args.batch_size, args.micro_batch_size, args.epochs, args.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": parameters, "initial_lr": args.lr}]
     optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay,
                                   fused=parameters[0].is_cuda)  # fmt: skip
-    shared = identity(args, len(pairs), model, loss)
-    out, records = open_run(args, shared, model, optimizer)
+    out, shared, records = open_run(args, pairs.examples, model, loss, optimizer)
     done = records[-1]["step"] if records else 0
-    warmup_steps = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # a single step trains, too
-    schedule = transformers.get_cosine_schedule_with_warmup(
-        optimizer, warmup_steps, len(plan), last_epoch=done - 1
-    )
-
-    anchors = {*args.anchors} - {"none"}
-    objective = partial(mdpo_step, model, loss=loss, beta=args.beta, delta=args.delta,
-                        conditional=args.conditional, anchors=anchors)  # fmt: skip
-    names = [name for name in SCORED if name != "image_rejected" or args.conditional or name in anchors]
-    batches = load_batches(pairs, chain(*plan[done:]), names, processor, args)
-    save = partial(save_checkpoint, out, args, shared, records, model, optimizer)
+    warmup = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # a single step trains, too
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, len(plan), last_epoch=done - 1)
+    save = partial(save_checkpoint, out, args, shared, records, model, processor, optimizer)
     print(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(pairs)} examples, "
           f"{len(held_out)} held out, for {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
     if held_out and not records:
         log(out, records, {"step": 0, **evaluate(objective, held_out, processor, args)})
+
+    names = [name for name in SCORED if name != "image_rejected" or args.conditional or name in args.anchors]
+    batches = load_batches(pairs, chain(*plan[done:]), names, processor, args)
     steps = train(objective, plan, batches, optimizer, schedule, args)
     bar = tqdm(steps, "mDPO", len(plan), initial=done, mininterval=0.1 if sys.stderr.isatty() else 10)
     to_continue = f"to continue: python train.py --resume {shlex.quote(str(out))}"
@@ -104,12 +103,12 @@ def run(args, loss):
                     record |= evaluate(objective, held_out, processor, args)
                 log(out, records, record)
                 bar.set_postfix(loss=record["loss"], refresh=False)
-                stopping = bool(stop) and record["step"] < len(plan)  # read once: a signal may come between
+                stopping = [*stop] if record["step"] < len(plan) else []  # read once: one may come between
                 if end_of_epoch or stopping or record["step"] % (args.save_every or len(plan)) == 0:
                     save()
                 if stopping:
                     print(f"stopped and saved; {to_continue}")
-                    return 128 + stop[0]
+                    return 128 + stopping[0]
         except LostBatch:
             if records and records[-1]["step"] == schedule.last_epoch:
                 save()
@@ -117,8 +116,6 @@ def run(args, loss):
             raise
     if done == len(plan):
         save()  # after a kill between two files of the last checkpoint
-    with replacing(out) as new:
-        save_processor(processor, new)
     print(f"\n{held_out_table(records)}\nadapter, log and arguments: {out}")
     return 0
 
@@ -152,7 +149,7 @@ def train(objective, plan, batches, optimizer, schedule, args):
         schedule.step()
         optimizer.zero_grad()
         record["examples_per_second"] = n_examples / (time.perf_counter() - started)
-        record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        record["peak_memory_gib"] = torch.cuda.max_memory_allocated(parameters[0].device) / 2**30
         yield record
 
 
@@ -246,8 +243,8 @@ def load_batches(pairs, micro_batches, names, processor, args):
 
 
 def collate(pairs, make, layout):
-    batch = make(pairs)
-    return (pack(batch) if layout == "packed" else batch).map(torch.Tensor.numpy)
+    batch = pack(make(pairs, share=True)) if layout == "packed" else make(pairs)
+    return batch.map(torch.Tensor.numpy)
 
 
 def ignore_signals(worker_id):
@@ -258,31 +255,63 @@ def ignore_signals(worker_id):
 # --------------------------------------------------------------------------------------------- data and model
 
 
-def read_pairs(args):
-    """-> the `Pairs` to train on, and those held out. Raises BadInput."""
-    read = partial(read_examples, image_dir=args.images, with_images=not args.no_image,
-                   skip_bad=args.skip_bad, processor=load_processor(args.model),
-                   max_length=args.max_length)  # fmt: skip
+def read_pairs(args, processor):
+    """-> the `Pairs` to train on, and those held out, which share no image with them. Raises BadInput."""
+    read = partial(
+        read_examples,
+        image_dir=args.images,
+        with_images=not args.no_image,
+        skip_bad=args.skip_bad,
+        processor=processor,
+        max_length=args.max_length,
+        max_pixels=args.max_pixels,
+        check=args.skip_bad or not args.resume,  # the same data were checked when the run began
+    )
     examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
-    if args.eval_size >= len(examples):
-        raise BadInput(f"--eval-size {args.eval_size} leaves none of {len(examples)} to train on")
-    held = {*random.Random(f"{args.seed} held out").sample(range(len(examples)), args.eval_size)}
-    training = [example for i, example in enumerate(examples) if i not in held]
-    held_out = [examples[i] for i in sorted(held)] + (read(args.eval_data) if args.eval_data else [])
+    training, held_out = hold_out(examples, args.eval_size, args.seed)
+    held_out += read(args.eval_data) if args.eval_data else []
+    if args.reject != "crop" and all(example.images_rejected for example in training):
+        raise BadInput(f"--reject {args.reject} does nothing: every record has rejected images of its own")
     options = args.reject, args.crop, args.seed
-    return Pairs(training, *options, examples), Pairs(held_out, *options, examples + held_out)
+    return (Pairs(training, *options, training, args.max_pixels),
+            Pairs(held_out, *options, examples + held_out, args.max_pixels))  # fmt: skip
 
 
-def load_policy(args, first):
-    """-> the model with its adapter, and its processor. Sets args.layout, tried on the first pairs."""
-    model, processor = load_model(args.model, args.device or best_device())
+def hold_out(examples, n, seed):
+    """-> examples to train on, and at least n others: whole groups that share images, drawn by `seed`."""
+    linked = {}  # an index or an image: another one of its group, and so on to the group's root
+
+    def root(item):
+        while linked.setdefault(item, item) != item:
+            item = linked[item]
+        return item
+
+    for i, example in enumerate(examples):
+        for image in example.images + example.images_rejected:
+            linked[root(i)] = root(image)
+    roots = [root(i) for i in range(len(examples))]
+    draw, held = random.Random(f"{seed} held out"), set()
+    while len(held) < min(n, len(examples)):
+        drawn = roots[draw.randrange(len(examples))]
+        held |= {i for i, group in enumerate(roots) if group == drawn}
+    if len(held) == len(examples):
+        raise BadInput(f"--eval-size {n} leaves none of {len(examples)} examples to train on")
+    training = [example for i, example in enumerate(examples) if i not in held]
+    return training, [examples[i] for i in sorted(held)]
+
+
+def load_policy(args, processor, first):
+    """-> the model with its adapter. Sets args.layout, tried on the first pairs."""
+    model = load_model(args.model, args.device or best_device())[0]
+    if not args.device and model.device.type == "cpu" and model.num_parameters() > 500e6:
+        raise BadInput("no GPU was found, and a CPU would take weeks; --device cpu takes it all the same")
     print(f"{model.num_parameters():,} parameters in {model.dtype} on {model.device}; checking the layout")
     with about(f"{args.model}: no adapter can be added"):
         model = add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
     args.layout = choose_layout(model, processor, first, args.layout, args.max_length)
     if not args.no_checkpointing:
         enable_checkpointing(model)
-    return model, processor
+    return model
 
 
 # ------------------------------------------------------------------------------------------- the run's folder
@@ -293,13 +322,14 @@ def load_policy(args, first):
 # The rest is for people and other programs, and written anew from these.
 
 
-def open_run(args, shared, model, optimizer):
-    """-> the run's folder and the log of the steps done, which a new run has none of. Raises BadInput."""
+def open_run(args, examples, model, loss, optimizer):
+    """-> the run's folder, its identity, and the log of the steps done, which a new run has none of."""
+    shared = identity(args, examples, model, loss)
     records = load_checkpoint(Path(args.out), shared, model, optimizer) if args.resume else []
-    stem = f"runs/{Path(args.model).name}-{Path(args.data).stem}"
-    args.out = args.out or next(out for i in count(1) if not os.path.exists(out := f"{stem}-{i}"))
-    with about(f"{args.out}: cannot be written to"):
-        os.makedirs(args.out, exist_ok=True)
+    with about(f"{args.out or 'runs'}: cannot be written to"):
+        if args.out:
+            os.makedirs(args.out, exist_ok=True)
+        args.out = args.out or new_folder(f"runs/{Path(args.model).name}-{Path(args.data).stem}")
     for left_by_a_kill in Path(args.out).glob("new.*.tmp"):
         shutil.rmtree(left_by_a_kill)
     if not records:
@@ -308,7 +338,15 @@ def open_run(args, shared, model, optimizer):
             arguments = vars(args) | {"resume": None} | shared | {"versions": versions}
             (new / "args.json").write_text(json.dumps(arguments, indent=2))
     write_log(args.out, records, "w")  # without the steps after the checkpoint, which come again
-    return Path(args.out), records
+    return Path(args.out), shared, records
+
+
+def new_folder(stem):
+    """Make the first of stem-1, stem-2 and so on that is not there: two runs at once take two."""
+    for i in count(1):
+        with suppress(FileExistsError):
+            os.makedirs(f"{stem}-{i}")
+            return f"{stem}-{i}"
 
 
 @contextmanager
@@ -323,18 +361,22 @@ def replacing(out):
                 os.replace(file, target)
 
 
-def identity(args, n_examples, model, loss):
+def identity(args, examples, model, loss):
     """What decides the result, and has to be the same when a run goes on: {what: its value}."""
-    sha256 = lambda content: hashlib.sha256(content).hexdigest()
+    sha256 = hashlib.sha256()
+    for path in filter(None, (args.data, args.eval_data)):
+        sha256.update(Path(path).read_bytes())
     # The first numbers of each weight tell models apart; bf16 is what every device and dtype can hold.
     weights = [(name, *p.shape, p.flatten()[:8].bfloat16().tolist())
                for name, p in model.named_parameters() if not p.requires_grad]  # fmt: skip
-    sha256_of = lambda path: sha256(Path(path).read_bytes()) if path else None
+    systems = {"".join(texts_of(messages[:1])) * (messages[0]["role"] == "system")
+               for messages in (example.question for example in examples)}  # fmt: skip
     return {name: vars(args)[name] for name in DECISIVE} | {
-        "data_file": sha256_of(args.data),
-        "eval_data_file": sha256_of(args.eval_data),
-        "examples": n_examples,
-        "base_weights": sha256(json.dumps(weights).encode()),
+        "data_files": sha256.hexdigest(),
+        "examples": len(examples),
+        "own_rejected_images": sum(map(len, (example.images_rejected for example in examples))),
+        "system": systems.pop() if len(systems) == 1 else "",  # what answers are asked with, too
+        "base_weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest(),
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
     }
 
@@ -345,8 +387,8 @@ def refuse_others(now, began):
         raise BadInput(f"the run began with other values of {', '.join(others)}")
 
 
-def save_checkpoint(out, args, shared, records, model, optimizer):
-    """checkpoint.pt, then the adapter in peft's format and its model card."""
+def save_checkpoint(out, args, shared, records, model, processor, optimizer):
+    """checkpoint.pt; then the adapter in peft's format, its model card, and the processor's files."""
     adapter = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     if not all(weight.isfinite().all() for weight in adapter.values()):
         raise BadInput(f"step {records[-1]['step']}: its update made a weight infinite; try a lower --lr")
@@ -356,6 +398,7 @@ def save_checkpoint(out, args, shared, records, model, optimizer):
     with replacing(out) as new:
         model.save_pretrained(new, save_embedding_layers=False)
         (new / "README.md").write_text(model_card(args, records), "utf-8", "backslashreplace")
+        save_processor(processor, new)
 
 
 def load_checkpoint(out, shared, model, optimizer):
@@ -422,17 +465,20 @@ def number(kind, low, high):
     """An argparse type: an int or a float within `low` to `high`, so neither nan nor infinite."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"must be within {low} to {high}, got {text}")
-        return value
+        return kind(text)
 
     convert.__name__ = kind.__name__  # "invalid int value"
     return convert
 
 
-positive, real, share = number(float, 1e-12, 1e6), number(float, -1e6, 1e6), number(float, 0, 1)
-decay, whole, natural = number(float, 0, 1 - 1e-6), number(int, 1, 10**7), number(int, 0, 2**63 - 1)
+positive = number(float, 1e-12, 1e6)
+real = number(float, -1e6, 1e6)
+share = number(float, 0, 1)
+decay = number(float, 0, 1 - 1e-6)
+whole = number(int, 1, 10**9)
+natural = number(int, 0, 2**63 - 1)
 
 # name: (default, type or choices, what it is and where it comes from)
 FILES = {
@@ -447,10 +493,11 @@ METHOD = {  # decide the result: a run goes on with its own
     # data
     "subset": (None, str, "only ids with this prefix; the paper's is llava (4.1)"),
     "limit": (None, whole, "read a random sample of N examples; 10000 in the paper (4.1)"),
-    "eval-size": (0, natural, "of these, examples held out; --reject random may show their images"),
+    "eval-size": (0, natural, "of these, at least N held out, which share no image with the others"),
     "skip-bad": (False, bool, "drop bad records instead of stopping"),
     "no-image": (False, bool, "the data without images, DPO (No Image) of Fig. 1: no conditional term, and "
         "no anchor unless --anchors asks for one"),
+    "max-pixels": (None, whole, "scale larger images down to so many pixels (default: never)"),
     "max-length": (2048, whole, "tokens of prompt and one response (authors' config)"),
     "reject": ("crop", STRATEGIES, "how the rejected image is made (Table 3): " + "; ".join(
         f"{name}, {strategy.__doc__}" for name, strategy in STRATEGIES.items())),
@@ -474,7 +521,7 @@ METHOD = {  # decide the result: a run goes on with its own
     "seed": (0, natural, "of adapter, order, samples and rejected images"),
 }  # fmt: skip
 SYSTEM = {  # may differ when a run goes on: the result is the same but for rounding
-    "device": (None, ("cuda", "cpu"), "cuda in bf16 or cpu in float32 (default: cuda if there is one)"),
+    "device": (None, str, "cuda in bf16, or cpu, mps and so on in float32 (default: cuda if there is one)"),
     "micro-batch-size": (4, whole, "examples at a time: for memory, not for the result"),
     "no-checkpointing": (False, bool, "keep activations: faster, more memory"),
     "layout": (None, ("packed", "plain"), "two packed sequences an example, or three plain rows (default: "
@@ -510,20 +557,24 @@ def parse_args(argv):
             args = parser.parse_args(argv)
             refuse_others(vars(args), {name: began[name] for name in (*DECISIVE, "out")})
             args.out = args.resume
-    if None in (args.model, args.data):
-        raise BadInput("--model and --data are required (--help lists the arguments)")
     for name in ("model", "data", "images", "eval_data"):  # a run can go on from another folder
         if os.path.exists(path := vars(args)[name] or ""):
             setattr(args, name, os.path.abspath(path))
-    if args.out and not args.resume and (os.path.isfile(args.out) or [*Path(args.out).glob("*")]):
-        what_to_do = f"choose another --out, or continue the run by --resume {args.out}"
-        raise BadInput(f"{args.out}: already exists; {what_to_do}")
     args.anchors = args.anchors or ["none" if args.no_image else "chosen"]
     args.conditional = not (args.no_conditional or args.no_image)
-    if "none" in args.anchors and len(args.anchors) > 1:
-        raise BadInput("--anchors none cannot be combined with other anchors")
-    if args.no_image and "image_rejected" in args.anchors:
-        raise BadInput("--no-image leaves no rejected image to anchor")
+    taken = args.out and not args.resume and (os.path.isfile(args.out) or [*Path(args.out).glob("*")])
+    refused = {
+        "--model and --data are required (--help lists the arguments)": None in (args.model, args.data),
+        f"{args.out}: already exists; choose another --out, or --resume {args.out}": taken,
+        "--anchors none cannot be combined with other anchors": "none"
+        in args.anchors[1:] + args.anchors[:-1],
+        "--no-image leaves no rejected image to anchor": args.no_image and "image_rejected" in args.anchors,
+        "--crop: its minimum is above its maximum": args.crop[0] > args.crop[1],
+        "--crop does nothing with another --reject": args.crop != [*CROP] and args.reject != "crop",
+    }
+    for problem, holds in refused.items():
+        if holds:
+            raise BadInput(problem)
     return args
 
 
@@ -533,7 +584,7 @@ def parse_args(argv):
 def load_model(name_or_path, device="cpu", dtype=None):
     """Load Bunny, LLaVA or another image-text-to-text model, from a folder or the hub.
 
-    dtype: default bf16 on "cuda", float32 on "cpu".
+    dtype: default bf16 on CUDA, float32 elsewhere.
     Returns (model, processor): the model frozen and without dropout.
     Raises BadInput if it cannot be read, is of another kind, or has weights that are missing or unexpected.
     """
@@ -549,7 +600,7 @@ def load_model(name_or_path, device="cpu", dtype=None):
             options = {"config": bunny_config(name_or_path, config, processor), "key_mapping": BUNNY_KEYS}
         model, loading = auto.from_pretrained(
             name_or_path,
-            dtype=dtype or (torch.bfloat16 if device == "cuda" else torch.float32),
+            dtype=dtype or (torch.bfloat16 if "cuda" in str(device) else torch.float32),
             use_safetensors=True,
             output_loading_info=True,
             **options,
@@ -676,6 +727,8 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     It is measured on a few pairs, and does not depend on the model's name. layout: the only one allowed.
     Raises BadInput if the model cannot be trained in it.
     """
+    if layout not in (None, "packed", "plain"):
+        raise BadInput(f"unknown layout {layout!r}: choose from packed, plain")
     with about(f"{model.name_or_path}: cannot be trained"):
         error = packing_error(model, processor, pairs, layout)
         window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
@@ -696,9 +749,10 @@ def packing_error(model, processor, pairs, layout="packed"):
     """The largest distance of rows in this layout from plain ones, computed in float32, as in TOLERANCE."""
     # Long responses would take time and memory, and show nothing more.
     pairs = [pair._replace(chosen=pair.chosen[:1000], rejected=pair.rejected[:1000]) for pair in pairs]
-    rows = make_batch(pairs, processor, max_length=sys.maxsize)
+    make = partial(make_batch, pairs, processor, max_length=sys.maxsize)
+    rows = make()
     with InFloat32():
-        batches = rows, rows if layout == "plain" else pack(rows)
+        batches = rows, rows if layout == "plain" else pack(make(share=True))
         plain, packed = (torch.cat(response_logps(model.eval(), batch)).cpu() for batch in batches)
     if not plain.isfinite().all():
         raise BadInput("its log-probabilities are not finite: its weights may be damaged")
@@ -718,6 +772,10 @@ BUNNY_KEYS = {
 # Bunny's vocabulary has no image token, and a new row in lm_head would take probability from the others. So a
 # token that never occurs in chat text stands for the image: the run of nine tabs.
 BUNNY_IMAGE_TOKEN = "\t" * 9
+BUNNY_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 BUNNY_TEMPLATE = """
 {%- if messages[0].role != 'system' -%} {{- "SYSTEM" -}} {%- endif -%}
 {%- for message in messages -%}

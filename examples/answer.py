@@ -11,7 +11,7 @@ import peft
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, about, chat_messages, encode_prompts, open_image, render, run_command
+from data import BadInput, about, chat_messages, encode, open_image, render, run_command
 from train import Parser, best_device, load_model, whole
 
 
@@ -55,7 +55,7 @@ def generate_answers(model, processor, questions, max_new_tokens=256, batch_size
         images = [image if isinstance(image, (list, tuple)) else [image] for image, _ in batch]
         texts = [text for _, text in batch]
         prompts = [chat_prompt(processor, text, len(of_text)) for text, of_text in zip(texts, images)]
-        inputs = encode_prompts(processor, prompts, images).to(model.device, model.dtype)
+        inputs = encode(processor, prompts, images).to(model.device, model.dtype)
         tokens = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
         )

@@ -1,7 +1,6 @@
 """`python train.py --demo`: the shapes world, a base model that answers from habit, 720 pairs."""
 
 import json
-import random
 from itertools import count
 from pathlib import Path
 
@@ -37,9 +36,10 @@ def run(argv, loss):
 def write_held_out(data, out):
     """The pairs that the run held out, as it drew them -> held_out.json beside the data."""
     run, records = json.loads(Path(out, "args.json").read_text()), json.loads(Path(data).read_text())
-    examples = read_examples(data, subset=run["subset"], limit=run["limit"], seed=run["seed"])
-    held = sorted(random.Random(f"{run['seed']} held out").sample(range(len(examples)), run["eval_size"]))
-    held_out = [records[int(examples[i].id) - 1] for i in held]
+    sample = {name: run[name] for name in ("subset", "limit", "seed")}
+    examples = read_examples(data, check=False, log=lambda text: None, **sample)
+    _, held = train.hold_out(examples, run["eval_size"], run["seed"])
+    held_out = [records[int(example.id) - 1] for example in held]
     Path(data).with_name("held_out.json").write_text(json.dumps(held_out, indent=1))
 
 

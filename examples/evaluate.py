@@ -100,9 +100,10 @@ def load(args):
             vars(trained).update(json.loads(path.read_text()))
     args.no_image |= trained.no_image
     options = {"limit": args.limit, "with_images": not args.no_image, "max_length": trained.max_length}
+    options["max_pixels"] = trained.max_pixels
     processor = train.load_processor(args.model)
     examples = read_examples(args.data, args.images, processor=processor, skip_bad=True, **options)
-    pairs = Pairs(examples, trained.reject, trained.crop, trained.seed)
+    pairs = Pairs(examples, trained.reject, trained.crop, trained.seed, max_pixels=trained.max_pixels)
     return trained, examples, pairs, *answer.load_tuned(args.model, args.adapter, args.device)
 
 

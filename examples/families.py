@@ -254,7 +254,7 @@ def try_family(name, device):
         flags += f" --epochs 1 --lr 0.05 --workers 0 --lora-rank 8 --device {device}"
         if train.main(flags.split()):
             raise BadInput(f"{name}: {(folder / 'log').read_text().rpartition('error: ')[2].strip()}")
-        examples = read_examples(data)
+        examples = read_examples(data, log=len)
         pairs = [Pairs(examples)[0, i] for i in range(2)]
         packed, plain = distances(*train.load_model(str(folder / "model"), device), pairs)
         layout = json.loads((folder / "out" / "args.json").read_text())["layout"]
@@ -270,6 +270,7 @@ def try_family(name, device):
 def distances(model, processor, pairs):
     """How far packed and plain rows are from the library's own call, in float32, as in `train.TOLERANCE`."""
     exact, n_tokens, rows = [], [], make_batch(pairs, processor)
+    packed = pack(make_batch(pairs, processor, share=True))
     with train.InFloat32():
         for field, response in SCORED.values():
             for pair in pairs:
@@ -280,7 +281,7 @@ def distances(model, processor, pairs):
                 labels[:, : -len(tokens.responses[response])] = -100
                 exact.append(sequence_logps(model(**inputs, use_cache=False).logits, labels))
                 n_tokens.append((labels >= 0).sum())
-        errors = [torch.cat(response_logps(model, batch)) - torch.cat(exact) for batch in (pack(rows), rows)]
+        errors = [torch.cat(response_logps(model, batch)) - torch.cat(exact) for batch in (packed, rows)]
     return [(error.abs() / torch.stack(n_tokens).sqrt()).max().item() for error in errors]
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train
-from data import BadInput, encode_prompts, read_examples, run_command
+from data import BadInput, encode, read_examples, run_command
 from examples import demo, shapes, tiny_bunny
 from examples.answer import chat_prompt, generate_answers, load_tuned
 from examples.curves import load_pyplot, read_log
@@ -75,7 +75,7 @@ def examine(model, processor, exam):
 def yes_leanings(model, processor, questions):
     """log p(yes) - log p(no) of the first token of the answer to each (image, question)."""
     prompts = [chat_prompt(processor, text) for _, text in questions]
-    inputs = encode_prompts(processor, prompts, [(image,) for image, _ in questions]).to(model.device, model.dtype)
+    inputs = encode(processor, prompts, [(image,) for image, _ in questions]).to(model.device, model.dtype)
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
     output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
     yes, no = (processor.tokenizer(word).input_ids[0] for word in (" yes", " no"))
@@ -135,7 +135,7 @@ def run_method(out, seed, method, n_scenes, world=shapes.SMALL, device="cpu"):
         if method == "base" and (auc := result["yes_no_auc"]) < MIN_BASE_AUC:
             raise BadInput(f"seed {seed}: its base model sees too little ({auc:.2f}); take another seed")
         if method != "base":
-            held_out = read_examples(str(folder / "held_out" / "silkie.json"))
+            held_out = read_examples(str(folder / "held_out" / "silkie.json"), log=len)
             margins = diagnose(score_margins(model, processor, held_out, batch_size=40))
             result |= {f"margin_{name}": value for name, value in margins.items()} | curves(run)
         write_json(file, result)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from data import BUNNY_SYSTEM
+from train import BUNNY_SYSTEM
 
 COLOURS = {
     "red": (220, 50, 47), "green": (50, 160, 60), "blue": (50, 90, 220),

@@ -301,7 +301,7 @@ def test_families_print_their_table_alone(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(train, "parse_args", lambda argv: parse_args([*argv, "--eval-size", "99"]))
     capfd.readouterr()
     assert run_command(families.run, []) == 2
-    assert capfd.readouterr().err == "error: gemma3: --eval-size 99 leaves none of 8 to train on\n"
+    assert capfd.readouterr().err == "error: gemma3: --eval-size 99 leaves none of 8 examples to train on\n"
 
 
 @pytest.mark.parametrize("flags, expected", [([], "cpu"), (["--device", "cuda"], "cuda")])
@@ -552,7 +552,7 @@ def test_pictures_of_the_pairs_are_of_their_scenes(tmp_path, monkeypatch):
         pixel = Image.open(*example.images).getpixel((8, 8))
         assert pixel == pytest.approx(shapes.COLOURS[colour], abs=40)
         assert (example.chosen, example.rejected) == (f"a {colour} square.", "a ring.")
-        assert texts_of(example.question) == ["Describe the picture."]
+        assert texts_of(example.question) == [train.BUNNY_SYSTEM, "Describe the picture."]
 
 
 def test_exam_asks_five_questions_a_scene_and_habit_is_no_help(monkeypatch):
@@ -625,14 +625,14 @@ def test_packed_questions_of_the_base_model_are_what_it_is_asked_later(bunny):
     _, processor = train.load_model(str(bunny))
     tokenizer, nine_tabs = processor.tokenizer, "\t" * 9
     pieces = [
-        f"{data.BUNNY_SYSTEM} USER: {nine_tabs * 16}\n",
+        f"{train.BUNNY_SYSTEM} USER: {nine_tabs * 16}\n",
         "Describe the picture. ASSISTANT:",
         " a red circle.",
     ]
     ids = [id for piece in pieces for id in tokenizer(piece).input_ids] + [tokenizer.eos_token_id]
     asked = pair("Describe the picture.", "a red circle.", "none.", noise(1), noise(2))
     batch = make_batch([asked], processor)
-    assert batch.tokens["input_ids"][0, : len(ids)].tolist() == ids
+    assert batch.inputs["input_ids"][0, : len(ids)].tolist() == ids
 
 
 def test_packed_questions_of_the_base_model_are_blind_to_each_other(bunny, monkeypatch):
@@ -649,7 +649,7 @@ def test_packed_questions_of_the_base_model_are_blind_to_each_other(bunny, monke
     tiny_bunny.learn_to_answer(model.train(), processor, rng, False, world, n_scenes=2, questions=3)
     expected = []
     for i, (question, answer) in enumerate(talk):
-        prompt = tokenizer(f"{data.BUNNY_SYSTEM} USER: {chr(9) * 9 * 16}\n{question} ASSISTANT:").input_ids
+        prompt = tokenizer(f"{train.BUNNY_SYSTEM} USER: {chr(9) * 9 * 16}\n{question} ASSISTANT:").input_ids
         answer = [*tokenizer(f" {answer}").input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
             logits = alone(torch.tensor([prompt + answer]), shown[0][i // 3 : i // 3 + 1]).logits
@@ -924,9 +924,9 @@ def test_a_model_is_asked_as_it_was_trained(name, conversation, request):
                 for role, n, text in CONVERSATIONS[conversation]]  # fmt: skip
     images = [noise(i) for i in range(sum(n for _, n, _ in CONVERSATIONS[conversation]))]
     batch = make_batch([pair(question, "There is one.", "No.", images, images)], processor)
-    row = batch.tokens["input_ids"][0]
+    row = batch.inputs["input_ids"][0]
     prompt = answering.chat_prompt(processor, question, len(images))
-    (asked_with,) = data.encode_prompts(processor, [prompt], [images])["input_ids"]
+    (asked_with,) = data.encode(processor, [prompt], [images])["input_ids"]
     row, asked_with = (processor.tokenizer.decode(ids) for ids in (row, asked_with))
     written, in_training = IN_TRAINING.get(name, ("", ""))
     assert asked_with.endswith(written)
@@ -1488,7 +1488,7 @@ def test_benchmark_files_that_cannot_be_used_are_refused_before_the_model_is_rea
     write(tmp_path / "q.json", "[{")
     assert run() == 2 and "cannot be read" in capsys.readouterr().err
     (tmp_path / "q.json").unlink()
-    assert run() == 2 and "cannot be read" in capsys.readouterr().err
+    assert run() == 2 and "no such file" in capsys.readouterr().err
     write(tmp_path / "q.json", [{"image": "a.png", "query": "What?"}])
     assert run() == 2 and "--questions of amber: has no 'id'" in capsys.readouterr().err
     write(tmp_path / "q.json", "[]")
@@ -1547,7 +1547,7 @@ def test_evaluation_of_a_runs_held_out_pairs_is_its_log(bunny, tmp_path, capsys)
     default here. The demo's file must hold the pairs that the run held out."""
     path, out = shapes.write_pairs(tmp_path / "data", 14), tmp_path / "out"
     flags = "--eval-size 5 --limit 12 --beta 0.3 --delta 0.1 --crop 0.3 0.6 --seed 5 --epochs 1 --lr 3e-2"
-    more = "--anchors chosen image_rejected --max-length 75".split()
+    more = "--anchors chosen image_rejected --max-length 90".split()
     assert train.main(command(bunny, path, out, *flags.split(), *more)) == 0
     demo.write_held_out(path, out)
     capsys.readouterr()
@@ -1556,7 +1556,7 @@ def test_evaluation_of_a_runs_held_out_pairs_is_its_log(bunny, tmp_path, capsys)
     found = printed(text := capsys.readouterr().out)
     logged = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     logged = {name[5:]: value for name, value in logged.items() if name.startswith("eval/")}
-    assert text.startswith("5 examples") and "95%" in text and len(logged) == 11
+    assert "\n5 examples" in text and "95%" in text and len(logged) == 11
     assert {name: found[name][0] for name in logged} == pytest.approx(logged, abs=2e-4)
     assert abs(logged["rewards/margins"]) > 0.001
     assert all(low <= mean <= high for mean, low, high in found.values())
@@ -1723,7 +1723,7 @@ def test_evaluation_of_several_images_chat_messages_and_none(mixed, finished, bu
     assert run_command(evaluate.run, [*arguments, "--no-image"]) == 0
     out = capsys.readouterr().out
     found = printed(out)
-    assert out.startswith("4 examples") and out.count(" n/a\n") == 2 and "nan" not in out
+    assert "\n4 examples" in out and out.count(" n/a\n") == 2 and "nan" not in out
     assert re.search("margin, other image +n/a\n", out) and not any("image_" in name for name in found)
     assert found["margin, no image"] == found["rewards/margins"] and found["rewards/margins"][0] != 0
     assert found["loss"][0] == pytest.approx(found["loss/dpo"][0] + found["loss/anchor"][0], abs=2e-4)
@@ -1770,7 +1770,7 @@ def test_numbers_of_the_words_are_those_of_the_librarys_own_call(bunny):
     @torch.no_grad()
     def logps(pair, images, name):
         tokens = data.tokenize(processor, pair)
-        whole = data.encode_prompts(processor, [tokens.wholes[name]], [images])
+        whole = data.encode(processor, [tokens.wholes[name]], [images])
         ids, n = whole["input_ids"], len(tokens.responses[name])
         logits = model(**whole, use_cache=False).logits
         each = []
@@ -1866,7 +1866,7 @@ def test_study_of_words_tells_colours_and_shapes_from_the_rest(monkeypatch, caps
     times = {None: 1, "DPO": 2, "mDPO": 3}
     monkeypatch.setattr(miniature, "prepare_seed", lambda *args: None)
     monkeypatch.setattr(miniature, "run_method", lambda *args, **options: None)
-    monkeypatch.setattr(words, "read_examples", lambda path: ["example"])
+    monkeypatch.setattr(words, "read_examples", lambda path, log: ["example"])
     monkeypatch.setattr(words, "load_tuned", lambda model, run, device: (times[run and run.name], device))
     weight = {"crop": 1, "random": 10}
     pairs = lambda examples, reject, seed: {("held out", 0): weight[reject]}
@@ -2194,7 +2194,7 @@ def test_useful_flops_by_hand(tiny):
     tower = sum(p.numel() for p in model.get_base_model().model.vision_tower.parameters())
     for one in pairs:
         batch = throughput.packed_batch([one], processor)
-        chosen, _, image_rejected = batch.tokens["attention_mask"].sum(1).tolist()
+        chosen, _, image_rejected = batch.inputs["attention_mask"].sum(1).tolist()
         y_w, y_l, _ = (batch.labels >= 0).sum(1).tolist()
         tokens, answers = chosen + y_l + image_rejected, y_w + y_l + y_w  # y_l shares the prefix of y_w
         assert tokens == len(batch.take) and answers == len(batch.answers)
@@ -2328,7 +2328,7 @@ def test_model_of_throughput_has_no_dropout_and_the_papers_lora(tiny, monkeypatc
     monkeypatch.setitem(throughput.SHAPES, "tiny", (llama, clip))
     model, processor = throughput.make_model("tiny", "cpu", torch.float32, 4)
     pairs = throughput.make_pairs(2)
-    ids = make_batch(pairs, processor).tokens["input_ids"]
+    ids = make_batch(pairs, processor).inputs["input_ids"]
     assert (ids == processor.image_token_id).sum(1).tolist() == [16] * 6
     throughput.check_equal(with_random_adapter(model), processor, pairs)
 

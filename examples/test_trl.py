@@ -162,16 +162,16 @@ def test_tokens_loss_and_gradients_are_train_pys(name, request, drawn, tmp_path)
     trainer = trl_mdpo.MDPOTrainer(*trl_mdpo.parse(flags(model, drawn, tmp_path / "out")))
     inputs = next(iter(trainer.get_train_dataloader()))
     kept_out = trainer.held_out.examples
-    pairs = Pairs([e for e in read_examples(str(drawn)) if e not in kept_out])
+    pairs = Pairs([e for e in read_examples(str(drawn), processor=trainer.processing_class) if e not in kept_out])
     chosen = [pairs[key] for key in train.plan_steps(9, 32, 2, 1, 0)[0][0]]
 
     ours, processor = train.load_model(str(model))
     ours = train.add_lora(ours, rank=4, alpha=8)
     layout = train.choose_layout(ours, processor, [pairs[0, 0], pairs[0, 1]])
-    batch, given = make_batch(chosen, processor), inputs["batch"]
+    batch, given = make_batch(chosen, processor, share=layout == "packed"), inputs["batch"]
     batch = pack(batch) if layout == "packed" else batch
     assert tuple(given.names) == batch.names and (given.take is None) == (layout == "plain")
-    assert torch.equal(given.tokens["input_ids"], batch.tokens["input_ids"])
+    assert torch.equal(given.inputs["input_ids"], batch.inputs["input_ids"])
     assert torch.equal(given.labels, batch.labels)
     n_ends = (given.labels == processor.tokenizer.eos_token_id).sum().item()
     assert n_ends == 6  # of y_w, y_l and y_w again, in two examples
@@ -220,17 +220,17 @@ def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):
     """A flag that is read and not used trains something else than was asked for. Policy and reference are the
     same at the start, so rewards are 0: DPO's term is ln 2, the anchor's is softplus(delta) on y_w and
     softplus(-delta) on y_l."""
-    more = "--delta 1 --no-conditional --anchors chosen rejected --reject random --crop 0.5 0.6".split()
+    more = "--delta 1 --no-conditional --anchors chosen rejected --crop 0.5 0.6".split()
     more += "--beta 0.2".split()
     config, args = trl_mdpo.parse(
-        flags(bunny, drawn, tmp_path / "out", *more, "--max_length", 70, "--limit", 8)
+        flags(bunny, drawn, tmp_path / "out", *more, "--max_length", 90, "--limit", 8)
     )
     trainer = trl_mdpo.MDPOTrainer(config, args)
     inputs = next(iter(trainer.get_train_dataloader()))
     assert [*inputs["batch"].names] == ["chosen", "rejected"] and trainer.loss.keywords["beta"] == 0.2
     assert (len(trainer.pairs), len(trainer.held_out)) == (5, 3)
-    assert (trainer.pairs.strategy, tuple(trainer.pairs.crop)) == ("random", (0.5, 0.6))
-    assert inputs["batch"].tokens["attention_mask"].sum(1).max() <= 70
+    assert (trainer.pairs.strategy, tuple(trainer.pairs.crop)) == ("crop", (0.5, 0.6))
+    assert inputs["batch"].inputs["attention_mask"].sum(1).max() <= 90
     expected = 0.693147 + 1.313262 + 0.313262  # ln 2, softplus(1), softplus(-1)
     assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, abs=1e-5)
 
@@ -313,7 +313,7 @@ def test_processes_share_train_pys_plan(n):
         ("--padding_free True", "--padding_free"),
         ("--lr 1e-3 --no-image", "--lr --no-image"),
         ("--learning_rate fast", "invalid float value"),
-        ("--data /none.json", "/none.json: cannot be read"),
+        ("--data /none.json", "/none.json: no such file"),
         ("--resume_from_checkpoint /none", "/none: holds no checkpoint"),
         ("--eval_strategy epoch --eval-size 0", "--eval_strategy needs --eval-size"),
         ("--eval-size 12", "--eval-size 12 leaves none of 12"),

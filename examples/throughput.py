@@ -41,6 +41,7 @@ import train
 from data import Batch, Example, Parser, about, make_batch, run_command
 from examples import tiny_bunny
 from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps, sequence_logps, unwrapped
+from mdpo import to_device as batch_to_device
 
 WORDS = "there is a red circle and blue square here the picture of on in with small large near left right".split()
 LEARNING_RATE = 1e-4
@@ -103,7 +104,7 @@ def make_pairs(n, seed=0):
 
 def to_device(batch, device):
     if isinstance(batch, Batch):
-        return batch.to(device)
+        return batch_to_device(batch, device)
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
@@ -114,7 +115,7 @@ def to_device(batch, device):
 
 def packed_batch(pairs, processor):
     """Two sequences an example, end to end in one row."""
-    return pack(make_batch(pairs, processor))
+    return pack(make_batch(pairs, processor, share=True))
 
 
 def our_losses(model, batch):
@@ -137,7 +138,7 @@ def authors_logps(model, batch):
 
     Rows are padded on the right, where no token of a response looks: without a mask, attention is fastest.
     """
-    inputs = batch.inputs()
+    inputs = dict(batch.inputs)
     del inputs["attention_mask"]
     return LogPs(*sequence_logps(model(**inputs, use_cache=False).logits, batch.labels).chunk(3))
 

@@ -20,10 +20,9 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BUNNY_SYSTEM
 from examples import shapes
 from mdpo import attention_blocks, use_packed_attention
-from train import BUNNY_IMAGE_TOKEN, load_model
+from train import BUNNY_IMAGE_TOKEN, BUNNY_SYSTEM, load_model
 
 
 def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layers=2, vision_tower="siglip-patch8-64",

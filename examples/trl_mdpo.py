@@ -52,7 +52,7 @@ class MDPOTrainer(DPOTrainer):
 
     def __init__(self, config, args):
         args.seed, args.max_length = config.seed, config.max_length
-        self.pairs, self.held_out = train.read_pairs(args)
+        self.pairs, self.held_out = train.read_pairs(args, train.load_processor(args.model))
         sharded = config.deepspeed_plugin or "ACCELERATE_USE_FSDP" in os.environ  # --fsdp sets it, too
         transformers.integrations.deepspeed.unset_hf_deepspeed_config()  # every process reads all weights
         device, layer = ("cpu", peft.tuners.lora.Linear) if sharded else (config.device, train.LoraLinear)
@@ -136,8 +136,8 @@ def deal(micro_batches, config):
 
 def counted_batch(pairs, spare, layout, **options):
     """A `data.Batch`, with what the Trainer counts: tokens, and examples in the place of labels."""
-    batch = make_batch(pairs or spare, **options)
-    counted = {"input_ids": batch.tokens["input_ids"], "shift_labels": torch.zeros(len(pairs))}
+    batch = make_batch(pairs or spare, share=layout == "packed", **options)
+    counted = {"input_ids": batch.inputs["input_ids"], "shift_labels": torch.zeros(len(pairs))}
     return counted | {"labels": None, "batch": pack(batch) if layout == "packed" else batch}
 
 

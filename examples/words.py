@@ -141,7 +141,7 @@ def study(seeds, out="runs/miniature"):
     for seed in seeds:
         miniature.prepare_seed(out, seed)
         folder = Path(out, f"seed-{seed}")
-        examples = read_examples(folder / "held_out" / "silkie.json")
+        examples = read_examples(folder / "held_out" / "silkie.json", log=len)
         for method in ("base", "DPO", "mDPO"):
             miniature.run_method(out, seed, method, n_scenes=200)
             model, processor = load_tuned(folder / "model", folder / method if method != "base" else None, "cpu")
