@@ -507,7 +507,9 @@ def load_records(path):
         if isinstance(records[0][1], str):
             with suppress(json.JSONDecodeError):
                 fields = ", ".join(json.loads(text))
-                raise BadInput(f"is one JSON object with the fields {fields}, not a list of records")
+                raise BadInput(
+                    f"is one JSON object with the fields {fields}, not a list: python examples/convert.py"
+                )
     return records
 
 
@@ -522,14 +524,10 @@ def special_tokens(processor):
     """{part of a record: what its texts may not hold}: control and image tokens, but not think tags."""
     tokens, eos = {"<image>"}, None
     if processor:
-        parts, eos = (processor, processor.tokenizer), processor.tokenizer.eos_token
-        added = processor.tokenizer.added_tokens_decoder.values()
+        added, eos = processor.tokenizer.added_tokens_decoder.values(), processor.tokenizer.eos_token
         tokens |= {token.content for token in added if token.special and "think" not in token.content}
-        tokens |= {
-            getattr(part, f"{kind}_token", None) for part in parts for kind in ("image", "boi", "video")
-        }
-    responses = tokens - {eos, None}  # an end-of-sequence inside a response ends it
-    return {"prompt": tokens - {None}, "chosen": responses, "rejected": responses}
+    responses = tokens - {eos}  # an end-of-sequence inside a response ends it
+    return {"prompt": tokens, "chosen": responses, "rejected": responses}
 
 
 def parse_record(record, number, subset, roots, tokens):
@@ -552,7 +550,8 @@ def parse_record(record, number, subset, roots, tokens):
             return None
         images = images or f"{id}.jpg"
     n_turns = len(question) if isinstance(question, list) else 1
-    if isinstance(chosen, list) and (question is None or len(chosen) - 1 > n_turns):  # conversations
+    in_turns = isinstance(chosen, list) and all(isinstance(turn, dict) for turn in chosen)
+    if in_turns and (question is None or len(chosen) - 1 > n_turns):  # whole conversations
         question = chosen[:-1]
         if question != rejected[:-1]:
             raise BadInput("'chosen' and 'rejected' differ before their last turn")
@@ -610,7 +609,8 @@ def find_images(value, roots):
     if roots is None:
         return ()
     if not value:
-        raise BadInput(f"has no image path ({' or '.join(map(repr, IMAGE_FIELDS))})")
+        fields = " or ".join(map(repr, IMAGE_FIELDS))
+        raise BadInput(f"has no image path ({fields}); examples/convert.py finds images elsewhere, too")
     paths = []
     for image in value if isinstance(value, list) else [value]:
         image = image["path"] if isinstance(image, dict) else image

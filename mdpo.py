@@ -243,13 +243,12 @@ def row_positions(model, batch):
     rope_index = getattr(model.base_model, "get_rope_index", None)
     if rope_index is None or "pixel_values" not in batch.inputs:
         return torch.arange(batch.labels.shape[1], device=model.device).expand(batch.labels.shape)
-    owners = sorted({*batch.owner})  # whose images it gets; text goes on counting where the other rows differ
+    owners = sorted({*batch.owner})  # whose images it gets; in other rows text goes on counting as in theirs
     inputs = batch.inputs | {"attention_mask": torch.ones_like(batch.labels)}
-    known = {name: inputs[name] for name in signature(rope_index).parameters if name in inputs}
-    for name, values in known.items():
-        if values.shape == batch.labels.shape:
-            known[name] = values[owners]
-    return rope_index(**known)[0][:, [owners.index(row) for row in batch.owner]].to(model.device)
+    for name in {*inputs} - {*signature(rope_index).parameters}:
+        del inputs[name]
+    of_owners = {name: v[owners] if v.shape == batch.labels.shape else v for name, v in inputs.items()}
+    return rope_index(**of_owners)[0][:, [owners.index(row) for row in batch.owner]].to(model.device)
 
 
 def use_packed_attention(model):

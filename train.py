@@ -52,6 +52,7 @@ from data import (
     Parser,
     about,
     make_batch,
+    one_line,
     read_examples,
     run_command,
     texts_of,
@@ -103,6 +104,8 @@ def run(args, loss):
                     record |= evaluate(objective, held_out, processor, args)
                 log(out, records, record)
                 bar.set_postfix(loss=record["loss"], refresh=False)
+                if end_of_epoch and held_out:
+                    bar.write(f"epoch {record['epoch']:.0f}, {held_out_line(record)}")
                 stopping = [*stop] if record["step"] < len(plan) else []  # read once: one may come between
                 if end_of_epoch or stopping or record["step"] % (args.save_every or len(plan)) == 0:
                     save()
@@ -328,6 +331,7 @@ def open_run(args, examples, model, loss, optimizer):
     records = load_checkpoint(Path(args.out), shared, model, optimizer) if args.resume else []
     with about(f"{args.out or 'runs'}: cannot be written to"):
         if args.out:
+            args.out.encode()  # safetensors takes no other names
             os.makedirs(args.out, exist_ok=True)
         args.out = args.out or new_folder(f"runs/{Path(args.model).name}-{Path(args.data).stem}")
     for left_by_a_kill in Path(args.out).glob("new.*.tmp"):
@@ -349,6 +353,10 @@ def new_folder(stem):
             return f"{stem}-{i}"
 
 
+UMASK = os.umask(0o077)
+os.umask(UMASK)  # it can only be read by setting it
+
+
 @contextmanager
 def replacing(out):
     """A folder for new files, which replace those of `out` when all are complete. Raises BadInput."""
@@ -357,25 +365,23 @@ def replacing(out):
             yield Path(new)
             for file in filter(Path.is_file, [*Path(new).rglob("*")]):
                 target = Path(out, file.relative_to(new))
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.chmod(0o666 & ~UMASK)  # safetensors writes for its user alone
                 os.replace(file, target)
 
 
 def identity(args, examples, model, loss):
     """What decides the result, and has to be the same when a run goes on: {what: its value}."""
-    sha256 = hashlib.sha256()
-    for path in filter(None, (args.data, args.eval_data)):
-        sha256.update(Path(path).read_bytes())
+    files = [Path(path).read_bytes() for path in (args.data, args.eval_data) if path]
     # The first numbers of each weight tell models apart; bf16 is what every device and dtype can hold.
     weights = [(name, *p.shape, p.flatten()[:8].bfloat16().tolist())
                for name, p in model.named_parameters() if not p.requires_grad]  # fmt: skip
-    systems = {"".join(texts_of(messages[:1])) * (messages[0]["role"] == "system")
-               for messages in (example.question for example in examples)}  # fmt: skip
+    first = [example.question[0] for example in examples]
+    systems = {"".join(texts_of([message])) if message["role"] == "system" else "" for message in first}
     return {name: vars(args)[name] for name in DECISIVE} | {
-        "data_files": sha256.hexdigest(),
-        "examples": len(examples),
-        "own_rejected_images": sum(map(len, (example.images_rejected for example in examples))),
-        "system": systems.pop() if len(systems) == 1 else "",  # what answers are asked with, too
+        "data_files": hashlib.sha256(b"".join(files)).hexdigest(),
+        "examples": [len(examples), sum(len(example.images_rejected) for example in examples)],
+        "system": systems.pop() if len(systems) == 1 else "",  # answers are asked for with it, too
         "base_weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest(),
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
     }
@@ -396,9 +402,17 @@ def save_checkpoint(out, args, shared, records, model, processor, optimizer):
     with replacing(out) as new:
         torch.save(state | {"optimizer": optimizer.state_dict()["state"]}, new / "checkpoint.pt")
     with replacing(out) as new:
-        model.save_pretrained(new, save_embedding_layers=False)
-        (new / "README.md").write_text(model_card(args, records), "utf-8", "backslashreplace")
-        save_processor(processor, new)
+        save_adapter(new, args, records, model, processor)
+    if args.keep_epochs and records[-1]["epoch"].is_integer():
+        with replacing(out) as new:
+            epoch = f"epoch-{records[-1]['epoch']:.0f}"
+            save_adapter(new / epoch, args, records, model, processor)
+
+
+def save_adapter(folder, args, records, model, processor):
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").write_text(model_card(args, records), "utf-8", "backslashreplace")
+    save_processor(processor, folder)
 
 
 def load_checkpoint(out, shared, model, optimizer):
@@ -419,15 +433,17 @@ def load_checkpoint(out, shared, model, optimizer):
 
 def model_card(args, records):
     """README.md of the run's folder: what was trained, on what, and how it does on held-out examples."""
+    is_local, data = os.path.exists(args.model), one_line(Path(args.data).name)
+    name = one_line(Path(args.model).name if is_local else args.model)
+    of_hub = "" if is_local else f"base_model: {json.dumps(args.model)}\n"
     return f"""---
-base_model: {args.model}
-library_name: peft
+{of_hub}library_name: peft
 tags: [mdpo, lora]
 ---
 
-# {args.model} after mDPO
+# {name} after mDPO
 
-A LoRA adapter, trained with mDPO (arXiv:2406.11839) on {Path(args.data).name}: {records[-1]["step"]} steps.
+A LoRA adapter, trained with mDPO (arXiv:2406.11839) on {data}: {records[-1]["step"]} steps.
 
 ```text
 {held_out_table(records) or "No examples were held out."}
@@ -437,6 +453,11 @@ A LoRA adapter, trained with mDPO (arXiv:2406.11839) on {Path(args.data).name}: 
 {json.dumps({name: vars(args)[name] for name in DECISIVE}, indent=2)}
 ```
 """
+
+
+def held_out_line(record):
+    chosen = {name: value for name, value in record.items() if re.match("eval/(loss$|.*accuracies)", name)}
+    return "held out: " + ", ".join(f"{name.removeprefix('eval/')} {chosen[name]:.4f}" for name in chosen)
 
 
 def held_out_table(records):
@@ -528,6 +549,7 @@ SYSTEM = {  # may differ when a run goes on: the result is the same but for roun
         "packed if the first examples show that it is exact for the model)"),
     "workers": (4, natural, "processes that decode images"),
     "save-every": (None, whole, "also save a checkpoint every N steps"),
+    "keep-epochs": (False, bool, "keep the adapter of each epoch in epoch-N"),
 }  # fmt: skip
 DECISIVE = [name.replace("-", "_") for name in METHOD]
 

@@ -1,5 +1,6 @@
 """What is trained is what was meant: records that nobody can mean are refused, and the rest is shown and counted."""
 
+import itertools
 import math
 import re
 
@@ -150,6 +151,7 @@ ODD = {
     "'rejected' is [\"No.\", \"Never.\"], not text": authors(rejected=["No.", "Never."]),
     "an image is {\"bytes\": \"/9j/4AAQ\", \"path\": null}, not a path": authors(
         img_path={"bytes": "/9j/4AAQ", "path": None}),
+    "has the fields image_id, chosen, rejected; needed are": {"image_id": 1, "chosen": ["A"], "rejected": ["B", "C"]},
     "has the fields conversations, image; needed are image, prompt, chosen": {"conversations": [], "image": "a.png"},
 }  # fmt: skip
 
@@ -359,3 +361,17 @@ def test_a_wrong_argument_is_one_sentence_that_says_what_is_wanted(bunny, folder
 def test_one_index_is_of_epoch_0(folder):
     pairs = Pairs(read(folder, authors(), authors(id="b"), log=len))
     assert pairs[1] == pairs[0, 1] and pairs[1].key == (0, 1)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_image_tokens_of_each_family_in_a_text_are_bad(name, folder, tmp_path):
+    """They would be taken for an image, or for a video, and stop the run."""
+    processor = train.load_processor(str(families.write_family(name, tmp_path / "model")))
+    parts = itertools.product((processor, processor.tokenizer), ("image", "boi", "video"))
+    tokens = {getattr(part, f"{kind}_token", None) for part, kind in parts} - {None}
+    assert processor.image_token in tokens
+    for token in tokens:
+        for field in "prompt", "chosen":
+            record = authors(prompt="What?") | {field: f"Is {token}{token} it?"}
+            if field != "prompt" or token != "<image>":  # which stands for images there
+                assert f"'{field}' holds" in refusal(folder, record, processor=processor)

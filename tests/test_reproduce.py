@@ -1,0 +1,503 @@
+"""Protects `examples/reproduce.py`: the paper's values, the scripts that it prints, the tables it collects.
+
+The hub, the scorers and their judge are stand-ins: programs of the same names, arguments and outputs.
+Training and answering are the project's own, on the tiny Bunny of `examples/base`, with three questions a
+benchmark.
+"""
+
+import base64
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train
+from data import run_command
+from examples import benchmarks, reproduce
+
+# The paper's Tables 1 to 5, row by row, as printed there. Table 5 begins with the overall score.
+PAPER = {
+    "table1": """
+        2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0
+        2.28 0.56 44.3 7.6 7.9 74.1 58.9 4.8
+        2.96 0.42 27.0 4.6 4.9 67.4 37.7 2.4
+        2.19 0.57 54.7 15.9 7.4 51.8 34.7 4.1
+        2.14 0.65 49.0 13.0 6.5 55.1 34.5 2.3
+        2.39 0.54 35.7 9.8 4.4 52.4 24.5 2.4""",
+    "table2": """
+        2.96 0.42 27.0 4.6
+        2.36 0.53 40.3 7.1
+        2.50 0.48 34.3 5.7
+        2.28 0.56 44.3 7.6""",
+    "table3": """
+        2.81 0.46 40.7 6.6
+        2.96 0.42 27.0 4.6
+        2.92 0.42 33.7 5.4
+        2.82 0.44 32.3 5.9""",
+    "table4": """
+        2.96 0.42 27.0 4.6
+        2.98 0.39 29.3 5.0
+        2.85 0.40 34.7 6.1""",
+    "table5": """
+        2.11 3.92 0.83 2.17 2.33 2.67 2.25 1.75 1.00
+        2.28 3.25 1.50 1.42 2.50 2.67 4.25 1.75 0.92
+        2.96 3.08 4.17 2.00 3.50 3.25 4.08 2.17 1.42""",
+    "figure1": "\n\n 2.28 \n 2.96",
+    "figure5": "\n\n\n\n\n 2.28 0.56 \n 2.96 0.42",
+}
+# The flags of each row: the README's table "flags to add to the first command", and base for no training.
+DPO = "--no-conditional --anchors none"
+FLAGS = {
+    "table1": ["base", DPO, "", "base", DPO, ""],
+    "table2": ["", "--no-conditional", "--anchors none", DPO],
+    "table3": ["--reject random", "", "--crop 0.2 0.5", "--reject moco"],
+    "table4": ["", "--anchors chosen rejected", "--anchors chosen rejected image_rejected"],
+    "table5": ["base", DPO, ""],
+    "figure1": ["--no-image", DPO, ""],
+    "figure3": [DPO, ""],
+    "figure4": [DPO, ""],
+    "figure5": [f"{DPO} --limit 2500", "--limit 2500", f"{DPO} --limit 5000", "--limit 5000", DPO, ""],
+}
+
+
+def printed(capsys, *argv):
+    """What the command prints; it has to succeed."""
+    assert run_command(reproduce.run, [*map(str, argv)]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_papers_values_stand_in_the_cells_of_their_rows(name, tmp_path, capsys):
+    """A wrong digit sends someone after a difference that is not there. Nothing is found yet: empty cells."""
+    text = printed(capsys, "--collect", name, "--work", tmp_path)
+    rows = re.findall(r"(?m)^\S.*: paper(.*)\n  found(.*)$", text)
+    expected = [line.split() for line in PAPER[name].split("\n")[1:]]
+    assert [paper.split() for paper, _ in rows] == expected
+    assert {found for _, found in rows} == {""}
+
+
+def steps(text):
+    """The steps of a script: its lines behind the last heading."""
+    return text.rpartition("- steps\n")[2].split("\n")[1:-1]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_rows_are_trained_with_the_readmes_flags(name, capsys):
+    """A row with another row's flags is a number in the wrong cell. Bases are answered without an adapter."""
+    lines = steps(printed(capsys, name))
+    trained = {words[1]: words[2:] for words in map(str.split, lines) if words[0] == "train"}
+    rows = reproduce.TABLES[name].rows
+    assert len(rows) == len(FLAGS[name])
+    for (label, run), flags in zip(rows.items(), FLAGS[name]):
+        model = "llava-hf/llava-1.5-7b-hf" if "LLaVA" in label else "BAAI/Bunny-v1_0-3B"
+        answers = [line for line in lines if re.match(rf"answer \w+ {run} ", line)]
+        assert answers and all(line.split()[3] == model for line in answers)
+        if flags == "base":
+            assert run not in trained and not any("--adapter" in line for line in answers)
+        else:
+            assert trained[run] == [model, *flags.split()]
+            assert all(line.endswith(f' --adapter "$W/runs/{run}"') for line in answers)
+            options = [word for word in trained[run][1:]]
+            train.parse_args(["--model", model, "--data", "x", *options])  # flags that train.py has
+
+
+def test_list_has_every_table_and_figure_with_runs_questions_scorers_and_cells(capsys):
+    """What is not listed is not known to be possible. The paper has five tables and five figures."""
+    text = printed(capsys, "--list")
+    parts = dict(part.split(":", 1) for part in text.split("\n\n"))
+    assert [*parts] == [f"table{i}" for i in range(1, 6)] + [f"figure{i}" for i in range(1, 6)]
+    assert re.search(r"- conditional +bunny-no-conditional +--no-conditional\n", parts["table2"])
+    assert re.search(r"(?m)^  AMBER, .* inference.py: CHAIRs, Cover, HalRate, Cog$", parts["table1"])
+    assert "MMHalBench, 96 questions, scored by its eval_gpt4.py: Score, attribute, adv" in parts["table5"]
+    assert "nothing to run" in parts["figure2"] and "89%" in parts["figure4"]
+    assert "scored by" not in parts["figure3"]
+
+
+@pytest.mark.parametrize("names", [[], *([name] for name in FLAGS)])
+def test_every_script_is_accepted_by_bash(names, tmp_path, capsys):
+    """The paths of the folder hold what a shell would take for its own."""
+    work = tmp_path / 'it\'s $(here) & "there"'
+    text = printed(capsys, *names, "--work", work)
+    checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    line = next(line for line in text.split("\n") if line.startswith("ROOT="))
+    shown = subprocess.check_output(["bash", "-c", f'{line}; printf %s "$W"'], text=True)
+    assert shown == str(work)
+
+
+@pytest.mark.parametrize(
+    "name, disk, runs, hours, calls",
+    [
+        # 6.4 Bunny + 14.1 LLaVA + 2 * 1.5 + 2 * 2.6 adapters + 5.8 pairs; 2 * 0.6 + 2 * 1.2; 6 * 396
+        ("table1", "34 GB", "4 runs", "3.6 hours", "2376 calls of j-1"),
+        (
+            "table2",
+            "18 GB",
+            "4 runs",
+            "2.4 hours",
+            "1584 calls of j-1",
+        ),  # 6.4 + 4 * 1.5 + 5.8; 4 * 0.6; 4 * 396
+        (
+            "table5",
+            "15 GB",
+            "2 runs",
+            "1.2 hours",
+            "288 calls of j-1",
+        ),  # 6.4 + 2 * 1.5 + 5.8; 2 * 0.6; 3 * 96
+        # 6.4 + 6 * 1.5 + 5.8; (2 * 0.25 + 2 * 0.5 + 2) * 0.6; 6 * 96
+        ("figure5", "21 GB", "6 runs", "2.1 hours", "576 calls of j-1"),
+        ("figure3", "15 GB", "2 runs", "1.2 hours", None),
+    ],
+)
+def test_script_begins_with_its_price(name, disk, runs, hours, calls, capsys):
+    """Somebody rents a disk, a GPU and a judge by these lines, which are predictions and say so."""
+    text = printed(capsys, name, "--judge", "j-1")
+    head = text.partition("set -E")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"Disk: {disk}" in head and f"Training: {runs}, {hours} on one H200 (predicted)" in head
+    assert (f"Judge: {calls}," in head) == ("rows\n# of one judge" in head) == (calls is not None)
+    assert ("key" in steps(text)) == (calls is not None)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("figure2", "figure2: nothing to run"),
+        ("table6", "invalid choice: 'table6'"),
+        ("table1 --judge a/b", "--judge a/b: has to do as a folder's name"),
+        ("table1 --judge $(x)", "has to do as a folder's name"),
+        ("table1 --judge ..", "has to do as a folder's name"),
+        ("table1 --judge amber", "has to do as a folder's name"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_line(argv, message, capsys):
+    """A judge's name becomes a folder and a part of commands: any other text would run as such."""
+    assert run_command(reproduce.run, argv.split()) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and message in error and error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------- end to end
+
+JUDGE = "judge-2"
+IMAGE = io.BytesIO()
+Image.new("RGB", (32, 32), "red").save(IMAGE, "JPEG")
+KINDS = ["attribute", "adversarial", "attribute"]  # of the three questions of MMHal
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite answers to the user's questions."
+)
+
+# Each stand-in notes its call in $LOG. `hf`, `git` and `curl` copy $STORE, where the hub's files lie.
+HF = """#!/bin/bash
+echo "hf $*" >> "$LOG"
+to="${@: -1}"
+mkdir -p "$to"
+case $2 in
+    fwnlp/mDPO-preference-data) cp "$STORE/$3" "$to" ;;
+    MMInstruction/VLFeedback) cp "$STORE/$3" "$to" ;;
+    Shengcao1006/MMHal-Bench) cp -r "$STORE/mmhal/." "$to" ;;
+esac
+"""
+GIT = """#!/bin/bash
+echo "git $*" >> "$LOG"
+if [ "$1" = clone ]; then cp -r "$STORE/$(basename "$3")" "$4"; fi
+"""
+CURL = """#!/bin/bash
+echo "curl $*" >> "$LOG"
+cp "$STORE/annotations_trainval2014.zip" "$3"
+"""
+# The project's own programs run in the tests' process, which has imported torch: two pipes lead to it.
+PYTHON = """#!/bin/bash
+if [ "$1 $2" = "-m venv" ]; then
+    mkdir -p "$3/bin"
+    printf '#!/bin/bash\\n' > "$3/bin/python"
+    printf 'if [ "$1" = -m ]; then echo "scorers $*" >> "$LOG"; else exec {python} "$@"; fi\\n' \\
+        >> "$3/bin/python"
+    chmod +x "$3/bin/python"
+elif [ "$1" = -m ]; then
+    exec {python} "$@"
+else
+    echo "$*" >> "$LOG"
+    printf '%q ' "$@" > "$ASK"
+    exit "$(cat "$REPLY")"
+fi
+"""
+# Scorers: the arguments and outputs of the official ones, which differ between the runs by the file's name.
+INFERENCE = """
+import argparse, json, pathlib
+parser = argparse.ArgumentParser()
+parser.add_argument("--inference_data")
+parser.add_argument("--evaluation_type")
+args = parser.parse_args()
+answers = json.load(open(args.inference_data))
+assert args.evaluation_type == "g" and pathlib.Path("data/annotations.json").exists()
+assert [sorted(answer) for answer in answers] == [["id", "response"]] * 3
+name = pathlib.Path(args.inference_data).name
+n = ["bunny", "bunny-dpo", "bunny-mdpo"].index(name.split(".")[0])
+print("Generative Task:")
+print("CHAIR:\\t\\t", 10.5 + n)
+print("Cover:\\t\\t", 50.0 + n)
+print("Hal:\\t\\t", 30.0 + n)
+print("Cog:\\t\\t", 2.0 + n, "\\n")
+"""
+EVAL_GPT4 = """
+import argparse, json
+parser = argparse.ArgumentParser()
+for name in ("response", "evaluation", "api-key", "gpt-model"):
+    parser.add_argument(f"--{name}", required=True)
+args = parser.parse_args()
+records = json.load(open(args.response))
+assert len(records) == 3 and args.api_key == "secret" and all("model_answer" in r for r in records)
+ratings = (6, 4, 2) if "mdpo" in args.response else (1, 0, 3)
+replies = [{"model": args.gpt_model, "choices": [{"message": {"content": f"So.\\nRating: {r}, very"}}]}
+           for r in ratings]
+json.dump(replies, open(args.evaluation, "w"))
+"""
+OBJHAL = """
+import argparse, json, os, pathlib, sys
+class Chat:
+    def __init__(self, model, timeout_sec, openai_apikey):
+        assert model == "judge-2", model
+Chat(model="gpt-3.5-turbo-0613", timeout_sec=100, openai_apikey="")
+parser = argparse.ArgumentParser()
+for name in ("cap_file", "coco_path", "openai_key"):
+    parser.add_argument(f"--{name}", required=True)
+parser.add_argument("--use_gpt", action="store_true")
+args = parser.parse_args()
+open("./eval/data/synonyms_refine.txt")
+assert args.use_gpt and args.openai_key == "secret"
+assert os.path.exists(args.coco_path + "/captions_val2014.json")
+records = [json.loads(line) for line in open(args.cap_file)]
+assert len(records) == 3 and all({"image_id", "prompt", "text"} <= set(r) for r in records)
+path = pathlib.Path(args.cap_file)
+result = path.parent / f"hall_{path.name.replace('.jsonl', '')}_-1.json"
+if result.exists():
+    sys.exit("eval file already exists!")
+metrics = {"CHAIRs": 1 / 3, "CHAIRs_refine": 0.5, "CHAIRi": 0.125}
+json.dump({"sentences": [], "overall_metrics": metrics}, open(result, "w"))
+"""
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def write_store(store):
+    """The hub's and the repositories' files, each by its own name, with three records instead of many."""
+    prompt = f"{SYSTEM} USER: <image>\nWhat colour is it? ASSISTANT:"
+    pairs = [
+        {"img_path": f"{i}.jpg", "prompt": prompt, "chosen": "red.", "rejected": "blue."} for i in range(3)
+    ]
+    write(store / "vlfeedback_llava_10k.json", pairs)
+    with zipfile.ZipFile(store / "merged_images.zip", "w") as file:
+        for i in range(3):
+            file.writestr(f"merged_images/{i}.jpg", IMAGE.getvalue())
+    with zipfile.ZipFile(store / "annotations_trainval2014.zip", "w") as file:
+        file.writestr("annotations/captions_val2014.json", "{}")
+    questions = [
+        {"question_type": kind, "image_content": [], "image_src": f"https://x.org/{i}_o.jpg",
+         "question": "What colour?", "gt_answer": "Red.", "model_answer": ""}
+        for i, kind in enumerate(KINDS)
+    ]  # fmt: skip
+    write(store / "mmhal/response_template.json", questions)
+    write(store / "mmhal/eval_gpt4.py", EVAL_GPT4)
+    (store / "mmhal/images").mkdir()
+    for i in range(3):
+        (store / f"mmhal/images/{i}_o.jpg").write_bytes(IMAGE.getvalue())
+    ids = range(1, 4)
+    queries = [{"id": i, "image": f"AMBER_{i}.jpg", "query": "Describe this image."} for i in ids]
+    write(store / "AMBER/data/query/query_generative.json", queries)
+    write(store / "AMBER/data/annotations.json", [])
+    write(store / "AMBER/inference.py", INFERENCE)
+    encoded = base64.b64encode(IMAGE.getvalue()).decode()
+    lines = [json.dumps({"question": "Describe it.", "image": encoded, "image_id": i}) for i in ids]
+    write(store / "RLAIF-V/eval/data/obj_halbench_300_with_image.jsonl", "\n".join(lines) + "\n")
+    write(store / "RLAIF-V/eval/data/synonyms_refine.txt", "person")
+    write(store / "RLAIF-V/eval/eval_gpt_obj_halbench.py", OBJHAL)
+
+
+@pytest.fixture
+def bash(tmp_path):
+    """A function that runs a script among stand-ins -> (exit status, its output, the calls that it made)."""
+    write_store(tmp_path / "store")
+    for name, text in {"hf": HF, "git": GIT, "curl": CURL, "python": PYTHON}.items():
+        path = write(tmp_path / "bin" / name, text.replace("{python}", shlex.quote(sys.executable)))
+        path.chmod(0o755)
+    ask, reply, log = (tmp_path / name for name in ("ask", "reply", "log"))
+    os.mkfifo(ask)
+    os.mkfifo(reply)
+    own = "--epochs 1 --batch-size 2 --lora-rank 2 --workers 0 --device cpu"
+    variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STORE": tmp_path / "store", "LOG": log,
+                 "ASK": ask, "REPLY": reply, "ANSWER_FLAGS": "--max-new-tokens 2 --device cpu",
+                 "TRAIN_FLAGS": own}  # fmt: skip
+    programs = {
+        "train.py": train.main,
+        "examples/benchmarks.py": lambda argv: run_command(benchmarks.run, argv),
+    }
+
+    def run(script, **more):
+        log.write_text("")
+        environment = os.environ | {name: str(value) for name, value in (variables | more).items()}
+        # At its end the shell asks for nothing, so that the loop below ends, too.
+        command = f'trap \'printf "" > "$ASK"\' EXIT; bash {shlex.quote(str(script))}'
+        with open(tmp_path / "output", "w") as file:
+            options = {"env": environment, "stdout": file, "stderr": file, "start_new_session": True}
+            process = subprocess.Popen(["bash", "-c", command], **options)
+        try:
+            while argv := shlex.split(ask.read_text()):
+                reply.write_text(str(programs[argv[0]](argv[1:])))
+            return process.wait(), (tmp_path / "output").read_text(), log.read_text().splitlines()
+        finally:
+            if process.poll() is None:  # a program raised: nobody would reply to the script
+                os.killpg(process.pid, signal.SIGKILL)
+
+    return run
+
+
+def test_table_from_nothing_to_its_cells(bash, tmp_path, monkeypatch, capsys):
+    """The whole way: downloads, training, answers, scores, table. It stops where something has to be done by
+    hand (AMBER's images) or a key is missing, goes on there, makes nothing twice, and resumes a run that has
+    its arguments but no mark of its end. Of Table 1 the three rows of Bunny.
+
+    By hand: mDPO's ratings 6, 4, 2 have mean 4, one of three is below 3, and attribute's, first and last,
+    have mean 4. The others' 1, 0, 3 have mean 1.33, two are below 3. CHAIRs is that of all answers, 33.3."""
+    table = reproduce.TABLES["table1"]
+    monkeypatch.setitem(reproduce.TABLES, "table1", table._replace(rows=reproduce.BUNNY))
+    base, work = reproduce.ROOT / "examples/base", tmp_path / "my work"
+    flags = ["--work", work, "--judge", JUDGE, "--models", base, base]
+    script = write(tmp_path / "script.sh", printed(capsys, "table1", "table5", *flags))
+
+    status, output, calls = bash(script)
+    assert status != 0 and output.count("error:") == 1 and not any("train.py" in call for call in calls)
+    assert "AMBER/image/AMBER_1.jpg. Download AMBER's images from https://drive.google.com" in output
+    assert sum(call.startswith("hf ") for call in calls) == 3
+    clones = [call.split()[3] for call in calls if call.startswith("git clone")]
+    assert clones == ["https://github.com/RLHF-V/RLAIF-V", "https://github.com/junyangwang0410/AMBER"]
+    assert sum(call.startswith("git -C") and "checkout" in call for call in calls) == 2
+
+    (work / "data/AMBER/image").mkdir()
+    for i in range(1, 4):
+        (work / f"data/AMBER/image/AMBER_{i}.jpg").write_bytes(IMAGE.getvalue())
+    status, output, calls = bash(script)
+    assert status != 0 and "could not make the judge's scores. Set OPENAI_API_KEY." in output
+    assert not any(call.startswith(("hf ", "git ", "curl ")) for call in calls)
+    assert [call.partition(" --")[0] for call in calls].count("train.py") == 2
+    answered = [call for call in calls if call.startswith("examples/benchmarks.py")]
+    assert len(answered) == 9 and sum("--adapter" in call for call in answered) == 6
+    assert len([*work.glob("scores/amber/*.txt")]) == 3 and not [*work.glob(f"scores/{JUDGE}/*")]
+    assert sum(call.startswith("scorers -m spacy download en_core_web_") for call in calls) == 2
+
+    (work / "answers/hall_bunny.objhal_-1.json").write_text("cut sh")  # left by a scorer that was killed
+    (work / "runs/bunny-dpo.done").unlink()
+    status, output, calls = bash(script, OPENAI_API_KEY="secret")
+    assert status == 0 and output.count("making") == 7
+    assert len(calls) == 1 and calls[0].startswith(f"train.py --resume {work}/runs/bunny-dpo --epochs 1")
+    times = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    status, output, calls = bash(script, OPENAI_API_KEY="secret")
+    assert status == 0 and calls == [] and "making" not in output
+    assert times == {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+
+    began = json.loads((work / "runs/bunny-dpo/args.json").read_text())
+    assert (began["conditional"], began["anchors"]) == (False, ["none"])
+    text = printed(capsys, "--collect", "table1", "table5", "figure3", "--work", work)
+    rows = [line.split()[1:] for line in text.split("\n") if line.startswith(f"  {JUDGE}")]
+    expected = [
+        ["1.33", "0.67", "33.3", "12.5", "10.5", "50.0", "30.0", "2.0"],
+        ["1.33", "0.67", "33.3", "12.5", "11.5", "51.0", "31.0", "3.0"],
+        ["4.00", "0.33", "33.3", "12.5", "12.5", "52.0", "32.0", "4.0"],
+    ]
+    expected += [["1.33", "2.00", "0.00"], ["1.33", "2.00", "0.00"], ["4.00", "4.00", "4.00"]]
+    assert rows == [*expected, ["3"], ["3"]]
+    assert "base and DPO judged by the one that judges mDPO" in text
+
+
+# ---------------------------------------------------------------------------------------------------- collect
+
+
+def replies(*texts, model=JUDGE):
+    return [{"model": model, "choices": [{"message": {"content": text}}]} for text in texts]
+
+
+def test_each_judge_has_rows_of_its_own(tmp_path, capsys):
+    """Two judges' scores in one row would be compared with each other. What is missing stays empty, AMBER's
+    cells need no judge."""
+    write(tmp_path / "answers/bunny-mdpo.mmhal.json", [{"question_type": "other"}])
+    write(tmp_path / "scores/a-1/bunny-mdpo.mmhal.json", replies("Rating: 5", model="a-1"))
+    write(
+        tmp_path / "scores/b-2/bunny-mdpo.objhal.json", {"overall_metrics": {"CHAIRs": 0.27, "CHAIRi": 0.046}}
+    )
+    write(
+        tmp_path / "scores/amber/bunny-mdpo.txt",
+        "CHAIR:\t\t 4.9\nCover:\t\t 67.4\nHal:\t\t 37.7\nCog:\t\t 2.4 \n",
+    )
+    text = printed(capsys, "--collect", "table1", "--work", tmp_path)
+    lines = text.split("\n")
+    at = next(i for i, line in enumerate(lines) if line.startswith("+ mDPO: paper"))
+    assert lines[at + 1].split() == ["a-1", "5.00", "0.00", "4.9", "67.4", "37.7", "2.4"]
+    assert lines[at + 2].split() == ["b-2", "27.0", "4.6", "4.9", "67.4", "37.7", "2.4"]
+    ends = [[match.end() for match in re.finditer(r"\S+", line)] for line in lines[at : at + 3]]
+    assert ends[1][1:3] + ends[1][3:] == ends[0][3:5] + ends[0][7:]  # below their own columns
+    assert ends[2][1:3] == ends[0][5:7]
+    assert lines[at - 1 : at - 3 : -1] == ["  b-2", "  a-1"]
+
+
+@pytest.mark.parametrize(
+    "said, score, note",
+    [
+        ("Rating: 5, very informative", "5.00", ""),
+        ("rating: 2", "2.00", ""),
+        ("**Rating:** 5", "0.00", "1 replies without a single rating count 0"),
+        ("Rating: 5 or Rating: 4", "0.00", "1 replies without a single rating count 0"),
+    ],
+)
+def test_ratings_are_read_as_the_official_scorer_reads_them(said, score, note, tmp_path, capsys):
+    """eval_gpt4.py looks for "rating: N" in lower case and counts 0 unless there is exactly one. A judge that
+    writes it otherwise makes every model bad, which has to be seen."""
+    write(tmp_path / "answers/bunny.mmhal.json", [{"question_type": "other"}])
+    write(tmp_path / "scores/judge-2/bunny.mmhal.json", replies(said))
+    text = printed(capsys, "--collect", "table5", "--work", tmp_path)
+    assert re.search(rf"(?m)^  judge-2 +{re.escape(score)} +{re.escape(score)}$", text)
+    assert ("without a single rating" in text) == bool(note) and note in text
+
+
+def test_another_judge_than_the_folders_is_named(tmp_path, capsys):
+    """A server may answer by another model than it was asked for."""
+    write(tmp_path / "answers/bunny.mmhal.json", [{"question_type": "other"}] * 2)
+    write(
+        tmp_path / "scores/judge-2/bunny.mmhal.json",
+        replies("Rating: 3") + replies("Rating: 3", model="else"),
+    )
+    assert "bunny.mmhal.json: judged by else, judge-2" in printed(
+        capsys, "--collect", "table5", "--work", tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    "path, content",
+    [
+        ("scores/amber/bunny.txt", "Traceback"),
+        ("scores/judge-2/bunny.objhal.json", {"sentences": []}),
+        ("scores/judge-2/bunny.objhal.json", "{"),
+        ("scores/judge-2/bunny.mmhal.json", replies("Rating: 3")),  # one reply to two answers
+        ("scores/judge-2/bunny.mmhal.json", [{"error": "quota"}] * 2),
+    ],
+)
+def test_output_that_is_not_its_scorers_is_refused_by_name(path, content, tmp_path, capsys):
+    """An empty cell means that nothing was run, so a broken file must not look like one."""
+    write(tmp_path / "answers/bunny.mmhal.json", [{"question_type": "other"}] * 2)
+    write(tmp_path / path, content)
+    assert run_command(reproduce.run, ["--collect", "table1", "--work", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{Path(path).name}: is not what its scorer writes" in error and error.count("\n") == 1
