@@ -1,36 +1,64 @@
-"""Ask a model about an image, before and after training (the paper's Figure 3); greedy.
+"""Ask a model about images, before and after training (the paper's Figure 3); greedy.
 
-python examples/answer.py --model BAAI/Bunny-v1_0-3B --adapter runs/... --image photo.jpg --question "What is this?"
+    python examples/answer.py --model M --adapter RUN [RUN ...] --image photo.jpg --question "What is this?"
+
+--question takes several, each asked alone; --image takes several, shown together. The model is read once.
 """
 
+import hashlib
+import io
+import json
+import os
+import re
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import peft
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, about, chat_messages, encode, open_image, render, run_command
-from train import Parser, best_device, load_model, whole
+from data import (
+    BadInput,
+    about,
+    chat_messages,
+    encode,
+    first,
+    load_records,
+    open_image,
+    render,
+    run_command,
+    texts_of,
+)
+from train import Parser, best_device, load_model, load_processor, split, whole
+
+# ------------------------------------------------------------------------------------------------ the model
 
 
-def load_tuned(name_or_path, adapter=None, device=None):
-    """Model and processor, with the adapter of a run's folder, on the GPU if there is one.
+def load_tuned(name_or_path, adapters=None, device=None):
+    """Model and processor, with the adapter of a run's folder or of several, on the GPU if there is one.
 
+    The first adapter is on; `speaking_as` chooses among them.
     Raises BadInput, also where peft would go on: if weights are missing or have no place in the model.
     """
-    config = read_adapter(adapter) if adapter else None
+    adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters or []
+    configs = [*map(read_adapter, adapters)]  # before the model, which takes minutes
     model, processor = load_model(name_or_path, device or best_device())
-    if config is None:
-        return model, processor
-    with about(f"{adapter}: is no adapter of {name_or_path}"):
-        model = peft.PeftModel(model, config)
-        missing, unexpected = model.load_adapter(adapter, "default")
-        for kind, wrong in ("missing", missing), ("unexpected", unexpected):
-            if wrong:
-                raise BadInput(f"{len(wrong)} weights are {kind}, such as {min(wrong)}")
+    for number, (adapter, config) in enumerate(zip(adapters, configs)):
+        with about(f"{adapter}: is no adapter of {name_or_path}"):
+            if number == 0:
+                model = peft.PeftModel(model, config)
+            missing, unexpected = model.load_adapter(adapter, adapter_name(number))
+            for kind, wrong in ("missing", missing), ("unexpected", unexpected):
+                if wrong:
+                    raise BadInput(f"{len(wrong)} weights are {kind}, such as {min(wrong)}")
     return model, processor
+
+
+def adapter_name(number):
+    """What peft calls an adapter. A bare number would be found in the names of other weights."""
+    return f"adapter_{number}" if number else "default"
 
 
 def read_adapter(adapter):
@@ -41,50 +69,212 @@ def read_adapter(adapter):
         return peft.PeftConfig.from_pretrained(adapter)
 
 
-def chat_prompt(processor, question, n_images=1):
-    return render(processor, chat_messages(question, n_images), add_generation_prompt=True)
+@contextmanager
+def speaking_as(model, number):
+    """Inside, the model has this adapter of `load_tuned`, counted from 0; None: it is the base."""
+    if number is not None:
+        model.set_adapter(adapter_name(number))
+    bare = number is None and hasattr(model, "disable_adapter")
+    with model.disable_adapter() if bare else nullcontext():
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- answers
+
+
+def system_of(adapters):
+    """The system text that the first of these runs was trained with; "" if none, or if there is no run."""
+    for path in [Path(adapter, "args.json") for adapter in adapters][:1]:
+        with about(f"{path}: cannot be read"):
+            return str(json.loads(path.read_text()).get("system", "")) if path.is_file() else ""
+    return ""
+
+
+def chat_prompt(processor, question, n_images=1, system=""):
+    messages = chat_messages(question, n_images)
+    if system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    return render(processor, messages, add_generation_prompt=True)
+
+
+def refuse_image_tokens(processor, text):
+    """Raise BadInput if a question holds a token that stands for an image: it would be one too many."""
+    parts, kinds = (processor, processor.tokenizer), ("image", "boi", "video")
+    tokens = {getattr(part, f"{kind}_token", None) for part in parts for kind in kinds} - {None}
+    for token in sorted(tokens | {"<image>"}):
+        if token in text:
+            raise BadInput(f"the question {text!r} holds the image token {token!r}: leave it out")
 
 
 @torch.no_grad()
-def generate_answers(model, processor, questions, max_new_tokens=256, batch_size=8):
-    """[(PIL image or several, question)] -> the model's greedy answers, in order; it is left in eval mode."""
+def generate_answers(model, processor, questions, max_new_tokens=256, batch_size=8, system=""):
+    """[(PIL image or several, question)] -> the model's greedy answers, in order; it is left in eval mode.
+
+    system: the text of a system message, for questions that have none.
+    """
     model.eval()  # under gradient checkpointing, a model in training mode forgets its cache and babbles
     answers = []
     for at in range(0, len(questions), batch_size):
         batch = questions[at : at + batch_size]
         images = [image if isinstance(image, (list, tuple)) else [image] for image, _ in batch]
         texts = [text for _, text in batch]
-        prompts = [chat_prompt(processor, text, len(of_text)) for text, of_text in zip(texts, images)]
+        prompts = [chat_prompt(processor, text, len(of), system) for text, of in zip(texts, images)]
         inputs = encode(processor, prompts, images).to(model.device, model.dtype)
-        tokens = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
-        )
+        options = {"do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
+        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
     return answers
 
 
-def make_parser(doc, needs_adapter=False):
-    """A parser with the arguments of all commands that load a model."""
+def text_of(question):
+    """A question's text; of chat messages, their texts without the system's."""
+    if isinstance(question, str):
+        return question
+    return "\n".join(texts_of([message for message in question if message["role"] != "system"]))
+
+
+# ---------------------------------------------------------------------------------------- files of answers
+#
+# JSON lines: first what the answers belong to (`identity`), then {"question", "answer"} for each question.
+
+
+def identity(model, questions, max_new_tokens):
+    """What a file of the base's answers belongs to: {what: its value}. Of files it is the content.
+
+    questions: [(paths of images, or bytes of image files; question)].
+    """
+    sha256 = lambda content: hashlib.sha256(content).hexdigest()
+    name_of = lambda image: sha256(image) if isinstance(image, bytes) else os.path.abspath(image)
+    return {
+        "questions": sha256(json.dumps([question for _, question in questions]).encode()),
+        "images": sha256(json.dumps([[*map(name_of, images)] for images, _ in questions]).encode()),
+        "model": digest(model, "*.safetensors", "*.json") if Path(model).is_dir() else model,
+        "adapter": None,
+        "max_new_tokens": max_new_tokens,
+    }
+
+
+def digest(folder, *patterns):
+    """The SHA-256 of these files of a folder."""
+    files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
+    each = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files]
+    return hashlib.sha256("".join(each).encode()).hexdigest()
+
+
+def file_in(folder, name):
+    """The file of a model's answers in a folder of such files."""
+    return Path(folder, re.sub(r"[^\w.-]+", "-", name).strip("-.")[-100:] + ".jsonl")
+
+
+def refuse_others(found, belongs):
+    """Raise BadInput that names what in a file's first line is not as in `belongs`."""
+    if others := [name.replace("_", " ") for name in belongs if found.get(name) != belongs[name]]:
+        raise BadInput(f"holds answers of other {', '.join(others)}: move it away, or name another place")
+
+
+def answer_all(path, belongs, questions, ask, batch_size=8):
+    """Answers of `ask` to all questions, in order. Each batch is written to the file as it comes.
+
+    ask: [(PIL images, question)] -> answers. Answers that the file holds are not asked for again.
+    Raises BadInput if the file belongs to anything but `belongs`, an `identity`.
+    """
+    path, texts = Path(path), [text_of(question) for _, question in questions]
+    with about(f"{path}: cannot be written to"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or not path.stat().st_size:
+            path.write_text(json.dumps(belongs) + "\n")
+    with about(f"{path}: cannot go on"):
+        content = path.read_bytes()
+        head, end, rest = content.partition(b"\n")
+        *lines, cut = rest.split(b"\n")  # cut: by a kill in the middle of a line, else empty
+        if not end:
+            raise BadInput("is no file of answers: move it away")
+        refuse_others(json.loads(head), belongs)
+        kept = [json.loads(line) for line in lines]
+        if [record["question"] for record in kept] != texts[: len(kept)]:
+            raise BadInput("two commands wrote into it: move it away")
+        answers = [record["answer"] for record in kept]
+        os.truncate(path, len(content) - len(cut))
+    opened = lambda image: open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
+    bar = tqdm(total=len(texts), initial=len(answers), desc=path.name, leave=False, disable=None)
+    with open(path, "a") as file, bar:
+        for batch in split(questions[len(answers) :], batch_size):
+            new = ask([([*map(opened, images)], question) for images, question in batch])
+            records = [{"question": text_of(q), "answer": a} for (_, q), a in zip(batch, new, strict=True)]
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            answers += new
+            bar.update(len(batch))
+    return answers
+
+
+def read_answers(path, questions):
+    """The answers in a file of `answer_all`, or in one that a benchmark's scorer reads. Raises BadInput."""
+    fields, answers = ("answer", "response", "model_answer", "text"), []
+    with about(f"{path}: cannot be compared"):
+        records = [json.loads(r) if isinstance(r, str) else r for _, r in load_records(path)]
+        if records and "max_new_tokens" in records[0]:
+            belongs = identity("", questions, 0)
+            refuse_others(records.pop(0), {name: belongs[name] for name in ("questions", "images")})
+        if len(records) != len(questions):
+            raise BadInput(f"holds {len(records)} answers to {len(questions)} questions")
+        for number, (record, (_, question)) in enumerate(zip(records, questions), 1):
+            answer = first(record, fields)
+            if not isinstance(answer, str):
+                raise BadInput(f"answer {number} has no text in a field {' or '.join(fields)}")
+            if first(record, ("question", "prompt")) not in (None, text_of(question)):
+                raise BadInput(f"answer {number} is one to another question")
+            answers.append(answer.strip())
+    return answers
+
+
+def answer_as(speakers, folder, name_or_path, model, processor, questions, max_new_tokens, batch_size=8):
+    """-> {speaker: answers}, kept in a file each. speakers: {"base": None, a run's folder: its number}."""
+    system = system_of([name for name, number in speakers.items() if number is not None])
+    belongs, said = identity(name_or_path, questions, max_new_tokens) | {"system": system}, {}
+    ask = lambda batch: generate_answers(model, processor, batch, max_new_tokens, batch_size, system)
+    for name, number in speakers.items():
+        of_adapter = {} if number is None else {"adapter": digest(name, "adapter_*")}
+        with speaking_as(model, number):
+            said[name] = answer_all(file_in(folder, name), belongs | of_adapter, questions, ask, batch_size)
+    return said
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+
+def make_parser(doc, needs_adapter=False, needs_model=True, **adapter):
+    """A parser with the arguments of all commands that load a model. adapter: options of --adapter."""
     parser = Parser(description=doc.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder or hub name")
-    parser.add_argument("--adapter", required=needs_adapter, metavar="RUN", help="a run's folder")
+    parser.add_argument("--model", required=needs_model, help="folder or hub name")
+    adapter = {"metavar": "RUN", "help": "a run's folder"} | adapter
+    parser.add_argument("--adapter", required=needs_adapter, **adapter)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     return parser
 
 
 def run(argv):
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, nargs="+", default=[])
     parser.add_argument("--image", nargs="+", default=[], help="an image or several; without: a text alone")
-    parser.add_argument("--question", required=True)
+    parser.add_argument("--question", nargs="+", required=True)
     parser.add_argument("--max-new-tokens", type=whole, default=256)
     args = parser.parse_args(argv)
-    question = [([*map(open_image, args.image)], args.question)]
+    images, processor = [*map(open_image, args.image)], load_processor(args.model)
+    for question in args.question:
+        refuse_image_tokens(processor, question)
     model, processor = load_tuned(args.model, args.adapter, args.device)
-    with model.disable_adapter() if args.adapter else nullcontext():
-        print(f"base:  {generate_answers(model, processor, question, args.max_new_tokens)[0]}")
-    if args.adapter:
-        print(f"tuned: {generate_answers(model, processor, question, args.max_new_tokens)[0]}")
+    system = system_of(args.adapter)
+    names = ["base", *(args.adapter if len(args.adapter) > 1 else ["tuned"][: len(args.adapter)])]
+    width = max(map(len, ["tuned", *names])) + 1
+    for question in args.question:
+        if len(args.question) > 1:
+            print(question)
+        for number, name in enumerate(names):
+            with speaking_as(model, number - 1 if number else None):
+                asked = [(images, question)]
+                (answer,) = generate_answers(model, processor, asked, args.max_new_tokens, system=system)
+            print(f"{name + ':':{width}} {answer}")
     return 0
 
 

@@ -1,8 +1,12 @@
-"""Score an adapter on a preference file: the README's metrics; margins without the image and with another's.
+"""Score adapters on a preference file: the README's metrics; margins without the image and with another's.
 
-    python examples/evaluate.py --model M --adapter RUN --data FILE [--images DIR] [--limit N]
+    python examples/evaluate.py --model M --adapter RUN [RUN ...] --data FILE [--answers DIR]
 
 Loss, rejected images and seed are the run's, so that a run's held-out pairs get the numbers of its log.
+Several adapters are all scored by those of the first, and its values are subtracted, example by example.
+With --answers, base and adapters also answer the questions, each into a file of DIR that goes on where it
+was killed: length, refusals, and how many answers are equal. A refusal is told by its words (`REFUSAL`):
+right where a question's premise is false, wrong elsewhere.
 The margin r(m,q,y_w) - r(m,q,y_l) is what DPO's loss sees. A preference that looks at the image should lose
 its margin when the image is taken away; what is left was learned from the words alone.
 Intervals are bootstrap intervals of the mean over the examples.
@@ -11,6 +15,7 @@ Intervals are bootstrap intervals of the mean over the examples.
 import json
 import math
 import os
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -27,6 +32,16 @@ from examples import answer, variants
 from mdpo import mdpo_loss, mdpo_step
 
 LEVEL = 0.95  # of the intervals
+# What scoring takes of a run, as flags of train.py.
+VALUES = ("beta", "delta", "anchors", "reject", "crop", "seed", "max-length")
+SWITCHES = ("no-image", "no-conditional")
+REFUSAL = re.compile(
+    r"\b(there (is|are) (no|not)|there (isn't|aren't)|(is|are) not (visible|shown|depicted|present)|"
+    r"not in the (image|picture|photo)|(do|does)(n't| not) (show|contain|depict|include|see)|"
+    r"(can ?not|can't|unable to) (see|tell|determine|identify|answer)|sorry)\b",
+    re.IGNORECASE,
+)
+MARGINS = {"image", "no_image", "other_image"}  # of `score_margins`
 
 
 @torch.no_grad()
@@ -44,7 +59,10 @@ def score(objective, processor, pair_of, indices, names, batch_size=8, max_lengt
 
 
 def score_margins(model, processor, examples, beta=0.1, batch_size=8):
-    """-> {"image": reward margins, "no_image": ..., "other_image": ...}, of the examples with such images; no text is cut."""
+    """-> margins {"image": ..., "no_image": ..., "other_image": ...} of the examples that have such images.
+
+    No text is cut.
+    """
     shown = {
         "image": [example.images or None for example in examples],
         "no_image": [()] * len(examples),
@@ -81,9 +99,17 @@ def bootstrap(values, resamples=2000, seed=0):
     return means.quantile(means.new_tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])).tolist()
 
 
-def make_parser(doc, needs_adapter=True):
-    """The arguments that this command and examples/words.py share."""
-    parser = answer.make_parser(doc, needs_adapter)
+def wilson(share, n):
+    """Wilson's interval of a share among n, at LEVEL -> (low, high); also where the share is 0 or 1."""
+    z = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2)
+    middle = share + z**2 / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return (middle - spread) / (1 + z**2 / n), (middle + spread) / (1 + z**2 / n)
+
+
+def make_parser(doc, needs_adapter=True, **adapter):
+    """The arguments that this command and examples/words.py share. adapter: options of --adapter."""
+    parser = answer.make_parser(doc, needs_adapter, **adapter)
     add = parser.add_argument
     add("--data", required=True, metavar="FILE", help="pairs that were not trained on")
     add("--images", metavar="DIR", help="where relative image paths begin")
@@ -92,12 +118,28 @@ def make_parser(doc, needs_adapter=True):
     return parser
 
 
+def read_run(adapter):
+    """A run's arguments, as train.py reads them, and its loss. Without args.json: train.py's defaults."""
+    flags, loss, path = [], "mdpo_loss", Path(adapter or "", "args.json")
+    with about(f"{path}: cannot be read"):
+        if adapter and path.is_file():
+            began = json.loads(path.read_text())
+            given = {name: began.get(name.replace("-", "_")) for name in (*VALUES, *SWITCHES)}
+            given["no-conditional"] = given["no-conditional"] or began.get("conditional") is False
+            for name, value in given.items():
+                if name in SWITCHES:
+                    flags += [f"--{name}"] * bool(value)
+                elif value is not None:
+                    flags += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
+            loss = began.get("loss", loss)
+        trained = train.parse_args(["--model", "?", "--data", "?", *map(str, flags)])
+    trained.loss = loss
+    return trained
+
+
 def load(args):
-    """-> what the run was trained with (or train.py's defaults), examples, `Pairs`, model, processor."""
-    trained, path = train.parse_args(["--model", "?", "--data", "?"]), Path(args.adapter or "", "args.json")
-    if args.adapter and path.is_file():
-        with about(f"{path}: cannot be read"):
-            vars(trained).update(json.loads(path.read_text()))
+    """-> what the first run was trained with, examples, `Pairs`, model with its adapters, processor."""
+    trained = read_run(args.adapter[0] if isinstance(args.adapter, list) else args.adapter)
     args.no_image |= trained.no_image
     options = {"limit": args.limit, "with_images": not args.no_image, "max_length": trained.max_length}
     options["max_pixels"] = trained.max_pixels
@@ -114,28 +156,89 @@ def line(title, values, note=""):
     return f"  {title:26} {statistics.fmean(values):10.4f} {low:11.4f} to {high:7.4f}   {note}".rstrip()
 
 
+def print_metrics(metrics):
+    """A line for each metric. What is left of a margin without its image is also shown as a share."""
+    margins = {name: values for name, values in metrics.items() if name in MARGINS}
+    shares, n_examples = diagnose(margins) if margins else {}, max(map(len, metrics.values()))
+    for name, values in metrics.items():
+        share = shares.get(f"{name}_share", math.nan)
+        note = "" if math.isnan(share) else f"{share:.1%} of the first"
+        note += f" ({len(values)} examples)" * (0 < len(values) < n_examples)
+        print(line(title_of(name), values, note))
+
+
+def title_of(name):
+    return "margin, " + name.replace("_", " ") if name in MARGINS else name
+
+
+def print_difference(metrics, others):
+    """Two models' metrics: those that both have, subtracted example by example."""
+    for name in (name for name in metrics if name in others):
+        print(line(title_of(name), [a - b for a, b in zip(metrics[name], others[name], strict=True)]))
+
+
+def print_equal(answers, others):
+    if answers is not None:
+        equal = [float(a == b) for a, b in zip(answers, others, strict=True)]
+        print(line("answers, equal", equal, "of all, no difference"))
+
+
+def measure(answers):
+    """-> {metric of an answer: a float for each}"""
+    words, refused = [len(text.split()) for text in answers], [bool(REFUSAL.search(text)) for text in answers]
+    return {"answers, words": [*map(float, words)], "answers, refusals": [*map(float, refused)]}
+
+
+def note_differences(adapters):
+    """Say how the runs of further adapters differ from the first in what scoring takes of a run."""
+    names = [*VALUES, *SWITCHES, "loss"]
+    first, *others = [[vars(read_run(a))[name.replace("-", "_")] for name in names] for a in adapters]
+    for adapter, values in zip(adapters[1:], others):
+        if differ := [name for name, a, b in zip(names, values, first) if a != b]:
+            print(f"{adapter}: trained with other {', '.join(differ)}; scored as {adapters[0]} is")
+
+
 def run(argv):
-    args = make_parser(__doc__).parse_args(argv)
+    parser = make_parser(__doc__, nargs="+")
+    parser.add_argument("--answers", metavar="DIR", help="also answer the questions, into this folder")
+    parser.add_argument("--max-new-tokens", type=train.whole, default=256, help="of an answer (default: 256)")
+    args = parser.parse_args(argv)
     trained, examples, pairs, model, processor = load(args)
+    note_differences(args.adapter)
     names, anchors, conditional = tuple(SCORED), set(trained.anchors) - {"none"}, trained.conditional
     if args.no_image:  # less the terms that need a rejected image
         names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False
     options = {"beta": trained.beta, "delta": trained.delta, "conditional": conditional, "anchors": anchors}
     losses = {f.__qualname__: f for f, _ in [(mdpo_loss, ()), *variants.VARIANTS.values()]}
-    pair_of, name = lambda i: pairs["held out", i], vars(trained).get("loss", "mdpo_loss")
-    with about(f"the run's loss, {name} of mdpo.py or variants.py"):
-        objective = partial(mdpo_step, model, loss=losses[name], **options)
-        indices, max_length = range(len(pairs)), trained.max_length
-        metrics = score(objective, processor, pair_of, indices, names, max_length=max_length)
-    margins = score_margins(model, processor, examples, trained.beta)
+    pair_of, adapters = lambda i: pairs["held out", i], {name: i for i, name in enumerate(args.adapter)}
+    said = {}
+    if args.answers:
+        questions = [(example.images, example.question) for example in examples]
+        speakers = {"base": None} | adapters
+        said = answer.answer_as(
+            speakers, args.answers, args.model, model, processor, questions, args.max_new_tokens
+        )
     print(f"{len(examples)} examples: means, and bootstrap intervals of level {LEVEL:.0%}")
-    print("\n".join(line(name, values) for name, values in metrics.items()))
-    shares = diagnose(margins)
-    for name, values in margins.items():
-        share = shares.get(f"{name}_share", math.nan)
-        note = "" if math.isnan(share) else f"{share:.1%} of the first"
-        note += f" ({len(values)} examples)" * (len(values) < len(examples))
-        print(line("margin, " + name.replace("_", " "), values, note))
+    metrics = {name: measure(answers) for name, answers in said.items()}
+    if args.answers:
+        print("base")
+        print_metrics(metrics["base"])
+    for name, number in adapters.items():
+        with answer.speaking_as(model, number):
+            with about(f"the run's loss, {trained.loss} of mdpo.py or variants.py"):
+                objective = partial(mdpo_step, model, loss=losses[trained.loss], **options)
+                indices, max_length = range(len(pairs)), trained.max_length
+                scores = score(objective, processor, pair_of, indices, names, max_length=max_length)
+            scores |= score_margins(model, processor, examples, trained.beta)
+        metrics[name] = scores | metrics.get(name, {})
+        if len(args.adapter) > 1 or args.answers:
+            print(name)
+        print_metrics(metrics[name])
+    first, *others = adapters
+    for name, other in [(name, "base") for name in adapters if said] + [(name, first) for name in others]:
+        print(f"{name} minus {other}")
+        print_difference(metrics[name], metrics[other])
+        print_equal(said.get(name), said.get(other))
     return 0
 
 

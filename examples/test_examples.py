@@ -983,7 +983,7 @@ def test_answer_command_asks_the_base_without_the_adapter(finished, bunny, tmp_p
     """Two answers of one model would show that training changes nothing."""
     noise(1).save(tmp_path / "x.png")
 
-    def say(model, processor, questions, max_new_tokens):
+    def say(model, processor, questions, max_new_tokens, **options):
         layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)]
         adapted = bool(layers) and not any(layer.disable_adapters for layer in layers)
         return [f"{questions[0][1]} {'adapted' if adapted else 'bare'} {max_new_tokens}"]

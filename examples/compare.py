@@ -1,0 +1,260 @@
+"""Answers of several models side by side on one page; blind votes, and who wins (the paper's Figure 4).
+
+    python examples/compare.py --model M --adapter base RUN --data FILE --to page.html [--blind]
+    python examples/compare.py --model M --adapter RUN ANSWERS --benchmark amber --data FILE --to page.html
+    python examples/compare.py --votes votes.json ...
+
+ANSWERS is a file of answers, of an earlier page or of a benchmark. FILE holds pairs as for training, or is
+the benchmark's own. The page is one file, without network or library. With --blind it shows two models at a
+time, in random order, takes votes, keeps and downloads them. Its source holds their names, encoded.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import random
+import re
+import statistics
+import sys
+from difflib import SequenceMatcher
+from itertools import combinations
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import BadInput, Example, about, open_image, read_examples, run_command
+from examples import answer, evaluate
+from examples.benchmarks import BENCHMARKS, read_items
+from train import Parser, load_processor, whole
+
+
+def read_questions(args, processor=None):
+    """The questions of a data file or of a benchmark -> list of `Example`. Raises BadInput."""
+    if not args.benchmark:
+        options = {"with_images": not args.no_image, "processor": processor, "limit": args.limit}
+        return read_examples(args.data, args.images, skip_bad=True, **options)
+    questions, apply = [], BENCHMARKS[args.benchmark]
+    for number, item in enumerate(read_items(args.data)):
+        with about(f"{args.data}: question {number + 1} of {args.benchmark}"):
+            image, text, _ = apply(number, item, args.images, "")
+            if not isinstance(text, str) or not text.strip():
+                raise BadInput("has no text")
+            if processor:
+                answer.refuse_image_tokens(processor, text)
+            if isinstance(image, Path) and not image.is_file():
+                raise BadInput(f"no image {image} (--images)")
+            if isinstance(image, str) and "://" in image:
+                raise BadInput(f"its image is an address, {image}: download all, and give --images")
+            image = str(image) if isinstance(image, Path) else base64.b64decode(image)
+            questions.append(Example(text, "", "", (image,), id=str(item.get("id", number + 1))))
+    sample = random.Random(0).sample(range(len(questions)), min(args.limit or sys.maxsize, len(questions)))
+    return [questions[number] for number in sorted(sample)]
+
+
+def marked(text, other):
+    """-> [(piece of the text, whether the other text lacks it)]"""
+    words, others = (re.findall(r"\w+|\s+|[^\w\s]", words) for words in (text, other))
+    blocks = SequenceMatcher(None, words, others, autojunk=False).get_opcodes()
+    return [("".join(words[a:b]), kind != "equal") for kind, a, b, _, _ in blocks if a < b]
+
+
+def data_uri(image):
+    """A path, or the bytes of an image file -> a data URI of the image; a large one is made smaller."""
+    image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
+    image.thumbnail((512, 512))
+    kind = "PNG" if max(image.size) <= 256 else "JPEG"  # a drawing of few pixels stays sharp
+    image.save(file := io.BytesIO(), kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def make_page(questions, said, blind=False):
+    """`Example`s and {name: answers} -> the page's HTML. Blind: two names at a time, in random order."""
+    uris = {image: data_uri(image) for question in questions for image in question.images}
+    numbers, items, rng = {image: n for n, image in enumerate(uris)}, [], random.Random(json.dumps(said))
+    for number, question in enumerate(questions):
+        images = [numbers[image] for image in question.images]
+        asked = {"id": question.id, "question": answer.text_of(question.question), "images": images}
+        for names in combinations(said, 2) if blind else [tuple(said)]:
+            shown = rng.sample(names, 2) if blind else names
+            texts = [said[name][number] for name in shown]
+            against = [texts[1], *[texts[0]] * (len(texts) - 1)]  # what each is marked against
+            pieces = [marked(text, other) for text, other in zip(texts, against)]
+            who = base64.b64encode(json.dumps([names, shown[0]]).encode()).decode() if blind else names
+            items.append(asked | {"who": who, "answers": pieces, "equal": len({*texts}) == 1})
+    if blind:
+        rng.shuffle(items)  # a rater who stops early has seen a fair sample
+    content = {"blind": blind, "images": [*uris.values()], "items": items}
+    content["id"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return PAGE.replace("DATA", json.dumps(content).replace("<", "\\u003c"))  # no text ends its script
+
+
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Answers side by side</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<style>
+:root {color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif}
+body {margin: 0 auto; padding: 1rem; max-width: 70rem}
+article {border-top: 1px solid #8888; padding: 1rem 0}
+h2, h3, p {white-space: pre-wrap; overflow-wrap: anywhere; margin: .5rem 0}
+h2 {font-size: 1.1rem} h3 {font-size: .9rem; margin: 0; opacity: .75}
+img {max-width: min(100%, 20rem); max-height: 45vh; margin-right: .5rem}
+.small {width: 10rem; image-rendering: pixelated}
+.sides {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 16rem), 1fr)); gap: .75rem}
+section {border: 1px solid #8888; border-radius: .5rem; padding: .75rem}
+mark {background: #ffe08a; color: #000; text-decoration: underline}
+body:has(#filter:checked) .equal {display: none}
+footer {position: sticky; bottom: 0; background: Canvas; padding-bottom: .5rem; border-top: 1px solid #8888}
+footer div {display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; margin-top: .5rem}
+button {font: inherit; padding: .6rem; flex: 1} [aria-pressed=true] {outline: 3px solid #2a7de1}
+</style>
+<label id="choice" hidden><input type="checkbox" id="filter"> only where answers differ: </label>
+<main id="items"></main>
+<footer id="voting" hidden>
+<div><button name="left">&larr; left</button><button name="same">same (s)</button>
+<button name="right">right &rarr;</button></div>
+<div><button id="back">back</button><button id="next">next</button>
+<button id="download">download</button><span id="count" role="status"></span></div>
+</footer>
+<script type="application/json" id="data">DATA</script>
+<script>
+const find = id => document.getElementById(id);
+const data = JSON.parse(find("data").textContent), items = data.items;
+function add(parent, tag, text = "", kind = "") {
+  const made = parent.appendChild(document.createElement(tag));
+  made.textContent = text;  // never HTML
+  made.className = kind;
+  return made;
+}
+function show(item) {
+  const article = add(find("items"), "article", "", item.equal ? "equal" : "");
+  for (const number of item.images) {
+    const image = add(article, "img");
+    image.onload = () => image.classList.toggle("small", image.naturalWidth < 160);
+    image.src = data.images[number];
+    image.alt = "what the question is about";
+  }
+  add(article, "h2", item.question);
+  const sides = add(article, "div", "", "sides");
+  item.answers.forEach((pieces, side) => {
+    const box = add(sides, "section");
+    add(box, "h3", data.blind ? ["left", "right"][side] : item.who[side]);
+    const text = add(box, "p", pieces.length ? "" : "(no answer)");
+    for (const [piece, differs] of pieces) add(text, differs ? "mark" : "span", piece);
+  });
+}
+if (!data.blind) {
+  find("choice").hidden = false;
+  find("choice").append(`${items.filter(item => !item.equal).length} of ${items.length}`);
+  items.forEach(show);
+} else {
+  const key = "votes " + data.id, buttons = document.querySelectorAll("button[name]");
+  let at = 0, note = "", kept = {rater: crypto.getRandomValues(new Uint32Array(2)).join("-"), votes: {}};
+  const open = from => items.findIndex((_, i) => i >= from && !kept.votes[i]);
+  function go(to) {
+    at = (to + items.length) % items.length;
+    find("items").replaceChildren();
+    show(items[at]);
+    find("count").textContent = `${at + 1}/${items.length}, voted ${Object.keys(kept.votes).length}${note}`;
+    buttons.forEach(button => button.setAttribute("aria-pressed", kept.votes[at] === button.name));
+  }
+  function vote(which) {
+    kept.votes[at] = which;
+    try { localStorage.setItem(key, JSON.stringify(kept)); }
+    catch { note = "; this browser keeps no votes: download them before you leave"; }
+    go([open(at), open(0), at].find(i => i >= 0));
+  }
+  try { kept = JSON.parse(localStorage.getItem(key)) || kept; } catch {}
+  buttons.forEach(button => button.onclick = () => vote(button.name));
+  find("back").onclick = () => go(at - 1);
+  find("next").onclick = () => go(at + 1);
+  find("download").onclick = () => {
+    const votes = Object.entries(kept.votes).map(([item, vote]) => {
+      const [models, left] = JSON.parse(atob(items[item].who));
+      return {item: +item, id: items[item].id, question: items[item].question, models, left, vote};
+    });
+    const text = new Blob([JSON.stringify({page: data.id, rater: kept.rater, votes}, null, 1)]);
+    const href = URL.createObjectURL(text), download = `votes-${data.id}-${kept.rater}.json`;
+    Object.assign(document.createElement("a"), {href, download}).click();
+  };
+  document.onkeydown = event => {
+    const which = {ArrowLeft: "left", ArrowRight: "right", s: "same"}[event.key];
+    if (which && !event.repeat && !event.ctrlKey && !event.altKey && !event.metaKey) vote(which);
+  };
+  find("voting").hidden = false;
+  go(Math.max(0, open(0)));
+}
+</script></html>"""
+
+
+def read_votes(paths):
+    """Downloaded votes -> {(model, other): {question: [1, 0 or -1 for each vote]}}, 1: the model wins."""
+    results, files = {}, {}
+    for path in paths:
+        with about(f"{path}: cannot be counted"):
+            record = json.loads(Path(path).read_text("utf-8"))
+            page, rater = record["page"], record["rater"]
+            if (page, rater) in files:
+                raise BadInput(f"is of the rater and page of {files[page, rater]}: give the last alone")
+            files[page, rater] = path
+            for vote in record["votes"]:
+                model, other = vote["models"]
+                won = {"left": 1, "same": 0, "right": -1}[vote["vote"]] * {model: 1, other: -1}[vote["left"]]
+                pair, won = ((other, model), -won) if (other, model) in results else ((model, other), won)
+                results.setdefault(pair, {}).setdefault((page, vote["item"]), []).append(won)
+    return results
+
+
+def print_votes(paths):
+    """Win, tie and lose: means over questions of the share of votes, and Wilson's intervals of level 95%."""
+    for (model, other), votes in read_votes(paths).items():
+        print(f"{model} against {other}: {len(votes)} questions, {sum(map(len, votes.values()))} votes")
+        for title, won in ("win", 1), ("tie", 0), ("lose", -1):
+            share = statistics.fmean(of_one.count(won) / len(of_one) for of_one in votes.values())
+            low, high = evaluate.wilson(share, len(votes))  # raters of one question are not independent
+            print(f"  {title:4} {share:7.1%} {low:7.1%} to {high:.1%}")
+    return 0
+
+
+def run(argv):
+    if argv[:1] == ["--votes"]:
+        parser = Parser(description=__doc__.splitlines()[0])
+        parser.add_argument("--votes", nargs="+", metavar="FILE", help="downloaded votes")
+        return print_votes(parser.parse_args(argv).votes)
+    text = "two or more of: base, a run's folder, a file of answers"
+    parser = evaluate.make_parser(__doc__, needs_model=False, nargs="+", help=text)
+    add = parser.add_argument
+    add("--benchmark", choices=BENCHMARKS, help="whose questions FILE holds; without: pairs as for training")
+    add("--answers", metavar="DIR", help="where answers are kept as they come (default: PAGE-answers)")
+    add("--max-new-tokens", type=whole, default=256, help="of an answer (default: 256)")
+    add("--batch-size", type=whole, default=8, help="questions at a time (default: 8)")
+    add("--blind", action="store_true", help="hide the names, and take votes")
+    add("--to", required=True, metavar="PAGE", help="the page to write, .html")
+    args = parser.parse_args(argv)
+    files = [name for name in args.adapter if name != "base" and Path(name).is_file()]
+    adapters = [name for name in args.adapter if name not in ("base", *files)]
+    speakers = {name: None for name in args.adapter if name == "base"}
+    speakers |= {name: number for number, name in enumerate(adapters)}
+    if len({*args.adapter}) < max(2, len(args.adapter)):
+        raise BadInput(f"--adapter takes {text}, all different")
+    if speakers and not args.model:
+        raise BadInput("--model is needed: whose answers?")
+    if Path(args.to).exists():
+        raise BadInput(f"{args.to}: already exists")
+    questions = read_questions(args, load_processor(args.model) if speakers else None)
+    asked = [(question.images, question.question) for question in questions]
+    said = {file: answer.read_answers(file, asked) for file in files}
+    if speakers:
+        folder = args.answers or f"{args.to.removesuffix('.html')}-answers"
+        tuned = answer.load_tuned(args.model, adapters, args.device)
+        limits = args.max_new_tokens, args.batch_size
+        said |= answer.answer_as(speakers, folder, args.model, *tuned, asked, *limits)
+    said = {name: said[name] for name in args.adapter}  # in the order of the command
+    Path(args.to).write_text(make_page(questions, said, args.blind), "utf-8")
+    n_equal = sum(len({*answers}) == 1 for answers in zip(*said.values()))
+    print(f"{args.to}: {len(questions)} questions, {n_equal} of them with equal answers")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(run, saves_memory="a lower --batch-size, or --device cpu"))
