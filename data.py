@@ -252,7 +252,7 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
     shape = inputs["input_ids"].shape
     for name, values in inputs.items():
         if values.shape[:2] == shape:  # the prompts', and 0 for a response: the type of text
-            if values.ndim > 2:  # such as Mllama's cross-attention mask
+            if values.ndim > 2 or name == "labels":  # as of Mllama's cross-attention, of PaliGemma
                 raise BadInput(f"its processor returns {name}, which a response cannot extend")
             values = F.pad(values, (0, labels.shape[1] - shape[1]))
             inputs[name] = values[[owners.index(n) for n in owner]] * is_prompt
@@ -301,6 +301,9 @@ def tokenize(processor, pair):
         wholes[name] = whole[:n_before] + response + end
     prompt = before.rstrip(" ")  # tabs are not stripped: they are Bunny's image token
     prompt_ids, *whole_ids = (processor.tokenizer(text).input_ids for text in (prompt, *wholes.values()))
+    for ids, whole in zip(whole_ids, wholes.values()):
+        if ids[-1] == processor.tokenizer.eos_token_id and (ids[-1] == ids[-2] or not whole.endswith(eos)):
+            raise BadInput("the tokenizer adds an end-of-sequence: set its add_eos_token to false")
     n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of texts
     return Tokens(prompt, wholes, {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)})
 

@@ -647,6 +647,8 @@ def load_processor(name_or_path):
             processor = transformers.AutoProcessor.from_pretrained(name_or_path, **options)
             if getattr(processor, "image_token", None) is None:
                 raise BadInput("its processor has no image token: not a model of images and text")
+            if getattr(processor, "patch_size", 0) is None:
+                raise BadInput("its processor has no patch_size: write it into processor_config.json")
             # By default the library takes another one if torchvision is there, and pixels would differ.
             processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 name_or_path, backend="pil", **options
@@ -668,7 +670,12 @@ def save_processor(processor, folder):
 
 
 def read_config(name_or_path):
-    return transformers.PreTrainedConfig.get_config_dict(name_or_path)[0]
+    if os.path.exists(Path(name_or_path, "adapter_config.json")):
+        raise BadInput("is an adapter: merge it first, by python examples/merge.py")
+    config = transformers.PreTrainedConfig.get_config_dict(name_or_path)[0]
+    if "auto_map" in config and not (is_bunny(config) or config["model_type"] in transformers.CONFIG_MAPPING):
+        raise BadInput("needs code of its own, which is not run here: only models that transformers knows are")
+    return config
 
 
 def best_device():

@@ -1,8 +1,10 @@
 """What is trained is what was meant: records that nobody can mean are refused, and the rest is shown and counted."""
 
 import itertools
+import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -375,3 +377,63 @@ def test_image_tokens_of_each_family_in_a_text_are_bad(name, folder, tmp_path):
             record = authors(prompt="What?") | {field: f"Is {token}{token} it?"}
             if field != "prompt" or token != "<image>":  # which stands for images there
                 assert f"'{field}' holds" in refusal(folder, record, processor=processor)
+
+
+# --------------------------------------------------------------------------------------------------------- models
+
+
+def without_patch_size(folder, to):
+    shutil.copytree(folder, to)
+    config = json.loads((to / "processor_config.json").read_text())
+    write(to / "processor_config.json", config | {"patch_size": None})
+    return to
+
+
+def text_file(folder, name, content):
+    folder.mkdir()
+    write(folder / name, content)
+    return folder
+
+
+MODELS = {  # what the line must say: a folder, given that of a LLaVA and a new one
+    "is an adapter: merge it first, by python examples/merge.py": lambda m, t: text_file(
+        t, "adapter_config.json", {"peft_type": "LORA"}),
+    "needs code of its own, which is not run here": lambda m, t: text_file(
+        t, "config.json", {"model_type": "weird_vl", "auto_map": {"AutoConfig": "conf.W"}}),
+    "its processor has no patch_size": without_patch_size,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", MODELS)
+def test_models_that_cannot_be_used_are_named_with_what_to_do(reason, llava, tmp_path):
+    """The library speaks of missing keys, of an argument that does not exist here, or of NoneType."""
+    with pytest.raises(BadInput, match=reason):
+        train.load_processor(str(MODELS[reason](llava, tmp_path / "model")))
+
+
+class Labelling:
+    """A processor that returns labels, as PaliGemma's does."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __getattr__(self, name):
+        return getattr(self.processor, name)
+
+    def __call__(self, **options):
+        encoded = self.processor(**options)
+        return encoded | {"labels": encoded["input_ids"]}
+
+
+def test_a_processor_that_returns_labels_is_refused(llava):
+    """They would reach the model, which would compute a loss of its own."""
+    with pytest.raises(BadInput, match="its processor returns labels"):
+        make_batch([pair("Which?", "No.", "Yes.", noise(1), noise(2))], Labelling(train.load_processor(str(llava))))
+
+
+def test_a_tokenizer_that_adds_an_end_is_refused(llava):
+    """Two ends would be scored, the second after the answer is over."""
+    processor = train.load_processor(str(llava))
+    processor.tokenizer.add_eos_token = True
+    with pytest.raises(BadInput, match="adds an end-of-sequence"):
+        make_batch([pair("Which?", "No.", "Yes.", noise(1), noise(2))], processor)
