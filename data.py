@@ -238,13 +238,9 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
     lengths = dict(zip(owners, inputs["attention_mask"].sum(1).tolist()))
     starts = [lengths[n] - len(responses[n]) for n in owner]  # of each row's response
     for i, text in enumerate(texts):
-        longest = max(starts[i :: len(pairs)])
-        if not 0 < longest < max_length:
-            raise BadInput(f"prompt of {longest} tokens, --max-length {max_length}: no room for a response")
-        if len({tuple(ids[: max_length - longest]) for ids in text.responses.values()}) == 1:
-            raise BadInput(f"'chosen' and 'rejected' are equal in the tokens of --max-length {max_length}")
+        room = room_for(text.responses.values(), max(starts[i :: len(pairs)]), max_length)
         for n in range(i, len(rows), len(pairs)):
-            responses[n] = responses[n][: max_length - longest]
+            responses[n] = responses[n][:room]
 
     labels = [torch.tensor([-100] * start + response) for start, response in zip(starts, responses)]
     labels = pad_sequence(labels, batch_first=True, padding_value=-100)
@@ -260,6 +256,16 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
     inputs["input_ids"] = inputs["input_ids"].where(is_prompt, of_response)
     inputs["attention_mask"] = (is_prompt | (labels >= 0)).long()
     return Batch(inputs, labels, owner, names, [pair.key for pair in pairs], [pair.id for pair in pairs])
+
+
+def room_for(responses, n_prompt, max_length):
+    """How many tokens of the responses to the longest of a pair's prompts are kept. Raises BadInput."""
+    if not 0 < n_prompt < max_length:
+        raise BadInput(f"prompt of {n_prompt} tokens, --max-length {max_length}: no room for a response")
+    chosen, rejected = (ids[: max_length - n_prompt] for ids in responses)
+    if chosen == rejected:
+        raise BadInput(f"'chosen' and 'rejected' are equal in the tokens of --max-length {max_length}")
+    return max_length - n_prompt
 
 
 class Tokens(NamedTuple):
@@ -300,7 +306,7 @@ def tokenize(processor, pair):
             raise BadInput(f"'{name}' is empty before its end-of-sequence")
         wholes[name] = whole[:n_before] + response + end
     prompt = before.rstrip(" ")  # tabs are not stripped: they are Bunny's image token
-    prompt_ids, *whole_ids = (processor.tokenizer(text).input_ids for text in (prompt, *wholes.values()))
+    prompt_ids, *whole_ids = processor.tokenizer([prompt, *wholes.values()]).input_ids
     for ids, whole in zip(whole_ids, wholes.values()):
         if ids[-1] == processor.tokenizer.eos_token_id and (ids[-1] == ids[-2] or not whole.endswith(eos)):
             raise BadInput("the tokenizer adds an end-of-sequence: set its add_eos_token to false")
@@ -430,10 +436,12 @@ def check_example(processor, max_length, max_pixels, example):
     pair = example._replace(images=images, images_rejected=images_rejected)
     names = tuple(SCORED) if images_rejected else tuple(SCORED)[:2]  # a drawn one is as large as the image
     with ONE_AT_A_TIME:  # threads would share the tokenizer's padding
-        labels = make_batch([pair], processor, names, max_length, share=True).labels
-        responses = tokenize(processor, pair).responses.values()
+        labels = make_batch([pair], processor, names, sys.maxsize, share=True).labels
+    n_prompt = (labels >= 0).int().argmax(1).max().item()
+    responses = [row[row >= 0].tolist() for row in labels[:2]]
+    room_for(responses, n_prompt, max_length)
     n_ended = sum(processor.tokenizer.eos_token in text for text in (pair.chosen, pair.rejected))
-    return (labels >= 0).int().argmax(1).max().item(), [*map(len, responses)], n_ended
+    return n_prompt, [*map(len, responses)], n_ended
 
 
 def speaks_vicuna(processor):
