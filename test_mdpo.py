@@ -4353,7 +4353,7 @@ def test_readme_loss_is_the_loss():
     exec(code, scope)
     assert len(code.splitlines()) == 8
     for options in ({}, {"beta": 0.5, "delta": 0.25}):
-        assert torch.allclose(scope["mdpo"](POLICY, REF, **options), mdpo_loss(POLICY, REF, **options)[0])
+        assert torch.allclose(scope["mdpo_loss"](POLICY, REF, **options), mdpo_loss(POLICY, REF, **options)[0])
 
 
 def test_readme_table_points_at_code_that_is_there():

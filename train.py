@@ -68,27 +68,20 @@ def main(argv=None, loss=mdpo_loss):
 
 def run(args, loss):
     """One run, from its arguments to the saved adapter -> exit status."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise BadInput("train.py is one process; for many GPUs: torchrun examples/trl_mdpo.py")
-    print(f"reading and checking {args.data}")
     processor = load_processor(args.model)
     pairs, held_out = read_pairs(args, processor)
-    print(f"loading {args.model}")
     model = load_policy(args, processor, [pairs[i] for i in range(len(pairs))[:2]])
     objective = partial(mdpo_step, model, loss=loss, beta=args.beta, delta=args.delta,
                         conditional=args.conditional, anchors={*args.anchors} - {"none"})  # fmt: skip
     plan = plan_steps(len(pairs), args.batch_size, args.micro_batch_size, args.epochs, args.seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": parameters, "initial_lr": args.lr}]
-    optimizer = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay,
-                                  fused=parameters[0].is_cuda)  # fmt: skip
+    optimizer = make_optimizer(model, args)
     out, shared, records = open_run(args, pairs.examples, model, loss, optimizer)
     done = records[-1]["step"] if records else 0
     warmup = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # a single step trains, too
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, len(plan), last_epoch=done - 1)
     save = partial(save_checkpoint, out, args, shared, records, model, processor, optimizer)
-    print(f"training {sum(map(torch.numel, parameters)):,} parameters on {len(pairs)} examples, "
-          f"{len(held_out)} held out, for {len(plan)} steps of {args.batch_size} -> {out}")  # fmt: skip
+    print(f"training on {len(pairs)} examples, {len(held_out)} held out, for {len(plan)} steps of "
+          f"{args.batch_size} -> {out}")  # fmt: skip
     if held_out and not records:
         log(out, records, {"step": 0, **evaluate(objective, held_out, processor, args)})
 
@@ -124,6 +117,15 @@ def run(args, loss):
 
 
 # --------------------------------------------------------------------------------------------------- training
+
+
+def make_optimizer(model, args):
+    """AdamW on the adapter alone."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    print(f"training {sum(map(torch.numel, parameters)):,} parameters")
+    groups = [{"params": parameters, "initial_lr": args.lr}]  # of the schedule's peak, also when resumed
+    on_cuda = parameters[0].is_cuda
+    return torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay, fused=on_cuda)
 
 
 def train(objective, plan, batches, optimizer, schedule, args):
@@ -260,6 +262,7 @@ def ignore_signals(worker_id):
 
 def read_pairs(args, processor):
     """-> the `Pairs` to train on, and those held out, which share no image with them. Raises BadInput."""
+    print(f"reading and checking {args.data}")
     read = partial(
         read_examples,
         image_dir=args.images,
@@ -305,6 +308,9 @@ def hold_out(examples, n, seed):
 
 def load_policy(args, processor, first):
     """-> the model with its adapter. Sets args.layout, tried on the first pairs."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise BadInput("train.py is one process; for many GPUs: torchrun examples/trl_mdpo.py")
+    print(f"loading {args.model}")
     model = load_model(args.model, args.device or best_device())[0]
     if not args.device and model.device.type == "cpu" and model.num_parameters() > 500e6:
         raise BadInput("no GPU was found, and a CPU would take weeks; --device cpu takes it all the same")
@@ -674,7 +680,9 @@ def read_config(name_or_path):
         raise BadInput("is an adapter: merge it first, by python examples/merge.py")
     config = transformers.PreTrainedConfig.get_config_dict(name_or_path)[0]
     if "auto_map" in config and not (is_bunny(config) or config["model_type"] in transformers.CONFIG_MAPPING):
-        raise BadInput("needs code of its own, which is not run here: only models that transformers knows are")
+        raise BadInput(
+            "needs code of its own, which is not run here: only models that transformers knows are"
+        )
     return config
 
 

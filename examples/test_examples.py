@@ -92,40 +92,40 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys, short_demo):
     assert "loss/conditional" in capsys.readouterr().out
 
 
-def test_demo_table_says_before_of_the_base_and_after_of_the_tuned_model(tmp_path, monkeypatch):
-    """The first numbers that a user reads. The base's answers are babble (malformed 1), the tuned model's are
-    right but for the first picture, about which it babbles, too; so the first picture with a changed answer
-    is the second."""
-    exam = shapes.make_exam(3, 0)
-    base_is_asked = []
+def test_demo_table_says_of_each_model_what_it_answers(tmp_path, monkeypatch):
+    """The first numbers that a user reads. The base babbles (malformed 1). The first adapter is right but for the
+    first two pictures, about which it babbles; the second but for the first. So the picture that is shown is the
+    second, of five questions each."""
+    exam, asked_as = shapes.make_exam(3, 0), []
 
     @contextlib.contextmanager
-    def disable_adapter():
-        base_is_asked.append(True)
+    def speaking_as(model, number):
+        asked_as.append(number)
         yield
-        base_is_asked.pop()
 
     def answers(model, processor, questions, **options):
         right = [shapes.answer_text(q, shapes.claims_of(scene, q), False) for scene, _, q in exam]
-        return ["babble"] * 15 if base_is_asked else ["babble"] * 5 + right[5:]
+        n_babble = {None: 15, 0: 10, 1: 5}[asked_as[-1]]
+        return ["babble"] * n_babble + right[n_babble:]
 
+    monkeypatch.setattr(demo, "speaking_as", speaking_as)
     monkeypatch.setattr(demo, "generate_answers", answers)
-    text = demo.report(SimpleNamespace(disable_adapter=disable_adapter), None, tmp_path, n_scenes=3)
-    columns = {line.split()[0]: line.split()[1:] for line in text.splitlines()[1:7]}
-    assert columns["malformed"] == columns["hallucination_rate"] == ["1.000", "0.333"]
-    assert columns["false_premise"] == ["0.000", "0.667"] and text.startswith("15 held-out questions")
+    text = demo.report(None, None, tmp_path, ("DPO", "mDPO"), n_scenes=3)
+    columns = {line.split()[0]: line.split()[1:4] for line in text.splitlines()[1:7]}
+    assert columns["malformed"] == columns["hallucination_rate"] == ["1.000", "0.667", "0.333"]
+    assert columns["false_premise"] == ["0.000", "0.333", "0.667"]
+    assert text.splitlines()[0].split() == ["15", "held-out", "questions", "before", "DPO", "mDPO"]
     assert Image.open(tmp_path / "picture.png").tobytes() == exam[5][1].resize((256, 256)).tobytes()
     shown = [line.split(" before: ")[0].strip() for line in text.splitlines() if " before: " in line]
-    assert (
-        shown == [shapes.question_text(exam[i][2]) for i in (5, 7, 9)] and text.count("before: babble") == 3
-    )
+    assert shown == [shapes.question_text(exam[i][2]) for i in (5, 7, 9)]
+    assert text.count("before:  babble") == text.count("DPO:     babble") - 0 == 3 and "mDPO:    babble" not in text
 
 
 def test_demo_says_how_many_pictures_it_draws(monkeypatch):
     """The README and the demo's own text name a number."""
     drawn = []
     monkeypatch.setattr(shapes, "write_pairs", lambda folder, n, seed: drawn.append(n))
-    monkeypatch.setattr(train, "main", lambda argv: 1)
+    monkeypatch.setattr(train, "main", lambda argv, loss: 1)
     assert demo.main(["--demo"]) == 1
     assert f"This draws {drawn[0]} small pictures" in README and f", {drawn[0]} pairs" in demo.__doc__
 
