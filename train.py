@@ -337,7 +337,6 @@ def open_run(args, examples, model, loss, optimizer):
     records = load_checkpoint(Path(args.out), shared, model, optimizer) if args.resume else []
     with about(f"{args.out or 'runs'}: cannot be written to"):
         if args.out:
-            args.out.encode()  # safetensors takes no other names
             os.makedirs(args.out, exist_ok=True)
         args.out = args.out or new_folder(f"runs/{Path(args.model).name}-{Path(args.data).stem}")
     for left_by_a_kill in Path(args.out).glob("new.*.tmp"):
@@ -591,7 +590,9 @@ def parse_args(argv):
     args.anchors = args.anchors or ["none" if args.no_image else "chosen"]
     args.conditional = not (args.no_conditional or args.no_image)
     taken = args.out and not args.resume and (os.path.isfile(args.out) or [*Path(args.out).glob("*")])
+    odd = [name for name in FILES if not (vars(args)[name.replace("-", "_")] or "").isprintable()]
     refused = {
+        f"--{'--'.join(odd)}: control characters, or bytes that are no text, in a name": odd,
         "--model and --data are required (--help lists the arguments)": None in (args.model, args.data),
         f"{args.out}: already exists; choose another --out, or --resume {args.out}": taken,
         "--anchors none cannot be combined with other anchors": "none"

@@ -326,6 +326,14 @@ def test_what_is_not_used_or_wrong_is_one_line(bunny, drawn, tmp_path, capsys, a
     assert message in printed[-1] and sum("error: " in line for line in printed) == 1
 
 
+def test_processes_that_would_train_alone_are_refused(bunny, drawn, tmp_path, monkeypatch):
+    """Under torchrun without a GPU each process was a world of its own, and trained the same run."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(BadInput, match="each of 2 processes would train alone: without a GPU, add --use_cpu"):
+        trl_mdpo.parse([word for word in flags(bunny, drawn, tmp_path / "out") if word != "--use_cpu"])
+
+
 def test_every_other_field_of_trl_is_refused(bunny, drawn, tmp_path):
     """A field that TRL adds in a later version must not be taken for one that works here."""
     not_ours = "precompute_ref_log_probs sync_ref_model use_weighting fp16 auto_find_batch_size data_seed"

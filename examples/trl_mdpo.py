@@ -3,6 +3,7 @@
     torchrun --nproc_per_node 8 examples/trl_mdpo.py --model M --data FILE --output_dir OUT
 """
 
+import itertools
 import os
 import re
 import sys
@@ -125,7 +126,8 @@ class Epochs(list):
     def set_epoch(self, epoch):
         sizes = self.config.batch_size, self.config.per_device_train_batch_size
         plan = train.plan_steps(self.n_examples, *sizes, epoch + 1, self.config.seed)
-        self[:] = sum((deal(step, self.config) for step in plan if step[0][0][0] == epoch), [])
+        of_epoch = [deal(step, self.config) for step in plan if step[0][0][0] == epoch]
+        self[:] = itertools.chain.from_iterable(of_epoch)
 
 
 def deal(micro_batches, config):
@@ -160,10 +162,13 @@ def parse(argv):
         raise BadInput("--eval_strategy needs --eval-size")
     if (folder := flags.resume_from_checkpoint) and not Path(folder, "trainer_state.json").is_file():
         raise BadInput(f"{folder}: holds no checkpoint to resume from")
-    batch_size, *sizes = share_out(int(os.environ.get("WORLD_SIZE", 1)), flags)
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    batch_size, *sizes = share_out(n_processes, flags)
     flags.per_device_train_batch_size, flags.gradient_accumulation_steps = sizes
     flags.bf16 = bool(flags.fsdp or flags.deepspeed) and torch.cuda.is_available()  # else no autocast
     config = about("arguments")(MDPOConfig)(**vars(flags))
+    if config.world_size != n_processes:
+        raise BadInput(f"each of {n_processes} processes would train alone: without a GPU, add --use_cpu")
     config.batch_size = batch_size
     return config, args
 
