@@ -18,10 +18,12 @@ The reward of a response is implicit in its log-probability (section 2.1):
 The paper does not number its equations; 5 to 8 is their order of appearance (6 in section 3.1, 7 and 8 in
 3.2). CoPO works for any modality: read m_w as the context that supports y_w, and m_l as a worse one.
 
-Two departures from the authors' code, which change no equation: policy and reference see the same m_l, which
-is made with the data; an example's three rows are packed into two sequences (see "Speed" below).
+One departure from the authors' code, which changes no equation: policy and reference see the same m_l, which
+is made with the data.
 
-To use the loss elsewhere, copy the part above `mdpo_step`: it needs only torch.
+To use the loss elsewhere, copy this file as far as `sequence_logps`: so far it needs only torch. It imports
+nothing of this repository, and neither does `data.py`: where `data` is a module of your own, copy that file
+under another name.
 """
 
 from dataclasses import replace

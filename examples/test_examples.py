@@ -2200,7 +2200,6 @@ def test_useful_flops_by_hand(tiny):
         assert tokens == len(batch.take) and answers == len(batch.answers)
         by_hand = 6 * (layer * tokens + head * answers) + 2 * tower * 2 * 16
         assert throughput.useful_flops(model, tokens, answers, 2) == by_hand
-        assert throughput.useful_flops(model, tokens, answers, 2, True) == by_hand + 2 * layer * tokens
 
 
 class Clock:
@@ -2481,7 +2480,7 @@ def test_memory_formula_prints_terms_peaks_and_hours(tiny, monkeypatch, capsys):
     throughput.print_formula("tiny")
     printed = capsys.readouterr().out
     assert "tiny: predicted, not measured" in printed and printed.count("`--only ours") == 3
-    assert "0.6 of an H200's 990 TFLOP/s" in printed and "0.6 of an A100's 312 TFLOP/s" in printed
+    assert printed.count(" checkpointing: ") == 8 and printed.count(" ms: ") == 8 * len(throughput.CARDS)
 
 
 # ----------------------------------------------------------------------- families, and the making of the base

@@ -19,6 +19,7 @@ a batch again. Each measurement is a line of JSON, printed and added to FILE as 
 """
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -29,12 +30,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import peft
 import torch
 import torch.utils.benchmark
 import transformers
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
@@ -233,18 +238,18 @@ class Stepper:
         return time.perf_counter() - started
 
 
-def useful_flops(model, tokens, targets, images, recomputed=0):
+def useful_flops(model, tokens, targets, images):
     """2 x parameters x tokens for three passes: the reference's forward, the policy's forward and backward.
 
     A backward pass costs as much as a forward pass, as frozen weights need no gradient. Counted are the layers over
-    real tokens (recomputed: once more), the head over response tokens, and the tower over patches; not attention's
-    products of queries and keys, LoRA and padding.
+    real tokens, the head over response tokens, and the tower over patches; not attention's products of queries and
+    keys, LoRA, padding and what checkpointing recomputes.
     """
     model = unwrapped(model)
     count = lambda module: sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
     layers, head, tower = count(model.get_decoder().layers), count(model.lm_head), count(model.model.vision_tower)
     patches = images * model.config.image_seq_length
-    return 2 * (layers * tokens * (3 + recomputed) + head * targets * 3 + tower * patches)
+    return 2 * (3 * layers * tokens + 3 * head * targets + tower * patches)
 
 
 def matmul_rate(device, dtype):
@@ -417,9 +422,92 @@ def print_formula(shape):
         measured = predicted_peak(terms, len(batch.take), len(batch.answers), True, gradient=False)
         above = measured - (terms["weights in bf16"] + terms["adapter in float32"]) / 2**30
         print(f"  `--only ours --micro-batch-size {n}`, above what is there before: {above:.1f} GiB")
-    for card, rate in {"H200": 990, "A100": 312}.items():  # TFLOP/s, dense bf16, by the vendor's data sheets
-        slow, fast = (useful_flops(model, *total(sizes), 60_000, again) / (0.6e12 * rate * 3600) for again in (1, 0))
-        print(f"  10K x 3 epochs at 0.6 of an {card}'s {rate} TFLOP/s: {slow:.1f} h, without checkpointing {fast:.1f} h")
+    print_hours(model, processor)
+
+
+# ----------------------------------------------------------------------------------------- hours, predicted
+
+CARDS = {  # dense bf16 TFLOP/s and TB/s, by the vendor's data sheets
+    "H200": (990, 4.8),
+    "H100": (990, 3.35),
+    "A100": (312, 2.04),
+    "L40S": (362, 0.864),
+    "RTX 4090": (165, 1.008),
+}
+PRODUCTS = 0.48  # share of that rate: large products reach 0.8 of it, and the products of a step 0.6 of this
+TRAFFIC = 0.8  # share of the bandwidth that elementwise operations reach
+LAUNCH = 38e-6  # s of the host for an operation: a server's core took 405 ms for Bunny's micro-batch of 4
+NO_KERNEL = ("_unsafe_view", "empty", "empty_like")
+
+
+class Work(TorchDispatchMode):
+    """Counts FLOPs of products and attention, bytes that all other operations move, and operations: launches.
+
+    An operation reads its inputs and writes its outputs once, as if no cache helped.
+    """
+
+    flops = traffic = launches = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out, name = operation(*args, **(kwargs or {})), operation.__name__.partition(".")[0]
+        if operation.is_view or name in NO_KERNEL:
+            return out
+        self.launches += 1
+        if flops := flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"))):
+            is_causal = "flash" in name and any(arg is True for arg in args)  # half of the products
+            self.flops += flops(*args, **(kwargs or {}), out_val=out) / (1 + is_causal)
+        else:
+            moved = [leaf for leaf in tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf)]
+            self.traffic += sum(distinct(tensor) * tensor.element_size() for tensor in moved)
+        return out
+
+
+def distinct(tensor):
+    """Elements in memory: what is expanded is read once."""
+    return math.prod(n for n, stride in zip(tensor.shape, tensor.stride()) if stride)
+
+
+def attention_on_gpu(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    """The one operation that CUDA runs for `scaled_dot_product_attention`; other devices run many."""
+    if attn_mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
+    mask = attn_mask.expand(*query.shape[:2], -1, -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, True)[0]
+
+
+def count_work(model, batch):
+    """`Work` of a micro-batch of ours, without the optimizer's step. model: on the meta device, without data."""
+    inner = unwrapped(model).model  # it would ask of data where the images stand
+    inner.get_placeholder_mask = lambda *ids, inputs_embeds, **images: inputs_embeds.detach().bool()
+    model.zero_grad()
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention_on_gpu), Work() as work:
+        our_losses(model, batch).mean().backward()
+    return work
+
+
+def predicted_seconds(work, card):
+    """-> seconds of the products, of the other traffic, and of the host, which works beside the card."""
+    flops, bandwidth = (1e12 * rate for rate in CARDS[card])
+    return work.flops / (PRODUCTS * flops), work.traffic / (TRAFFIC * bandwidth), LAUNCH * work.launches
+
+
+def print_hours(model, processor):
+    """What a micro-batch is made of, by its size and checkpointing, and the hours of the paper's run."""
+    print(f"  10K x 3 epochs, if products reach {PRODUCTS} of a card's peak and other traffic {TRAFFIC} of its\n"
+          f"  bandwidth, one after the other, and the host {LAUNCH * 1e6:.0f} us a launch beside them:")  # fmt: skip
+    for checkpointing, n in itertools.product((False, True), (1, 2, 4, 8)):
+        if checkpointing:
+            train.enable_checkpointing(model)
+        batch = packed_batch(make_pairs(n), processor)
+        work = count_work(model.train(), batch)
+        print(f"{n:8} {'with' if checkpointing else 'without'} checkpointing: {len(batch.take):,} tokens, "
+              f"{work.flops / 1e12:.1f} TFLOP, {work.traffic / 1e9:.0f} GB, {work.launches:,} launches")  # fmt: skip
+        for card in CARDS:
+            products, traffic, host = predicted_seconds(work, card)
+            hours = 30_000 / n * max(products + traffic, host) / 3600
+            waits = ", waits for the host" if host > products + traffic else ""
+            print(f"{card:>18}: {1e3 * products:5.0f} + {1e3 * traffic:4.0f} ms, host {1e3 * host:3.0f} ms: "
+                  f"{hours:5.2f} h{waits}")  # fmt: skip
 
 
 def main(argv=None):
