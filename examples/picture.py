@@ -31,13 +31,13 @@ def contents():
         is_true = [shapes.parse_answer(question, text) == truth for text in answers]
     texts = {"q": shapes.question_text(question), "y_w": answers[0], "y_l": answers[1]}
     readme = (HERE.parent / "README.md").read_text()
-    texts |= {name: re.search(rf"^  {name} +(\S+ +\S+)$", readme, re.MULTILINE)[1] for name in METRICS}
+    texts |= {name: re.search(rf"^  {name} +(\S+ +\S+ +\S+) ", readme, re.MULTILINE)[1] for name in METRICS}
     crop, blank = random_crop(image, random.Random(0)), Image.new("RGB", image.size, "white")
     return texts, {"m_w": image, "m_l": crop, "blank": blank}
 
 
 def draw(texts, images):
-    sheet, font = Image.new("RGB", (1050, 490), "white"), ImageFont.load_default(19)
+    sheet, font = Image.new("RGB", (1050, 520), "white"), ImageFont.load_default(19)
     pen = ImageDraw.Draw(sheet)
     write = lambda x, y, text, colour="black": pen.text((x, y), text, colour, font, anchor="lm")
     show = lambda x, y, name, side: sheet.paste(images[name].resize((side, side), 0), (x, y))  # 0: nearest
@@ -53,13 +53,13 @@ def draw(texts, images):
             write(x, y, text, ink)
         show(322, y - 30, "m_w", 60)
         show(500, y - 30, image, 60)
-    write(256, 402, "The demo on held-out questions, before (grey) and after training (blue):", GREY)
-    for y, (name, what) in zip((434, 466), METRICS.items()):
-        before, after = map(float, texts[name].split())
+    write(256, 402, "The demo on held-out questions: before (grey), DPO (red), mDPO (blue):", GREY)
+    for y, (name, what) in zip((438, 486), METRICS.items()):
+        shares = [*map(float, texts[name].split())]
         write(256, y, what)
-        write(890, y, f"{before:.0%} to {after:.0%}")
-        for top, share, colour in (y - 12, before, GREY), (y + 1, after, BLUE):
-            pen.rectangle((500, top, 500 + 360 * share, top + 11), colour)
+        write(874, y, " / ".join(f"{share:.0%}" for share in shares))
+        for n, (share, colour) in enumerate(zip(shares, (GREY, RED, BLUE))):
+            pen.rectangle((500, y - 18 + 12 * n, 500 + 360 * share, y - 8 + 12 * n), colour)
     return sheet
 
 
