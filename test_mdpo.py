@@ -2735,6 +2735,7 @@ def test_run_writes_what_the_readme_promises(finished, bunny):
     names = {path.name for path in finished.iterdir()}
     promised = "adapter_model.safetensors adapter_config.json tokenizer.json processor_config.json args.json"
     assert set(promised.split()) | {"metrics.jsonl", "checkpoint.pt"} <= names
+    assert not [name for name in names if name.startswith("epoch-")]  # --keep-epochs asks for them
     assert json.loads((finished / "adapter_config.json").read_text())["base_model_name_or_path"] == str(bunny)
     records = log_of(finished)
     assert [record["step"] for record in records] == [1, 2, 3, 4]

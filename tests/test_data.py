@@ -1,5 +1,6 @@
 """What is trained is what was meant: records that nobody can mean are refused, and the rest is shown and counted."""
 
+import copy
 import itertools
 import json
 import math
@@ -7,6 +8,7 @@ import re
 import shutil
 
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 
@@ -99,6 +101,19 @@ def test_responses_that_are_cut_are_counted(folder, bunny):
     assert f"the longest {max(lengths)}" in said
 
 
+def test_a_response_that_just_fits_is_not_cut(folder, bunny):
+    """Who is told of cut responses makes room for them, and has to see when it is enough."""
+    record, processor = authors(rejected="No."), train.load_processor(str(bunny))
+    said = counts(folder, record, processor=processor)
+    room = sum(
+        int(re.search(f"{name}: [0-9]+ tokens, the longest ([0-9]+)", said)[1])
+        for name in ("prompts", "responses")
+    )
+    for max_length, n_cut in (room, 0), (room - 1, 1):
+        said = counts(folder, record, processor=processor, max_length=max_length)
+        assert f"{n_cut} responses are cut at" in said
+
+
 def read_one(folder, record):
     return Pairs(read(folder, record, log=len))[0]
 
@@ -134,16 +149,20 @@ def test_code_in_a_question_is_no_image_mark(folder, code):
 
 
 def test_control_tokens_of_the_model_are_bad_but_think_tags_and_an_end_inside_a_response_are_not(
-    folder, qwen
+    folder, qwen, llava
 ):
     """A text that went through a chat template already would hold a turn inside the turn."""
     for name in "prompt", "chosen", "rejected":
         record = authors(**{name: "<|vision_start|>What?"})
         assert f"'{name}' holds '<|vision_start|>'" in refusal(folder, record, processor=qwen)
-    eos = qwen.tokenizer.eos_token
-    assert f"'prompt' holds {eos!r}" in refusal(folder, authors(prompt=f"What?{eos}"), processor=qwen)
+    ended = authors(prompt="What?</s>")  # which has no form of an image mark
+    assert "'prompt' holds '</s>'" in refusal(folder, ended, processor=train.load_processor(str(llava)))
+    thinking, eos = copy.deepcopy(qwen), qwen.tokenizer.eos_token
+    tags = [tokenizers.AddedToken(tag, special=True) for tag in ("<think>", "</think>")]
+    thinking.tokenizer.add_tokens(tags, special_tokens=True)
     good = authors(prompt="What <think>?", chosen=f"<think>\nA guess.</think> Yes.{eos}", rejected="No.")
-    assert len(read(folder, good, processor=qwen)) == 1
+    for processor in qwen, thinking:
+        assert len(read(folder, good, processor=processor)) == 1
 
 
 ODD = {
@@ -209,6 +228,20 @@ def test_a_system_message_is_written_once_or_the_record_is_bad(folder, qwen):
     qwen.chat_template = CHATML
 
 
+def test_a_run_knows_the_system_text_of_its_data(folder, llava):
+    """Answers are asked for with it: without, they would be to prompts that it never saw."""
+    processor, model = train.load_processor(str(llava)), torch.nn.Linear(1, 1)
+    args = train.parse_args(["--model", str(llava), "--data", str(folder / "x.json")])
+    rude = authors(prompt="Be rude. USER: <image>\nWhat? ASSISTANT:")
+    for records, system in (
+        ([authors()] * 2, train.BUNNY_SYSTEM),
+        ([authors(), rude], ""),
+        ([authors(prompt="?")], ""),
+    ):
+        examples = read(folder, *records, processor=processor, log=len)
+        assert train.identity(args, examples, model, mdpo.mdpo_loss)["system"] == system
+
+
 # ---------------------------------------------------------------------------------------------------------- images
 
 
@@ -237,6 +270,12 @@ def test_images_of_12_and_16_bits_and_of_floats_are_scaled_by_their_range(tmp_pa
         image.save(tmp_path / name)
         levels = [open_image(tmp_path / name).getpixel((0, y))[0] for y in range(3)]
         assert levels == pytest.approx([255, 128, 0], abs=1), name
+    depth = Image.new("F", (8, 8), -4.0)
+    depth.putpixel((0, 0), 4.0)
+    depth.putpixel((0, 1), 0.0)
+    depth.save(tmp_path / "e.tif")
+    levels = [open_image(tmp_path / "e.tif").getpixel((0, y))[0] for y in range(3)]
+    assert levels == pytest.approx([255, 128, 0], abs=1)
 
 
 def test_postscript_is_no_picture(tmp_path):
@@ -258,6 +297,29 @@ def test_max_pixels_scales_large_images_down_before_all_else(tmp_path, folder, b
     assert (
         pairs[0].images_rejected[0].tobytes() == Pairs.__getitem__(pairs, (0, 0)).images_rejected[0].tobytes()
     )
+
+
+def test_max_pixels_is_of_the_check_and_of_all_pairs(folder, qwen):
+    """A prompt that fits would be refused, or images of another size than those that were checked be trained on."""
+    for name in "ab":
+        noise(ord(name), (320, 320)).save(folder / f"{name}.png")
+    path = write(folder / "x.json", [authors(img_path="a.png"), authors(img_path="b.png")])
+    argv = ["--model", "M", "--data", path, "--eval-size", "1", "--max-length", "30"]
+    with pytest.raises(BadInput, match="no room for a response"):
+        train.read_pairs(train.parse_args(argv), qwen)
+    for pairs in train.read_pairs(train.parse_args([*argv, "--max-pixels", "784"]), qwen):
+        assert pairs[0].images[0].size == pairs[0].images_rejected[0].size == (28, 28)
+
+
+def test_the_longest_prompt_of_a_pair_may_be_the_rejected_images(folder, qwen):
+    """The run would stop hours in, at the batch that holds it."""
+    noise(3, (320, 320)).save(folder / "b.png")
+    record = authors(rejected_image="b.png", chosen="Yes.", rejected="No.")
+    pairs = Pairs(read(folder, record, processor=qwen, log=len))
+    starts = (make_batch([pairs[0]], qwen).labels >= 0).int().argmax(1).tolist()
+    assert starts[0] == starts[1] < starts[2]
+    assert "no room" in refusal(folder, record, processor=qwen, max_length=starts[2])
+    assert len(read(folder, record, processor=qwen, max_length=starts[2] + 4)) == 1
 
 
 def test_the_check_processes_one_image_of_each_size(folder, bunny, monkeypatch):
@@ -319,6 +381,9 @@ def test_flags_that_do_nothing_are_refused(bunny, folder, capsys):
     path = write(folder / "x.json", [authors(rejected_image="b.png")] * 3)
     status = train.main(command(bunny, path, folder / "out", "--reject", "moco"))
     assert "--reject moco does nothing: every record has rejected images" in one_line_of(capsys, status)
+    path = write(folder / "x.json", [authors(rejected_image="b.png"), authors()])
+    args = train.parse_args(["--model", str(bunny), "--data", path, "--reject", "moco"])
+    assert len(train.read_pairs(args, train.load_processor(str(bunny)))[0]) == 2
 
 
 def test_a_cpu_trains_a_large_model_only_if_it_is_asked_to(bunny, folder, capsys, monkeypatch):
@@ -411,6 +476,14 @@ def test_models_that_cannot_be_used_are_named_with_what_to_do(reason, llava, tmp
         train.load_processor(str(MODELS[reason](llava, tmp_path / "model")))
 
 
+def test_code_of_a_model_that_the_library_knows_is_not_needed(llava, tmp_path):
+    """Many folders of the hub still name the code that they came with."""
+    shutil.copytree(llava, tmp_path / "model")
+    config = json.loads((llava / "config.json").read_text())
+    write(tmp_path / "model" / "config.json", config | {"auto_map": {"AutoConfig": "conf.W"}})
+    assert train.load_processor(str(tmp_path / "model")).image_token == "<image>"
+
+
 class Labelling:
     """A processor that returns labels, as PaliGemma's does."""
 
@@ -428,7 +501,9 @@ class Labelling:
 def test_a_processor_that_returns_labels_is_refused(llava):
     """They would reach the model, which would compute a loss of its own."""
     with pytest.raises(BadInput, match="its processor returns labels"):
-        make_batch([pair("Which?", "No.", "Yes.", noise(1), noise(2))], Labelling(train.load_processor(str(llava))))
+        make_batch(
+            [pair("Which?", "No.", "Yes.", noise(1), noise(2))], Labelling(train.load_processor(str(llava)))
+        )
 
 
 def test_a_tokenizer_that_adds_an_end_is_refused(llava):
