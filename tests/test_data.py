@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import struct
+import zlib
 
 import pytest
 import tokenizers
@@ -512,3 +514,50 @@ def test_a_tokenizer_that_adds_an_end_is_refused(llava):
     processor.tokenizer.add_eos_token = True
     with pytest.raises(BadInput, match="adds an end-of-sequence"):
         make_batch([pair("Which?", "No.", "Yes.", noise(1), noise(2))], processor)
+
+
+# ------------------------------------------------------------------------------------- odd, and yet records
+
+
+def test_no_record_writes_to_the_terminal(folder, capsys):
+    """ESC in a name clears the screen or moves what was said: an error that nobody sees."""
+    record = authors(id="\x1b[2J", img_path="\x1b[31m\x07.png")
+    path = write(folder / "x.json", [record])
+    assert data.run_command(data.check_file, [path]) == 2
+    said = "".join(capsys.readouterr())
+    assert "x1b[2J" in said and "x1b[31m" in said
+    assert "\x1b" not in said and "\x07" not in said
+
+
+def test_an_id_of_0_is_an_id(folder):
+    """The first record of a file that counts from 0 would have the name of the second."""
+    examples = read(folder, authors(id=1), authors(id=0), authors())
+    assert [example.id for example in examples] == ["1", "0", "3"]
+
+
+def test_a_question_about_the_template_is_whole(folder):
+    """Cut at the last USER:, most of it would become system text, which some models drop."""
+    question = "Who speaks after USER: here?"
+    (example,) = read(folder, authors(prompt=f"Be brief. USER: <image>\n{question} ASSISTANT:"))
+    assert data.texts_of(example.question) == ["Be brief.", question]
+
+
+def test_a_conversation_as_long_as_the_prompt_does_not_replace_it(folder):
+    """The prompt is what is asked; only a longer conversation says more than it."""
+    say = lambda role, text: {"role": role, "content": text}
+    answers = {name: [say("user", "Hi."), say("assistant", name)] for name in ("chosen", "rejected")}
+    (example,) = read(folder, authors(prompt=[say("user", "What is it?")]) | answers)
+    assert data.texts_of(example.question) == ["What is it?"] and example.chosen == "chosen"
+
+
+@pytest.mark.parametrize(
+    "width, reason", [(10_000, "truncated|broken"), (10_001, "more than 100 million pixels")]
+)
+def test_images_of_more_than_100_million_pixels_are_bad(tmp_path, width, reason):
+    """They would take minutes and gigabytes; but a limit that is off by ten drops a phone's photographs. The
+    files say that they are 10,000 pixels high, and hold none."""
+    parts = [b"IHDR" + struct.pack(">IIBBBBB", width, 10_000, 8, 0, 0, 0, 0), b"IDAT" + b"x\x9c"]
+    parts = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    with pytest.raises(BadInput, match=reason):
+        open_image(tmp_path / "x.png")

@@ -1,0 +1,232 @@
+"""The examples, by their commands: what they print, write and leave on the disk is what they say."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+import train
+from data import run_command
+from examples import answer, benchmarks, evaluate, miniature, shapes, throughput, tiny_bunny
+from test_mdpo import TEXTS, finished, log_of, noise, small, write  # noqa: F401
+
+# ruff: noqa: F811 (fixtures)
+
+
+def printed(out):
+    """{title: the first number after it} of a command's lines."""
+    return {
+        name: float(value) for name, value in re.findall(r"^  (\S.*?) {2,}(-?\d+\.\d+)", out, re.MULTILINE)
+    }
+
+
+@pytest.fixture
+def changed(finished, tmp_path):
+    """A function: the run `finished`, as if it had been trained with other arguments -> its folder."""
+
+    def change(**arguments):
+        folder = shutil.copytree(finished, tmp_path / "changed", dirs_exist_ok=True)
+        began = json.loads((finished / "args.json").read_text())
+        write(folder / "args.json", began | arguments)
+        return folder
+
+    return change
+
+
+def scored(bunny, run, data, capsys, *flags):
+    """What evaluate.py prints -> {metric: its mean}."""
+    capsys.readouterr()
+    argv = ["--model", str(bunny), "--adapter", str(run), "--data", str(data), *flags]
+    assert run_command(evaluate.run, argv) == 0
+    return printed(capsys.readouterr().out)
+
+
+# ---------------------------------------------------------------------------------------------------- answers
+
+
+def test_an_answer_may_be_about_several_images(bunny, tmp_path, capsys):
+    """One placeholder for all of them: the model stops, or sees the first alone."""
+    for name in "ab":
+        noise(ord(name)).save(tmp_path / f"{name}.png")
+    argv = ["--model", str(bunny), "--image", str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert run_command(answer.run, [*argv, "--question", "Which?", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("base:")
+
+
+def test_answers_are_greedy_whatever_the_models_own_settings(bunny, tmp_path, capsys):
+    """Some models ask to be sampled. Two commands would disagree, and benchmarks measure chance."""
+    sampled = shutil.copytree(bunny, tmp_path / "sampled")
+    write(sampled / "generation_config.json", {"do_sample": True, "temperature": 100.0, "top_k": 0})
+    noise(1).save(tmp_path / "a.png")
+    said = []
+    for model in bunny, sampled:
+        argv = ["--model", str(model), "--image", str(tmp_path / "a.png"), "--question", "What?"]
+        assert run_command(answer.run, [*argv, "--max-new-tokens", "12"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """A list of how many bytes are in this test's folder each time that the model is asked for answers."""
+    generate, sizes = transformers.GenerationMixin.generate, []
+
+    def note(self, *args, **kwargs):
+        sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.GenerationMixin, "generate", note)
+    return sizes
+
+
+def test_a_benchmarks_answers_are_on_the_disk_before_the_next_are_asked(bunny, tmp_path, disk):
+    """A kill would cost hours of answers."""
+    noise(1).save(tmp_path / "a.png")
+    questions = write(
+        tmp_path / "q.json", [{"id": i, "image": "a.png", "query": f"Is it {i}?"} for i in range(3)]
+    )
+    argv = f"amber --questions {questions} --images {tmp_path} --model {bunny} --to {tmp_path / 'to.json'}"
+    assert run_command(benchmarks.run, f"{argv} --batch-size 1 --max-new-tokens 3".split()) == 0
+    assert len(disk) == 3 and disk[0] < disk[1] < disk[2]
+
+
+def test_an_evaluations_answers_are_on_the_disk_before_the_next_are_asked(bunny, finished, tmp_path, disk):
+    """Base and adapter answer 17 questions each, at most 8 at a time."""
+    noise(1).save(tmp_path / "a.png")
+    record = {"image": "a.png", "chosen": "A circle.", "rejected": "No."}
+    data = write(tmp_path / "x.json", [record | {"prompt": f"Is it {i}?"} for i in range(17)])
+    argv = (
+        f"--model {bunny} --adapter {finished} --data {data} --answers {tmp_path / 'said'} --max-new-tokens 3"
+    )
+    assert run_command(evaluate.run, argv.split()) == 0
+    assert len(disk) == 6 and disk == sorted({*disk})
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_has_the_beta_of_the_run(bunny, changed, small, capsys):
+    """By another beta an adapter's margins would be other multiples of the same nats than its log's."""
+    by_beta = {beta: scored(bunny, changed(beta=beta), small, capsys) for beta in (0.1, 10.0)}
+    for name in "rewards/margins", "rewards/chosen", "margin, image":
+        assert by_beta[10.0][name] == pytest.approx(100 * by_beta[0.1][name], abs=0.006) != 0
+    for found in by_beta.values():
+        assert found["margin, image"] == pytest.approx(found["rewards/margins"], abs=2e-4)
+
+
+def test_evaluation_without_images_keeps_the_anchors_that_need_none(bunny, changed, small, capsys):
+    """The loss would be another than the run's. Of one example, delta 0: softplus(-r_w) + softplus(r_l)."""
+    run = changed(anchors=["chosen", "rejected", "image_rejected"], beta=10.0)
+    found = scored(bunny, run, small, capsys, "--no-image", "--limit", "1")
+    softplus = lambda x: math.log1p(math.exp(x))
+    anchor = softplus(-found["rewards/chosen"]) + softplus(found["rewards/rejected"])
+    assert found["loss/anchor"] == pytest.approx(anchor, abs=3e-4)
+    assert found["loss"] == pytest.approx(anchor + softplus(-found["rewards/margins"]), abs=5e-4)
+    assert abs(found["rewards/rejected"]) > 0.01
+
+
+def test_a_margin_that_turns_has_a_negative_share():
+    """A model that prefers the other answer without the image has looked at it: no half of it survived."""
+    found = evaluate.diagnose({"image": [1.0, 3.0], "no_image": [-1.0, -1.0], "other_image": [4.0, 0.0]})
+    assert (found["no_image_share"], found["other_image_share"]) == (-0.5, 1)
+    found = evaluate.diagnose({"image": [-2.0], "no_image": [-1.0], "other_image": [1.0]})
+    assert (found["no_image_share"], found["other_image_share"]) == (0.5, -0.5)
+
+
+# ------------------------------------------------------------------------------------------------ the studies
+
+
+def test_a_study_that_was_stopped_goes_on(bunny, tmp_path, monkeypatch):
+    """Its methods train for hours. Stopped after step 1 of 4, the second command trains the other 3."""
+    seed, log, threads = tmp_path / "seed-1", train.log, torch.get_num_threads()
+    shutil.copytree(bunny, seed / "model")
+    for name in "data", "held_out":
+        shapes.write_pairs(seed / name, 8)
+    flags = "--epochs 2 --batch-size 4 --micro-batch-size 4 --lora-rank 4 --lora-alpha 8 --workers 0"
+    monkeypatch.setattr(miniature, "COMMON", flags)
+    monkeypatch.setattr(miniature, "METHODS", {"mDPO": "--eval-size 1 --limit 8"})
+    monkeypatch.setattr(miniature, "examine", lambda *args, **kwargs: {"yes_no_auc": 0.8})
+    steps = []
+
+    def stop(out, records, record):
+        log(out, records, record)
+        steps.append(record["step"])
+        if steps == [0, 1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "log", stop)
+    with pytest.raises(ValueError, match="training ended early"):
+        miniature.run_method(tmp_path, 1, "mDPO", 1)
+    assert miniature.run_method(tmp_path, 1, "mDPO", 1)["yes_no_auc"] == 0.8
+    torch.set_num_threads(threads)
+    assert steps == [0, 1, 2, 3, 4] == [record["step"] for record in log_of(seed / "mDPO")]
+
+
+def test_labels_of_the_base_lie_under_their_shapes(tmp_path, monkeypatch):
+    """A base that learned from mirrored pictures does not look when asked, and all methods look alike. Under
+    each label there is its colour, and where there is none the background, a grey of 45."""
+    folder = tiny_bunny.write_bunny(tmp_path / "m", TEXTS, tower_hidden=64, vision_tower="x-patch8-32")
+    model, _ = train.load_model(str(folder))
+    pictures, labels = [], []
+
+    def draw(*args, draw=tiny_bunny.pixels, **kwargs):
+        pictures.append(draw(*args, **kwargs))
+        return pictures[-1]
+
+    def cross_entropy(logits, targets, *args, of=torch.nn.functional.cross_entropy, **kwargs):
+        labels.append(targets.view(8, 4, 4))
+        return of(logits, targets, *args, **kwargs)
+
+    monkeypatch.setattr(tiny_bunny, "pixels", draw)
+    monkeypatch.setattr(tiny_bunny, "F", SimpleNamespace(cross_entropy=cross_entropy))
+    tiny_bunny.learn_to_see(model, random.Random(0), False, shapes.SMALL, steps=1, batch_size=8)
+    (picture,), (shape, colour) = pictures, labels
+    assert torch.equal(shape > 0, colour > 0) and 0 < (shape > 0).sum() < shape.numel()
+    rgb = torch.tensor([(45, 45, 45), *shapes.COLOURS.values()])
+    levels = ((picture + 1) * 127.5).round()  # (8, 3, 32, 32)
+    for i, row, column in torch.cartesian_prod(torch.arange(8), torch.arange(2), torch.arange(2)).tolist():
+        cell = levels[i, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].flatten(1)
+        label = colour[i, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].unique().item()
+        distance = (cell - rgb[label][:, None]).abs().amax(0)
+        assert distance.min() < 3
+        assert label or distance.max() < 60  # a neighbour's edge may shine in
+
+
+# -------------------------------------------------------------------------------------------------- many GPUs
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_order_in_trl_is_train_pys_for_every_seed(seed):
+    """Two seeds would be one run, and their spread would be 0."""
+    trl_mdpo = pytest.importorskip("examples.trl_mdpo", reason="needs trl")
+    config = SimpleNamespace(
+        world_size=1, process_index=0, batch_size=4, per_device_train_batch_size=2, seed=seed
+    )
+    order = [(0, i) for i in range(9)]
+    random.Random(f"{seed} order 0").shuffle(order)
+    assert [key for batch in trl_mdpo.Epochs(config, 9) for key in batch] == order
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_of_throughput_is_in_gib(monkeypatch):
+    """Off by a factor, a model is said to fit that does not. /proc counts pages; the device says 3 * 1024^3
+    bytes now, and 5 at its peak."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    assert throughput.memory_now("cpu") == pytest.approx(
+        pages * os.sysconf("SC_PAGE_SIZE") / 1024**3, rel=0.02
+    )
+    assert throughput.memory_now("cpu", peak=True) >= 0.98 * throughput.memory_now("cpu")
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *args, **kwargs: 3 * 1024**3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *args, **kwargs: 5 * 1024**3)
+    assert (throughput.memory_now("cuda"), throughput.memory_now("cuda", peak=True)) == (3, 5)
