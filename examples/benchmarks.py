@@ -1,53 +1,83 @@
-"""A model's answers to AMBER, POPE, MMHal-Bench or Object HalBench, in the very file that each official scorer reads.
+"""A model's answers to AMBER, POPE, MMHal-Bench or Object HalBench, in the file that its own scorer reads.
 
     python examples/benchmarks.py amber --questions query_generative.json --images AMBER/image \
         --model M --adapter OUT --to amber.json
     python examples/benchmarks.py pope --questions coco_pope_random.json --images val2014 --model M --to FILE
-    python examples/benchmarks.py mmhal --questions response_template.json --images mmhal/images --model M --to FILE
+    python examples/benchmarks.py mmhal --questions response_template.json --images DIR --model M --to FILE
     python examples/benchmarks.py objhal --questions obj_halbench_300_with_image.jsonl --model M --to FILE
 
-Greedy and batched. Answers are kept in TO.partial as they come; the same command goes on where a killed one was.
-A missing image stops the run before the first answer: an empty answer would count as free of hallucination.
-Where an answer's first word is yes or no, it becomes Yes or No for POPE and AMBER's discriminative questions. Any other
-is written as it is: AMBER's scorer counts it as wrong, POPE's as yes, unless its first sentence has a no or a not.
+Purpose: the numbers of Table 1, by the scorers that other papers use.
+Command: as above. MMHal's questions hold URLs: download its images first. Nothing is fetched here.
+
+Greedy and batched, with the system text that the adapter's run was trained with. Answers are kept in
+TO.partial as they come. The same command goes on where a killed one was, but only with the same questions,
+images, model and adapter. Questions are checked as data are, before the model is read: an empty answer to a
+missing image would count as free of hallucination.
+Where an answer's first word is yes or no, it becomes Yes or No for POPE and AMBER's discriminative questions.
+Any other is written as it is: AMBER's scorer counts it as wrong, POPE's as yes, unless its first sentence has
+a no or a not.
 """
 
 import base64
-import hashlib
 import io
 import json
 import os
 import re
 import statistics
 import sys
-import urllib.request
+from functools import cache
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, about, load_records, open_image, run_command
-from examples.answer import generate_answers, load_tuned, make_parser
-from train import replacing, whole
+from data import (
+    BadInput,
+    about,
+    find_images,
+    load_records,
+    open_image,
+    parse_record,
+    run_command,
+    shown,
+    special_tokens,
+    text_of,
+)
+from examples.answer import (
+    answer_all,
+    digest,
+    generate_answers,
+    identity,
+    load_tuned,
+    make_parser,
+    read_adapter,
+    refuse_image_tokens,
+    system_of,
+)
+from train import load_processor, replacing, whole
 
-# A benchmark is a function: number, item of its file, image folder, answer -> image, question, the scorer's record.
+# A benchmark is a function: number, item of its file, image folder, answer -> image, question, the record that
+# its scorer reads. The image is the path of a file, or a file in base64.
+
+
+def local(name, folder):
+    """The image of this name in the folder -> its path. Raises BadInput."""
+    return Path(find_images(text_of(name, "image"), [Path(folder or ".")])[0])
 
 
 def amber(number, item, images, answer):
     """query_generative.json: AMBER's inference.py reads `id` and `response`."""
     if item["id"] > 1004:
         raise BadInput(f"question {item['id']} is discriminative: answer it by amber-discriminative")
-    return Path(images or ".", item["image"]), item["query"], {"id": item["id"], "response": answer}
+    return local(item["image"], images), item["query"], {"id": item["id"], "response": answer}
 
 
 def amber_discriminative(number, item, images, answer):
     """query_discriminative*.json."""
-    return Path(images or ".", item["image"]), item["query"], {"id": item["id"], "response": yes_or_no(answer)}
+    return local(item["image"], images), item["query"], {"id": item["id"], "response": yes_or_no(answer)}
 
 
 def pope(number, item, images, answer):
     """coco_pope_*.json, JSON lines with labels: POPE's evaluate.py reads the answers by order."""
-    return Path(images or ".", item["image"]), item["text"], {"question": item["text"], "answer": yes_or_no(answer)}
+    return local(item["image"], images), item["text"], {"question": item["text"], "answer": yes_or_no(answer)}
 
 
 def yes_or_no(answer):
@@ -56,38 +86,45 @@ def yes_or_no(answer):
 
 
 def mmhal(number, item, images, answer):
-    """response_template.json, which MMHal's eval_gpt4.py reads with `model_answer` filled. Its images are URLs: looked
-    up in the folder of images by their last part, or fetched without one."""
-    url = item["image_src"]
-    image = Path(images, url.rpartition("/")[2]) if images else url
+    """response_template.json, which MMHal's eval_gpt4.py reads with `model_answer` filled.
+
+    Its images are URLs: they are looked up in the folder of images by their last part.
+    """
+    url = text_of(item["image_src"], "image_src")
+    image = local(url.rpartition("/")[2], images) if images else url
     return image, item["question"], item | {"model_answer": answer}
 
 
 def objhal(number, item, images, answer):
-    """JSON lines, with images in base64. RLAIF-V's eval_gpt_obj_halbench.py reads `image_id`, `prompt` and `text`."""
+    """JSON lines, images in base64. RLAIF-V's eval_gpt_obj_halbench.py reads `image_id`, `prompt`, `text`."""
     record = {"question_id": number, "image_id": item["image_id"], "prompt": item["question"], "text": answer}
     return item["image"], item["question"], record | {"model_id": "mdpo"}
 
 
-BENCHMARKS = {"amber": amber, "amber-discriminative": amber_discriminative, "pope": pope, "mmhal": mmhal, "objhal": objhal}
+BENCHMARKS = {
+    "amber": amber,
+    "amber-discriminative": amber_discriminative,
+    "pope": pope,
+    "mmhal": mmhal,
+    "objhal": objhal,
+}
 
 
-def report(items, records, truths):
-    """Print how many answers are neither Yes nor No and, in percent, what the official scorers of POPE and AMBER count.
+def report(answers, truths, positive):
+    """Print how many answers are neither Yes nor No and, in percent, what POPE's and AMBER's scorers count.
 
-    truths: AMBER's, from its annotations; without them, its answers are not scored. POPE's are its labels.
+    truths: "yes" or "no" for each; none: not scored. positive: "yes" in POPE, "no" in AMBER.
     """
-    answers = [record.get("answer", record.get("response")) for record in records]
-    print(f"{100 * sum(answer not in ('Yes', 'No') for answer in answers) / len(answers):.1f}% are neither Yes nor No")
-    if "label" in items[0]:
+    n_other = sum(answer not in ("Yes", "No") for answer in answers)
+    print(f"{100 * n_other / len(answers):.1f}% are neither Yes nor No")
+    if not truths:
+        return
+    said = [answer.lower() for answer in answers]
+    if positive == "yes":
         words = [{*answer.partition(".")[0].replace(",", "").split(" ")} for answer in answers]
         said = ["no" if {"No", "no", "not"} & of_one else "yes" for of_one in words]
-        positive, truths = "yes", [item["label"] for item in items]  # POPE's positive answer
-    elif truths:
-        said, positive = [answer.lower() for answer in answers], "no"
-    else:
-        return
-    hits, n_said, n_true = sum(t == a == positive for t, a in zip(truths, said)), said.count(positive), truths.count(positive)
+    hits = sum(truth == one == positive for truth, one in zip(truths, said))
+    n_said, n_true = said.count(positive), truths.count(positive)
     values = {"accuracy": sum(map(str.__eq__, truths, said)) / len(said), "precision": hits / max(1, n_said),
               "recall": hits / max(1, n_true), "F1": 2 * hits / max(1, n_said + n_true),
               "yes": said.count("yes") / len(said)}  # fmt: skip
@@ -96,41 +133,53 @@ def report(items, records, truths):
 
 def read_items(path):
     """A JSON list or JSON lines."""
-    return [json.loads(item) if isinstance(item, str) else item for _, item in load_records(path)]
+    with about(f"{path}: cannot be read"):
+        return [json.loads(item) if isinstance(item, str) else item for _, item in load_records(path)]
 
 
-def load_image(image):
-    """A path, a URL or base64 -> PIL RGB. Raises BadInput."""
-    if isinstance(image, str) and "://" in image:
-        with about(f"{image}: cannot be fetched (answers so far are kept)"):
-            with urllib.request.urlopen(image, timeout=60) as reply:
-                image = io.BytesIO(reply.read())
-    return open_image(io.BytesIO(base64.b64decode(image)) if isinstance(image, str) else image)
+def read_questions(name, path, folder, processor):
+    """The items of a benchmark's file, and [([path or bytes of an image], question)], checked as data are.
 
-
-def answer_all(questions, ask, partial, identity, batch_size):
-    """Answers of `ask` to all questions, in order; those in the file `partial` are not asked again.
-
-    identity: of model and questions; a partial file of another raises BadInput. A last line cut short is left out.
+    Raises BadInput that lists the questions that cannot be asked.
     """
-    lines = partial.read_text().split("\n")[:-1] if partial.exists() else []
-    with about(f"{partial}: cannot go on"):
-        if lines and json.loads(lines[0]) != identity:
-            raise BadInput("holds the answers of another model or to other questions; move it away")
-        answers = [json.loads(line) for line in lines[1:]]
-    if answers:
-        print(f"{partial}: going on after {len(answers)} answers")
-    kept = "".join(json.dumps(line) + "\n" for line in [identity, *answers])
-    with replacing(partial.parent) as new:
-        (new / partial.name).write_text(kept)
-    with open(partial, "a", buffering=1) as file, tqdm(total=len(questions), initial=len(answers)) as bar:
-        while len(answers) < len(questions):
-            batch = [(load_image(image), text) for image, text in questions[len(answers) : len(answers) + batch_size]]
-            for answer in ask(batch):
-                file.write(json.dumps(answer) + "\n")
-                answers.append(answer)
-            bar.update(len(batch))
-    return answers
+    items, questions, problems, tokens = read_items(path), [], [], special_tokens(processor)
+    check_image = cache(
+        lambda image: open_image(image if isinstance(image, Path) else io.BytesIO(image)).size
+    )
+    for number, item in enumerate(items, 1):
+        try:
+            with about(f"question {number} of {name}"):
+                image, text, _ = BENCHMARKS[name](number, item, folder, "")
+                record = {"prompt": text_of(text, "question"), "chosen": "Yes.", "rejected": "No."}
+                parse_record(record, "", "", None, tokens)
+                refuse_image_tokens(processor, text)
+                if not isinstance(image, Path):
+                    if "://" in text_of(image, "image"):
+                        raise BadInput(f"its image is an address, {image}: download all, and give --images")
+                    image = base64.b64decode(image)
+                check_image(image)
+                questions.append(([image], text))
+        except BadInput as error:
+            problems.append(str(error))
+    if problems or not items:
+        few = f"{path}: {len(problems)} of {len(items)} questions cannot be asked:"
+        raise BadInput("\n  ".join([few, *problems[:20]]) if items else f"{path}: holds no question")
+    return items, questions
+
+
+def read_truths(items, annotations):
+    """The truth of each item, yes or no: POPE's label, or AMBER's annotation by id; [] if there is none.
+
+    Raises BadInput, also if some items alone have one.
+    """
+    if annotations:
+        truth_of = {note["id"]: note["truth"] for note in read_items(annotations)}
+        truths = [truth_of[item["id"]] for item in items]
+    else:
+        truths = [item["label"] for item in items] if any("label" in item for item in items) else []
+    if wrong := [truth for truth in truths if truth not in ("yes", "no")]:
+        raise BadInput(f'{shown(wrong[0])} is neither "yes" nor "no"')
+    return truths
 
 
 def run(argv):
@@ -144,26 +193,24 @@ def run(argv):
     add("--max-new-tokens", type=whole, default=512)
     add("--batch-size", type=whole, default=8)
     args = parser.parse_args(argv)
-    if (to := Path(args.to)).exists():
+    to, apply, truths = Path(args.to), BENCHMARKS[args.benchmark], []
+    if os.path.lexists(to):
         raise BadInput(f"{to}: already exists")
-    with about(f"--questions of {args.benchmark}"):
-        apply, items = BENCHMARKS[args.benchmark], read_items(args.questions)
-        questions = [apply(number, item, args.images, "")[:2] for number, item in enumerate(items)]
-        if not questions:
-            raise BadInput("holds no question")
-    with about(f"{args.annotations}: no annotations for these questions"):
-        annotations = {a["id"]: a["truth"] for a in read_items(args.annotations)} if args.annotations else {}
-        truths = [annotations[item["id"]] for item in items if annotations]
-    if missing := [str(image) for image, _ in questions if isinstance(image, Path) and not image.is_file()]:
-        raise BadInput("\n  ".join([f"{len(missing)} of {len(questions)} images are missing (--images):", *missing[:20]]))
-    identity = {name: vars(args)[name] for name in ("model", "adapter", "max_new_tokens")}
-    weights = [*Path(args.model).glob("*.safetensors"), *Path(args.adapter or os.devnull).glob("adapter_model.*")]
-    files = map(Path, (args.questions, *sorted(weights)))
-    identity["contents"] = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files]
-    model, processor = load_tuned(args.model, args.adapter, args.device)
-    ask = lambda batch: generate_answers(model, processor, batch, args.max_new_tokens, args.batch_size)
-    partial = Path(f"{to}.partial")
-    answers = answer_all(questions, ask, partial, identity, args.batch_size)
+    processor = load_processor(args.model)
+    items, questions = read_questions(args.benchmark, args.questions, args.images, processor)
+    if apply in (pope, amber_discriminative):
+        with about(f"{args.annotations or args.questions}: no annotations for these questions"):
+            truths = read_truths(items, args.annotations)
+    adapters = [args.adapter] if args.adapter else []
+    belongs = identity(args.model, questions, args.max_new_tokens) | {"system": system_of(adapters)}
+    belongs |= {"adapter": digest(adapter, "adapter_*") for adapter in adapters if read_adapter(adapter)}
+    load = cache(lambda: load_tuned(args.model, args.adapter, args.device))  # if there is something to ask
+
+    def ask(batch):
+        options = {"batch_size": args.batch_size, "system": belongs["system"]}
+        return generate_answers(*load(), batch, args.max_new_tokens, **options)
+
+    answers = answer_all(partial := Path(f"{to}.partial"), belongs, questions, ask, args.batch_size)
     records = [apply(i, item, args.images, answer)[2] for i, (item, answer) in enumerate(zip(items, answers))]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     with replacing(to.parent) as new:
@@ -172,7 +219,8 @@ def run(argv):
     words = statistics.mean(len(answer.split()) for answer in answers)  # short answers hallucinate less
     print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {answers.count('')} empty")
     if apply in (pope, amber_discriminative):
-        report(items, records, truths)
+        given = [record.get("answer", record.get("response")) for record in records]
+        report(given, truths, "yes" if apply is pope else "no")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, run_command
-from train import Parser
+from train import Parser, replacing
 
 PANELS = {  # title: metrics
     "loss": ("loss", "loss/dpo", "loss/conditional", "loss/anchor"),
@@ -71,9 +71,9 @@ def run(argv):
     parser.add_argument("--to", required=True, metavar="FILE", help="a picture, .png or .svg; overwritten")
     args = parser.parse_args(argv)
     load_pyplot()
-    logs = {run: read_log(run) for run in args.runs}
-    with about(f"{args.to}: cannot be drawn"):
-        draw(logs).savefig(args.to, dpi=90)
+    figure, to = draw({run: read_log(run) for run in args.runs}), Path(args.to)
+    with replacing(to.parent) as new:  # who looks at it meanwhile sees the old one
+        figure.savefig(new / to.name, dpi=90)
     return 0
 
 

@@ -1,25 +1,28 @@
-"""Merge an adapter into its base model: a folder that the library loads by itself, for deployment.
+"""Merge an adapter into its base model: a folder that the library loads by itself.
 
-    python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
+Purpose: deployment. It loads with `AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too.
+Command: python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
 
-Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder loads with
-`AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too. It gets its name only after it was
-loaded again and compared with base and adapter.
+Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder is
+made under a name of its own, merged.*.tmp, beside its place. It gets its name only after it was loaded again
+and compared with base and adapter. If anything stops the merge before that, it is removed.
 """
 
-import shutil
+import os
+import signal
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Example, make_batch, run_command
+from data import BadInput, Example, about, make_batch, run_command
 from examples.answer import generate_answers, load_tuned, read_adapter
 from mdpo import response_logps
-from train import Parser, load_processor, read_config, save_processor
+from train import UMASK, Parser, load_processor, read_config, save_processor
 
 MOST_OFF = 0.01  # nats a response: in float32 the merge only adds in another order
 QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is it?", "Is there a person?")
@@ -30,12 +33,23 @@ def merge(adapter, to, base=None):
 
     base: default the model that the adapter names.
     """
-    to, unchecked = Path(to), Path(f"{to}.tmp")
-    if to.exists():
+    to = Path(to)
+    if os.path.lexists(to):
         raise BadInput(f"{to}: already exists")
     base = base or read_adapter(adapter).base_model_name_or_path
     if base is None:
         raise BadInput(f"{adapter}: names no base model, --model has to")
+    with about(f"{to}: cannot be made"):
+        own = TemporaryDirectory(".tmp", f"{to.name}.", to.parent)  # on the disk of `to`: renamed at the end
+    with own as folder:
+        lines = merge_into(Path(folder, to.name), adapter, base)
+        with about(f"{to}: cannot be made"):
+            Path(folder, to.name).rename(to)
+    return "\n".join([f"{to}: merged, saved and loaded again; against base + adapter in float32", *lines])
+
+
+def merge_into(folder, adapter, base):
+    """Make the folder -> a line for each of the models that were compared. Raises BadInput if one is wrong."""
     images = (Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB"),)
     pairs = [Example(text, "I cannot tell from this picture.", "No.", images, images) for text in QUESTIONS]
 
@@ -53,24 +67,26 @@ def merge(adapter, to, base=None):
     off = (exact - expected).abs().max()
     if not off < MOST_OFF:
         raise BadInput(f"{adapter}: the merge is wrong, and not saved: {off:.1e} nats off base + adapter")
-    # Under its original names a Bunny could not be read again by the library.
-    shutil.rmtree(unchecked, ignore_errors=True)  # of a run that was killed
-    merged.to(dtype).save_pretrained(unchecked, save_original_format=False)
-    save_processor(processor, unchecked)
-    again = transformers.AutoModelForImageTextToText.from_pretrained(unchecked, dtype=torch.float32).eval()
+    with about(f"{folder.name}: cannot be written and loaded again"):
+        # Under its original names a Bunny could not be read again by the library.
+        merged.to(dtype).save_pretrained(folder, save_original_format=False)
+        save_processor(processor, folder)
+        for file in filter(Path.is_file, folder.rglob("*")):
+            file.chmod(0o666 & ~UMASK)  # safetensors writes for its user alone
+        again = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     if wrong := different_weights(merged, again):
-        shutil.rmtree(unchecked)
-        raise BadInput(f"{to}: removed, {len(wrong)} weights are not read back as merged, such as {wrong[0]}")
-    saved, saved_answers = measure(again, load_processor(str(unchecked)))
-    unchecked.rename(to)
+        raise BadInput(
+            f"{folder.name}: removed, {len(wrong)} weights are not read back as merged, such as {wrong[0]}"
+        )
+    saved, saved_answers = measure(again, load_processor(str(folder)))
 
-    lines = [f"{to}: merged, saved and loaded again; against base + adapter in float32"]
+    lines = []
     results = ("merged in float32", exact, exact_answers), (f"as saved, {dtype}", saved, saved_answers)
     for name, logps, given in results:
         same = sum(a == b for a, b in zip(answers, given))
         apart = f"within {(logps - expected).abs().max():.1e} nats"
         lines.append(f"  {name + ':':28} log-probs {apart}, {same} of {len(answers)} answers the same")
-    return "\n".join(lines)
+    return lines
 
 
 def different_weights(merged, again):
@@ -91,4 +107,5 @@ def run(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or it would leave its folder behind
     sys.exit(run_command(run))

@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -112,9 +113,9 @@ def prepare_seed(out, seed, world=shapes.SMALL):
             makers["model"] = lambda path: shutil.copytree(demo.BASE, path)
         for name, make in makers.items():
             if not (folder / name).exists():
-                shutil.rmtree(folder / "unfinished", ignore_errors=True)
-                make(folder / "unfinished")
-                (folder / "unfinished").rename(folder / name)
+                with tempfile.TemporaryDirectory(".tmp", "unfinished.", folder) as own:
+                    make(Path(own, name))
+                    Path(own, name).rename(folder / name)
 
 
 def run_method(out, seed, method, n_scenes, world=shapes.SMALL, device="cpu"):
@@ -231,7 +232,8 @@ def draw(by_seed, path):
     right.set_xticks(range(len(names)), names, rotation=30, ha="right")
     right.set(title="grounding, a dot per seed")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with train.replacing(path.parent) as new:
+        figure.savefig(new / path.name, dpi=110)
 
 
 def run(argv):
@@ -259,7 +261,10 @@ def run(argv):
         results = iter(list(tqdm(pool.map(run_method, *zip(*tasks)), "runs", len(tasks))))
     by_seed = {str(seed): {method: next(results) for method in methods} for seed in seeds}
     summary = summarize(by_seed)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # no git: the results are written all the same
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = found.stdout.strip()
     arguments = {"seeds": seeds, "methods": methods, "scenes": args.scenes, "world": args.world}
     record = {"commit": commit, "arguments": arguments, "common": COMMON, "methods": METHODS}
     write_json(args.out / "results.json", record | {"summary": summary, "seeds": by_seed})

@@ -58,6 +58,7 @@ def mdpo_loss(model, inputs, labels):
 
 
 def main(name, data, out):
+    Path(out).mkdir(parents=True)  # a new folder: nothing is overwritten
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     processor = AutoProcessor.from_pretrained(name)
     processor.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # with torchvision, too
@@ -68,7 +69,7 @@ def main(name, data, out):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for module in model.modules():  # layers recompute in training mode; the dropout inside stays off
             module.training = hasattr(module, "gradient_checkpointing")
-    pairs, steps = json.loads(Path(data).read_text()), []
+    pairs, steps = json.loads(Path(data).read_text("utf-8")), []
     for epoch in range(EPOCHS):
         order = [(epoch, i) for i in range(len(pairs))]
         random.Random(f"{SEED} order {epoch}").shuffle(order)

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import random_crop
 from examples import shapes
+from train import replacing
 
 HERE, BLUE, RED, GREY = Path(__file__).resolve().parent, (20, 90, 190), (190, 40, 30), (110, 110, 110)
 METRICS = {"hallucination_rate": "answers with a false claim", "false_premise": "false premises refused"}
@@ -30,7 +31,7 @@ def contents():
         image, truth = shapes.draw_scene(scene, rng), shapes.claims_of(scene, question)
         is_true = [shapes.parse_answer(question, text) == truth for text in answers]
     texts = {"q": shapes.question_text(question), "y_w": answers[0], "y_l": answers[1]}
-    readme = (HERE.parent / "README.md").read_text()
+    readme = (HERE.parent / "README.md").read_text("utf-8")
     texts |= {name: re.search(rf"^  {name} +(\S+ +\S+ +\S+) ", readme, re.MULTILINE)[1] for name in METRICS}
     crop, blank = random_crop(image, random.Random(0)), Image.new("RGB", image.size, "white")
     return texts, {"m_w": image, "m_l": crop, "blank": blank}
@@ -66,4 +67,5 @@ def draw(texts, images):
 if __name__ == "__main__":
     (texts, images), info = contents(), PngImagePlugin.PngInfo()
     info.add_text("shows", repr(texts))
-    draw(texts, images).save(HERE / "picture.png", pnginfo=info, optimize=True)
+    with replacing(HERE) as new:
+        draw(texts, images).save(new / "picture.png", pnginfo=info, optimize=True)

@@ -1,70 +1,128 @@
-"""Draw a contact sheet of a preference file: each image, what every strategy makes of it, question and answers.
+"""Show what a run trains on, before it does: its rows as text, and its rejected images.
 
-python examples/preview.py silkie.json preview.png [--images DIR] [--count 4] [--seed 0]
+Purpose: to see what the model is given and what is scored. No weights are loaded.
+Command: train.py's, with all its flags, so that these are the very rows of that run, in its order.
+
+    python examples/preview.py --model M --data FILE [--rows 3] [--to preview.png]
+    python examples/preview.py --resume RUN     # what a run was trained on
+
+Image tokens are folded: <image> x 729. What is scored stands in [brackets], on a terminal in green.
+--to draws m_w, the run's m_l and what every strategy of Table 3 makes of m_w.
 """
 
-import random
+import os
+import re
 import sys
 import textwrap
+from contextlib import suppress
+from functools import partial
+from itertools import chain
+from os.path import commonprefix
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Pairs, about, read_examples, run_command, texts_of
-from train import Parser, natural, whole
+import data
+import train
+from data import BadInput, Pairs, chat_messages, run_command, tokenize
 
-PANELS = {"crop 1-20%": {"strategy": "crop"}, "crop 20-50%": {"strategy": "crop", "crop": (0.2, 0.5)}}
-PANELS |= {name: {"strategy": name} for name in ("random", "moco")}  # title -> arguments of Pairs
-WIDTH, HEIGHT, GAP, TEXT_HEIGHT = 240, 180, 10, 120
+TITLES = dict(zip(data.SCORED, ("y_w with m_w", "y_l with m_w", "y_w with m_l")))
+BRACKETS, GREEN = ("[", "]"), ("\033[32m", "\033[0m")
+PANELS = {"crop 1-20%": ("crop", data.CROP), "crop 20-50%": ("crop", (0.2, 0.5))}  # --reject and --crop
+PANELS |= {name: (name, data.CROP) for name in ("random", "moco")}
+WIDTH, HEIGHT, GAP, TEXT_HEIGHT = 240, 180, 10, 120  # of a panel, between panels, of the texts below
 
 
-def contact_sheet(examples, pool, seed):
-    """Examples -> one image, a row each, with the first image if any; `random` takes its from `pool`."""
+def show_rows(processor, pair, names, max_length, marks=BRACKETS):
+    """Yield the text of each row of a pair, its images open, under a title with counts."""
+    batch, shown = data.make_batch([pair], processor, names, max_length), {}
+    real = batch.inputs["attention_mask"].bool()
+    for name, ids, labels, kept in zip(names, batch.inputs["input_ids"], batch.labels, real):
+        ids, n_scored = ids[kept].tolist(), (labels >= 0).sum().item()
+        whole, prompt = fold(processor, ids), fold(processor, ids[:-n_scored])  # at a start, a space may be lost
+        row = visible(prompt) + marks[0] + visible(whole[len(prompt) :]) + marks[1]
+        text = f"the text of {shown[row]}" if row in shown else row
+        yield f"{TITLES[name]}: {len(ids)} tokens, {n_scored} scored\n{textwrap.indent(text, '  ')}"
+        shown.setdefault(row, TITLES[name])
+
+
+def fold(processor, ids):
+    """Token ids -> their text, in which a run of image tokens is counted."""
+    decode = partial(processor.tokenizer.decode, clean_up_tokenization_spaces=False)
+    image = decode([getattr(processor.tokenizer, "image_token_id", None) or processor.image_token_id])
+    count = lambda run: f"<image> x {len(run[0]) // len(image)}"
+    return re.sub(f"(?:{re.escape(image)})+", count, decode(ids))
+
+
+def visible(text):
+    """The text with control characters but new lines written out: data may hold a terminal's commands."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def unlike_generation(processor, pair):
+    """A line if a model that is asked has another text before its answer than these rows, or ""."""
+    messages, tokens = chat_messages(pair.question, len(pair.images)), tokenize(processor, pair)
+    asked = data.render(processor, messages, add_generation_prompt=True).rstrip(" ")
+    trained = commonprefix([tokens.prompt, *tokens.wholes.values()]).rstrip(" ")
+    start = max(0, len(commonprefix([asked, trained])) - 20)
+    ends = f"a model that is asked has {asked[start:]!r}, these rows have {trained[start:]!r}"
+    return f"note: before its answer {ends}" if asked != trained else ""
+
+
+def contact_sheet(args, pairs, keys):
+    """`Pairs` of a run and (epoch, index) of examples -> one image, a row each, of its first image if any."""
     font, row_height = ImageFont.load_default(14), 20 + HEIGHT + TEXT_HEIGHT
-    size = (1 + len(PANELS)) * (WIDTH + GAP) + GAP, len(examples) * row_height + GAP
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    examples = [example._replace(images_rejected=()) for example in examples]  # the strategies', not the record's own
-    for i, example in enumerate(examples):
-        top, panels = i * row_height + GAP, {}
-        for title, arguments in PANELS.items():
-            try:
-                pair = Pairs(examples, seed=seed, pool=pool, **arguments)[0, i]
-                panels |= {"chosen image": pair.images[0], title: pair.images_rejected[0]} if pair.images else {}
-            except BadInput:
-                panels[title] = None
-        for column, (title, panel) in enumerate(panels.items()):
-            left = column * (WIDTH + GAP) + GAP
-            draw.text((left, top), title, "black", font)
-            if panel is None:
+    size = (2 + len(PANELS)) * (WIDTH + GAP) + GAP, len(keys) * row_height + GAP
+    draw = ImageDraw.Draw(sheet := Image.new("RGB", size, "white"))
+    bare = [example._replace(images_rejected=()) for example in pairs.examples]  # not the records' own
+    made_by = {"m_l of this run": pairs}
+    for title, (strategy, crop) in PANELS.items():
+        with suppress(BadInput):  # there is no second image
+            made_by[title] = Pairs(bare, strategy, crop, args.seed, max_pixels=args.max_pixels)
+    for top, pair in zip(range(GAP, size[1], row_height), map(pairs.__getitem__, keys)):
+        panels = {title: strategy[pair.key].images_rejected for title, strategy in made_by.items()}
+        panels["m_w"] = pair.images
+        for left, title in zip(range(GAP, size[0], WIDTH + GAP), ("m_w", "m_l of this run", *PANELS)):
+            draw.text((left, top), title if pair.images else "", "black", font)
+            if title not in panels:
                 draw.text((left, top + 40), "needs a second image", "grey", font)
-            else:
-                framed = ImageOps.expand(ImageOps.contain(panel, (WIDTH - 2, HEIGHT - 2)), 1, "grey")
-                sheet.paste(framed, (left, top + 20))
-        question = " / ".join(texts_of(example.question))
-        texts = [f"q: {question}", f"chosen: {example.chosen}", f"rejected: {example.rejected}"]
-        lines = [line for text in texts for line in textwrap.wrap(text, 165, max_lines=2, placeholder=" ...")]
+            for panel in panels.get(title, ())[:1]:
+                panel = ImageOps.contain(panel, (WIDTH - 2, HEIGHT - 2))
+                sheet.paste(ImageOps.expand(panel, 1, "grey"), (left, top + 20))
+        said = [message for message in chat_messages(pair.question, 0) if message["role"] != "system"]
+        texts = [f"q: {' / '.join(data.texts_of(said))}", f"y_w: {pair.chosen}", f"y_l: {pair.rejected}"]
+        lines = [line for text in texts for line in textwrap.wrap(text, 200, max_lines=2, placeholder=" ...")]
         draw.multiline_text((GAP, top + 24 + HEIGHT), "\n".join(lines), "black", font)
     return sheet
 
 
 def run(argv):
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("file")
-    parser.add_argument("out")
-    parser.add_argument("--images", metavar="DIR", help="where relative image paths begin")
-    parser.add_argument("--count", type=whole, default=4, help="how many examples (default: 4)")
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--no-image", action="store_true", help="the texts alone; for data without images")
-    args = parser.parse_args(argv)
-    if Path(args.out).exists():
-        raise BadInput(f"{args.out}: already exists")
-    pool = read_examples(args.file, args.images, skip_bad=True, with_images=not args.no_image)
-    examples = random.Random(args.seed).sample(pool, min(args.count, len(pool)))
-    with about(f"{args.out}: cannot be drawn"):
-        contact_sheet(examples, pool, args.seed).save(args.out)
-    print(f"{args.out}: {len(examples)} of {len(pool)} examples")
+    parser = data.Parser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                    epilog="All other arguments are those of train.py: python train.py --help")  # fmt: skip
+    parser.add_argument("--rows", type=train.whole, default=3, help="how many examples (default: 3)")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="a new picture of the rejected images, .png")
+    own, of_train = parser.parse_known_args(argv)
+    args = train.parse_args(of_train)
+    if own.to and (os.path.lexists(own.to) or own.to.suffix != ".png"):
+        raise BadInput(f"{own.to}: {'already exists' if own.to.suffix == '.png' else 'must end in .png'}")
+    processor = train.load_processor(args.model)
+    pairs = train.read_pairs(args, processor)[0]
+    steps = train.plan_steps(len(pairs), args.batch_size, args.micro_batch_size, 1, args.seed)
+    keys = [*chain(*chain(*steps))][: own.rows]
+    names = [*TITLES][: 3 if args.conditional or "image_rejected" in args.anchors else 2]  # as in training
+    marks, notes = GREEN if sys.stdout.isatty() else BRACKETS, {}
+    for n, pair in enumerate(map(pairs.__getitem__, keys), 1):
+        print(f"\n--- example {n} of {len(pairs)}, in the order of training: record {visible(pair.id)}")
+        print(*show_rows(processor, pair, names, args.max_length, marks), sep="\n")
+        notes[unlike_generation(processor, pair)] = None
+    strategy = f"--reject {args.reject}, {data.STRATEGIES[args.reject].__doc__}; or a record's own"
+    print("", *filter(None, notes), f"m_l of this run: {strategy if len(names) == 3 else 'none'}", sep="\n")
+    if own.to:
+        sheet = contact_sheet(args, pairs, keys)
+        with train.replacing(own.to.parent) as new:  # half a picture never stays
+            sheet.save(new / own.to.name)
+        print(f"{own.to}: {len(keys)} examples")
     return 0
 
 

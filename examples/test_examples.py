@@ -154,61 +154,6 @@ def test_picture_shows_a_true_and_a_false_answer():
     assert mdpo < before < dpo
 
 
-def test_preview_draws_every_strategy(tmp_path, capsys):
-    """`examples/preview.py` is how a user sees what the rejected images look like; it must not overwrite a
-    file."""
-    path, out = shapes.write_pairs(tmp_path / "data", 3), tmp_path / "sheet.png"
-    assert run_command(preview.run, [str(path), str(out), "--count", "2"]) == 0
-    assert Image.open(out).size == (5 * 250 + 10, 2 * 320 + 10)
-    assert run_command(preview.run, [str(path), str(out)]) == 2 and "already exists" in capsys.readouterr().err
-
-
-def test_preview_shows_each_strategy_under_its_title(monkeypatch, tmp_path):
-    """A user judges a strategy by its panel. Here every strategy makes a plain colour; `random` needs the
-    whole file's images, of which just one example is shown."""
-    colours = {"crop": "lime", (0.2, 0.5): "blue", "random": "yellow", "moco": "purple", "chosen": "red"}
-    pools = []
-
-    def pairs(examples, strategy="crop", crop=data.CROP, seed=0, pool=None):
-        pools.append(pool)
-        assert not examples[0].images_rejected  # it would take the place of every strategy's
-        plain = lambda name: Image.new("RGB", (64, 48), colours[name])
-        return {(0, 0): pair("q", "c", "r", plain("chosen"), plain(strategy if crop == data.CROP else crop))}
-
-    examples = [one._replace(images_rejected=("own.png",)) for one in as_examples(tmp_path)]
-    monkeypatch.setattr(preview, "Pairs", pairs)
-    sheet = preview.contact_sheet(examples[:1], examples, 0)
-    centres = [sheet.getpixel((250 * column + 10 + 120, 10 + 20 + 90)) for column in range(5)]
-    lime, blue, yellow, purple, red = (Image.new("RGB", (1, 1), c).getpixel((0, 0)) for c in colours.values())
-    assert centres == [red, lime, blue, yellow, purple] and all(pool is examples for pool in pools)
-
-
-def test_preview_takes_several_images_and_chat_messages(tmp_path, monkeypatch):
-    """Such data can be trained on, so they can be looked at: the first image, the texts of the messages."""
-    for level in (10, 20):
-        grey(level).save(tmp_path / f"{level}.png")
-    turns = [("user", "Which?"), ("assistant", "The first."), ("user", "Why?")]
-    prompt = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-    record = {"prompt": prompt, "images": ["10.png", "20.png"], "chosen": "A.", "rejected": "B."}
-    examples, drawn = read_examples(write(tmp_path / "x.json", [record])), []
-    text = preview.ImageDraw.ImageDraw.multiline_text
-    note = lambda draw, at, lines, *rest: drawn.append(lines) or text(draw, at, lines, *rest)
-    monkeypatch.setattr(preview.ImageDraw.ImageDraw, "multiline_text", note)
-    sheet = preview.contact_sheet(examples, examples, 0)
-    assert drawn == ["q: Which? / The first. / Why?\nchosen: A.\nrejected: B."]
-    at = lambda column: sheet.getpixel((250 * column + 10 + 90, 10 + 20 + 90))
-    assert at(0) == at(1) == at(2) == (10, 10, 10)
-    assert at(3) == (255, 255, 255)  # random: "needs a second image"
-
-
-def test_preview_of_texts_alone(tmp_path, capsys):
-    """Data without images can be trained on, too (--no-image); a sheet of them has texts and no panel."""
-    path, out = write(tmp_path / "x.json", [RECORD, RECORD | {"image": "is not there"}]), tmp_path / "x.png"
-    assert run_command(preview.run, [path, str(out)]) == 2 and "no example is left" in capsys.readouterr().err
-    assert run_command(preview.run, [path, str(out), "--no-image"]) == 0 and "2 of 2" in capsys.readouterr().out
-    assert Image.open(out).crop((0, 0, 1260, 200)).getcolors() == [(1260 * 200, (255, 255, 255))]
-
-
 COMMANDS = [answering, benchmarks, curves, evaluate, families, merge, miniature, preview, throughput]
 COMMANDS += [variants, words]
 
@@ -259,7 +204,8 @@ WRONG_ARGUMENTS = [
     (miniature, "--jobs 0", "--jobs: must be within 1 to"),
     (miniature, "--seeds -1", "--seeds: must be within 0 to"),
     (miniature, "--scenes some", "--scenes: invalid int value"),
-    (preview, "a.json b.png --count 0", "--count: must be within 1 to"),
+    (preview, "--rows 0", "--rows: must be within 1 to"),
+    (preview, "--model m --data d --row 2", "--row"),
     (variants, "dpo", "invalid choice: 'dpo'"),
     (variants, "chip --delta 1", "--delta: chip has terms of its own"),
 ]
@@ -1203,8 +1149,8 @@ def test_an_adapter_of_another_model_is_refused(adapted, llava, capsys):
 
 
 def test_merge_takes_the_base_from_elsewhere(adapted, bunny, tmp_path, monkeypatch, capsys):
-    """An adapter that was trained from a relative path names a folder that is not here. A merge that was killed
-    left a folder under its temporary name; the folder appears under its own when it was compared."""
+    """An adapter that was trained from a relative path names a folder that is not here. The merged one appears under
+    its name when it was compared."""
     folder, to = tmp_path / "adapter", tmp_path / "merged"
     shutil.copytree(adapted, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -1213,12 +1159,11 @@ def test_merge_takes_the_base_from_elsewhere(adapted, bunny, tmp_path, monkeypat
     assert run_command(merge.run, arguments) == 2 and "names no base model" in capsys.readouterr().err
     write(folder / "adapter_config.json", config | {"base_model_name_or_path": "./not/here"})
     assert run_command(merge.run, arguments) == 2 and "./not/here" in capsys.readouterr().err
-    write(tmp_path / "merged.tmp" / "old.json", "of a killed merge")
     measured, measure = [], merge.response_logps
     monkeypatch.setattr(merge, "response_logps", lambda *rest: measured.append(to.exists()) or measure(*rest))
     assert run_command(merge.run, [*arguments, "--model", str(bunny)]) == 0
     assert measured == [False] * 3 and {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
-    assert "4 of 4 answers the same" in capsys.readouterr().out and not (to / "old.json").exists()
+    assert "4 of 4 answers the same" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("off", [1.0, -1.0])
@@ -1289,35 +1234,29 @@ def test_benchmark_answers_are_in_the_scorers_format(name, bunny, tmp_path, caps
             assert [a | {"model_answer": ""} for a in answers] == items
     assert not (tmp_path / "answers.partial").exists()
     assert run_command(benchmarks.run, arguments) == 2 and "already exists" in capsys.readouterr().err
-    if name == "mmhal":  # without --images, by URL
-        urls = [item | {"image_src": (tmp_path / "a_o.jpg").as_uri()} for item in items]
-        by_url = [
-            "mmhal",
-            "--questions",
-            write(tmp_path / "urls.json", urls),
-            "--model",
-            str(bunny),
-            "--max-new-tokens",
-            "4",
-        ]
-        assert run_command(benchmarks.run, [*by_url, "--to", str(tmp_path / "by_url")]) == 0
-        given = [a["model_answer"] for a in json.loads((tmp_path / "by_url").read_text())]
-        assert given == [a["model_answer"] for a in answers]
     if name != "objhal":
         (tmp_path / "AMBER_1.jpg").unlink()
         (tmp_path / "a_o.jpg").unlink()
         assert run_command(benchmarks.run, [*arguments[:-6], "--to", str(tmp_path / "other")]) == 2
-        assert "images are missing" in capsys.readouterr().err and not (tmp_path / "other.partial").exists()
+        assert f"of {name}: no image" in capsys.readouterr().err and not (tmp_path / "other.partial").exists()
 
 
 def grey(level):
     return Image.new("RGB", (8, 8), (level, level, level))
 
 
-def echo(model, processor, questions, max_new_tokens=256, batch_size=8):
+def without_a_model(monkeypatch, ask, load=lambda *arguments: (None, None)):
+    """`benchmarks.py` with a processor that has no token of its own, and other answers."""
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(added_tokens_decoder={}, eos_token=None))
+    monkeypatch.setattr(benchmarks, "load_processor", lambda name: processor)
+    monkeypatch.setattr(benchmarks, "load_tuned", load)
+    monkeypatch.setattr(benchmarks, "generate_answers", ask)
+
+
+def echo(model, processor, questions, max_new_tokens=256, batch_size=8, system=""):
     """Answers that say what was asked about which picture; nothing about the picture of level 30."""
     assert len(questions) <= batch_size
-    levels = [image.getpixel((0, 0))[0] for image, _ in questions]
+    levels = [image.getpixel((0, 0))[0] for (image,), _ in questions]
     return [f"{level}: {text}" if level != 30 else "" for level, (_, text) in zip(levels, questions)]
 
 
@@ -1341,8 +1280,7 @@ def test_each_answer_stands_at_its_own_question(name, tmp_path, monkeypatch, cap
         items = [{"question": text, "image": encoded(id), "image_id": id} for id, text in zip(ids, texts)]
     lines = "\n\n".join(json.dumps(item) for item in items)  # with blank lines between
     write(tmp_path / "questions", lines if name == "objhal" else items)
-    monkeypatch.setattr(benchmarks, "load_tuned", lambda *arguments: (None, None))
-    monkeypatch.setattr(benchmarks, "generate_answers", echo)
+    without_a_model(monkeypatch, echo)
     arguments = [name, "--questions", str(tmp_path / "questions"), "--images", str(tmp_path), "--model", "m"]
     assert run_command(benchmarks.run, [*arguments, "--to", str(tmp_path / "to"), "--batch-size", "2"]) == 0
     said = [f"{10 * id}: {text}" if id != 3 else "" for id, text in zip(ids, texts)]
@@ -1371,8 +1309,7 @@ def test_a_line_of_json_ends_at_a_newline_alone(tmp_path):
 def yes_no_run(benchmark, items, said, folder, monkeypatch, *more):
     """`benchmarks.py` with these answers -> (exit status, the file it writes)."""
     grey(0).save(folder / "a.png")
-    monkeypatch.setattr(benchmarks, "load_tuned", lambda *arguments: (None, None))
-    monkeypatch.setattr(benchmarks, "generate_answers", lambda model, processor, asked, *rest: said[: len(asked)])
+    without_a_model(monkeypatch, lambda model, processor, asked, *rest, **options: said[: len(asked)])
     lines = "\n".join(map(json.dumps, items)) if benchmark == "pope" else items
     path, to = write(folder / "q.json", lines), folder / "to"
     arguments = f"{benchmark} --questions {path} --images {folder} --model m --to {to} --batch-size 9".split()
@@ -1432,95 +1369,55 @@ def test_pope_is_scored_as_its_own_script_does(tmp_path, monkeypatch, capsys):
     assert "accuracy 50.0, precision 66.7, recall 50.0, F1 57.1, yes 50.0" in printed
 
 
-def test_benchmark_flags_reach_the_model_and_the_partial_file(tmp_path, monkeypatch, capsys):
+def test_benchmark_flags_reach_the_model_and_the_partial_file(adapted, tmp_path, monkeypatch, capsys):
     """Answers cut at another length, or half of them another model's, are scored as this one's."""
-    calls, loaded_from = [], []
+    calls, loaded_from, out = [], [], tmp_path / "out"
+    shutil.copytree(adapted, out)
 
-    def ask(model, processor, questions, max_new_tokens=256, batch_size=8):
+    def ask(model, processor, questions, max_new_tokens=256, batch_size=8, system=""):
         if len(calls) == 1:
             calls.append("killed")
             raise KeyboardInterrupt
         calls.append((len(questions), max_new_tokens, batch_size))
         return ["yes"] * len(questions)
 
-    load = lambda *arguments: loaded_from.append(arguments) or (None, None)
-    monkeypatch.setattr(benchmarks, "load_tuned", load)
-    monkeypatch.setattr(benchmarks, "generate_answers", ask)
+    without_a_model(monkeypatch, ask, lambda *arguments: loaded_from.append(arguments) or (None, None))
+    monkeypatch.chdir(tmp_path)
     grey(0).save(tmp_path / "a.png")
     items = [{"id": i, "image": "a.png", "query": "What?"} for i in range(3)]
-    flags = {"questions": write(tmp_path / "q.json", items), "images": tmp_path, "model": "M", "adapter": tmp_path}
+    flags = {"questions": write(tmp_path / "q.json", items), "images": tmp_path, "model": "M", "adapter": out}
     flags |= {"to": tmp_path / "to.json", "max-new-tokens": 7, "batch-size": 2, "device": "cpu"}
     run = lambda **changes: run_command(benchmarks.run, ["amber", *(f"--{n}={v}" for n, v in (flags | changes).items())])
     assert run() == 130
-    assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", str(tmp_path), "cpu")]
+    assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", str(out), "cpu")]
     assert len((tmp_path / "to.json.partial").read_text().splitlines()) == 1 + 2
-    other_questions = write(tmp_path / "other.json", [item | {"query": "Who?"} for item in items])
-    for change in ({"model": "N"}, {"adapter": "B"}, {"max-new-tokens": 8}, {"questions": other_questions}):
-        assert run(**change) == 2 and "another model or to other questions" in capsys.readouterr().err
-    Path(tmp_path / "q.json").write_text(Path(other_questions).read_text())
-    assert run() == 2 and len(calls) == 2
-    (tmp_path / "adapter_model.safetensors").write_text("trained again")  # in the same folder
-    write(tmp_path / "q.json", items)
-    assert run() == 2 and len(calls) == 2
-    (tmp_path / "adapter_model.safetensors").unlink()
+
+    def refused(belongs, **changes):
+        assert run(**changes) == 2 and f"holds answers of other {belongs}:" in capsys.readouterr().err
+        assert len(calls) == 2 and len(loaded_from) == 1  # and no model is read for it
+
+    refused("model", model="N")
+    refused("max new tokens", **{"max-new-tokens": 8})
+    refused("questions", questions=write(tmp_path / "other.json", [item | {"query": "Who?"} for item in items]))
+    (tmp_path / "elsewhere").mkdir()
+    grey(1).save(tmp_path / "elsewhere" / "a.png")
+    refused("images", images=tmp_path / "elsewhere")
+    write(out / "args.json", {"system": "Be brief."})
+    refused("system")
+    (out / "args.json").unlink()
+    trained, config = out / "adapter_model.safetensors", out / "adapter_config.json"
+    for file in (trained, config):  # trained again in the same folder, or scaled by another alpha
+        content = file.read_bytes()
+        file.write_bytes(content + b" ")
+        refused("adapter")
+        file.write_bytes(content)
     (tmp_path / "M").mkdir()
     (tmp_path / "M" / "model.safetensors").write_text("another merge")
-    monkeypatch.chdir(tmp_path)
-    assert run() == 2 and len(calls) == 2
+    refused("model")
     shutil.rmtree(tmp_path / "M")
-    write(tmp_path / "q.json", items)
-    assert (
-        run() == 0 and calls[2:] == [(1, 7, 2)] and len(json.loads((tmp_path / "to.json").read_text())) == 3
-    )
-
-
-def test_benchmark_files_that_cannot_be_used_are_refused_before_the_model_is_read(
-    tmp_path, monkeypatch, capsys
-):
-    """A missing picture would be an empty answer, which counts as free of hallucination."""
-    monkeypatch.setattr(benchmarks, "load_tuned", lambda *arguments: pytest.fail("the model is read"))
-    grey(0).save(tmp_path / "a.png")
-    items = [{"id": i, "image": name, "query": "What?"} for i, name in enumerate(("a.png", "b.png"))]
-    path = write(tmp_path / "q.json", items)
-    arguments = f"amber --questions {path} --images {tmp_path} --model m --to {tmp_path / 'to'}".split()
-    run = lambda: run_command(benchmarks.run, arguments)
-    assert run() == 2 and "1 of 2 images are missing" in capsys.readouterr().err
-    write(tmp_path / "q.json", "[{")
-    assert run() == 2 and "cannot be read" in capsys.readouterr().err
-    (tmp_path / "q.json").unlink()
-    assert run() == 2 and "no such file" in capsys.readouterr().err
-    write(tmp_path / "q.json", [{"image": "a.png", "query": "What?"}])
-    assert run() == 2 and "--questions of amber: has no 'id'" in capsys.readouterr().err
-    write(tmp_path / "q.json", "[]")
-    assert run() == 2 and "--questions of amber: holds no question" in capsys.readouterr().err
-
-
-def test_benchmark_goes_on_where_it_was_killed(tmp_path):
-    """Each item once, in order, even if the last line was cut in two; and never on another model's
-    answers."""
-    image = base64.b64encode((lambda b: (noise(1).save(b, "PNG"), b.getvalue())[1])(io.BytesIO())).decode()
-    questions = [(image, str(i)) for i in range(7)]
-    asked = []
-
-    def ask(batch, die_at=None):
-        asked.extend(text for _, text in batch)
-        if die_at in asked:
-            raise KeyboardInterrupt
-        return [f"answer {text}" for _, text in batch]
-
-    partial = tmp_path / "x.partial"
-    with pytest.raises(KeyboardInterrupt):
-        benchmarks.answer_all(questions, lambda batch: ask(batch, die_at="4"), partial, {"model": "m"}, 2)
-    with open(partial, "a") as file:
-        file.write('"answ')  # a kill in the middle of a line
-    assert asked == ["0", "1", "2", "3", "4", "5"]
-    asked.clear()
-    assert benchmarks.answer_all(questions, ask, partial, {"model": "m"}, 2) == [
-        f"answer {i}" for i in range(7)
-    ]
-    assert asked == ["4", "5", "6"]
-    with pytest.raises(BadInput, match="another model"):
-        benchmarks.answer_all(questions, ask, partial, {"model": "n"}, 2)
+    shutil.copytree(out, tmp_path / "moved")
+    assert run(adapter=tmp_path / "moved") == 0 and calls[2:] == [(1, 7, 2)]
+    assert len(json.loads((tmp_path / "to.json").read_text())) == 3
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -1741,7 +1638,7 @@ def test_mistakes_of_the_looking_commands_are_one_line(bunny, mixed, tmp_path, c
         (evaluate, f"{base} --adapter {tmp_path}", "holds no adapter"),
         (words, f"{base} --to {there}", "already exists"),
         (words, f"{base} --to {tmp_path / 'x.png'} --example 4", "--example 4: there are 3"),
-        (words, f"{base} --to {tmp_path / 'x.odd'}", "x.odd: cannot be written"),
+        (words, f"{base} --to {tmp_path / 'x.odd'}", "x.odd: must end in .html or .png"),
         (words, f"--model {bunny} --data {tmp_path}/text.json --to {tmp_path}/x.png", "no example is left"),
         (words, "study one", "study takes numbers of seeds"),
         (curves, f"{tmp_path} --to {tmp_path / 'x.png'}", "metrics.jsonl: cannot be read"),

@@ -22,6 +22,7 @@ Predicted before any run of it, for each seed:
 import base64
 import html
 import io
+import os
 import statistics
 import sys
 from contextlib import nullcontext
@@ -37,7 +38,7 @@ from examples import miniature, shapes
 from examples.answer import load_tuned
 from examples.evaluate import load, make_parser
 from mdpo import forward_inputs
-from train import whole
+from train import replacing, whole
 
 SCALE = 3  # nats, of the fullest colour
 SIZE, WIDTH, LINE = (240, 180), 1000, 42  # of an image; of the drawing, and of a line of words in it
@@ -164,18 +165,22 @@ def run(argv):
     parser.add_argument("--to", required=True, metavar="FILE", help="a page, .html, or a picture, .png")
     parser.add_argument("--example", type=whole, default=1, help="the one in the picture (default: 1)")
     args = parser.parse_args(argv)
-    if Path(args.to).exists():
-        raise BadInput(f"{args.to}: already exists")
+    to = Path(args.to)
+    if os.path.lexists(to) or to.suffix not in (".html", ".png"):
+        raise BadInput(f"{to}: " + ("already exists" if os.path.lexists(to) else "must end in .html or .png"))
     trained, examples, pairs, model, processor = load(args)
     if args.example > len(examples):
         raise BadInput(f"--example {args.example}: there are {len(examples)}")
     shown = lambda i: (pair := pairs["held out", i], rows_of(model, processor, pair, trained.max_length))
-    with about(f"{args.to}: cannot be written"):
-        if Path(args.to).suffix == ".html":
-            parts = [as_html(example.id, *shown(i)) for i, example in enumerate(examples)]
-            Path(args.to).write_text("\n".join([HEAD, *parts]), encoding="utf-8")
+    if to.suffix == ".html":
+        made = "\n".join([HEAD, *(as_html(example.id, *shown(i)) for i, example in enumerate(examples))])
+    else:
+        made = as_image(*shown(args.example - 1))
+    with replacing(to.parent) as new:
+        if to.suffix == ".html":
+            (new / to.name).write_text(made, "utf-8")
         else:
-            as_image(*shown(args.example - 1)).save(args.to)
+            made.save(new / to.name)
     return 0
 
 
