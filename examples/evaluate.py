@@ -33,7 +33,7 @@ from mdpo import mdpo_loss, mdpo_step
 
 LEVEL = 0.95  # of the intervals
 # What scoring takes of a run, as flags of train.py.
-VALUES = ("beta", "delta", "anchors", "reject", "crop", "seed", "max-length")
+VALUES = ("beta", "delta", "anchors", "reject", "crop", "seed", "max-length", "max-pixels")
 SWITCHES = ("no-image", "no-conditional")
 REFUSAL = re.compile(
     r"\b(there (is|are) (no|not)|there (isn't|aren't)|(is|are) not (visible|shown|depicted|present)|"

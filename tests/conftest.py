@@ -1,8 +1,13 @@
-"""What the files of this folder share: the repository on the path, and the tiny models and data of test_mdpo.py."""
+"""Fixtures that several files share, and those of test_mdpo.py."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from test_mdpo import bunny, folder, llava  # noqa: E402, F401
+from test_mdpo import (  # noqa: F401
+    bunny,
+    family,
+    finished,
+    folder,
+    llava,
+    loaded,
+    signals_are_heard,
+    six_epochs,
+    small,
+)

@@ -346,10 +346,11 @@ def test_an_odd_args_json_is_a_mistake_of_one_line(content, adapters, pairs, tmp
 def test_a_run_is_read_as_train_reads_its_own_arguments(tmp_path):
     """Scored with another beta, crop or anchor than trained. A negative number in e-notation is no flag."""
     flags = "--beta 0.3 --delta=-1e-05 --crop 0.3 0.6 --seed 5 --anchors chosen rejected --max-length 75"
+    flags += " --max-pixels 784"
     trained = train.parse_args(["--model", "m", "--data", "d", "--reject", "crop", *flags.split()])
     (tmp_path / "args.json").write_text(json.dumps(vars(trained) | {"loss": "chip_loss"}))
     found, expected = vars(evaluate.read_run(tmp_path)), vars(trained) | {"loss": "chip_loss"}
-    names = ["beta", "delta", "crop", "seed", "anchors", "max_length", "reject", "no_image"]
+    names = ["beta", "delta", "crop", "seed", "anchors", "max_length", "max_pixels", "reject", "no_image"]
     names += ["conditional", "loss"]
     assert {name: found[name] for name in names} == {name: expected[name] for name in names}
     defaults = vars(evaluate.read_run(None))

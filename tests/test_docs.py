@@ -3,13 +3,137 @@
 A number is found by the words around it. Who rewords a sentence rewords its pattern here.
 """
 
+import inspect
 import math
 import re
 
 import pytest
+import torch
 
 import train
-from test_mdpo import EXAMPLES_README, README
+from examples import shapes
+from mdpo import mdpo_loss
+from test_mdpo import POLICY, REF, ROOT, log_of
+from tests.helpers import ARGUMENTS, EXAMPLES_README, README
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+READMES = pytest.mark.parametrize("folder, text", [(ROOT, README), (ROOT / "examples", EXAMPLES_README)])
+
+
+def anchors_of(text):
+    """{anchor: heading} as GitHub makes them; lines of code that begin with # are no headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-"): heading for heading in headings}
+
+
+@READMES
+def test_readme_links_lead_somewhere(folder, text):
+    """A file that was renamed, or a heading that was reworded, breaks links without a word."""
+    links = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", text)
+    assert len(links) >= 12
+    for path, anchor in links:
+        target = folder / path if path else folder / "README.md"
+        assert target.is_file(), path
+        assert not anchor or anchor in anchors_of(target.read_text()), (path, anchor)
+
+
+@READMES
+def test_readme_contents_list_every_section(folder, text):
+    """In the order of the text, and under the sections' own names."""
+    contents = re.search(r"^## Contents\n(.*?)^(?:## |The )", text, re.MULTILINE | re.DOTALL)[1]
+    sections = [(h, anchor) for anchor, h in anchors_of(text).items() if f"\n## {h}\n" in text]
+    assert re.findall(r"\[(.*?)\]\(#(.*?)\)", contents) == [s for s in sections if s[0] != "Contents"]
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 2500
+
+
+@READMES
+def test_readme_commands_name_files_and_flags_that_exist(folder, text):
+    """In shell blocks and in the text. Some scripts take train.py's flags as well."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    blocks += re.findall(r"`([^`\n]*python examples/[^`\n]*)`", text)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = [(m[1], m[2]) for line in lines if (m := re.search(r"\bpython (\S+\.py)(.*)", line))]
+    assert len(commands) >= 5
+    for script, flags in commands:
+        source, options = (ROOT / script).read_text(), {*ARGUMENTS}
+        if "make_parser" in source:  # shared
+            source += "".join((ROOT / "examples" / name).read_text() for name in ("answer.py", "evaluate.py"))
+        for flag in re.findall(r" --([\w-]+)", flags.partition("#")[0]):
+            of_train = flag in options and "train.main" in source
+            assert of_train or f'"{flag}"' in source or f'"--{flag}"' in source, (script, flag)
+
+
+def test_readme_hours_are_those_of_the_examples():
+    """Both texts quote one prediction; tests of the benchmark hold its formula."""
+    rows = re.findall(r"^\| \S+ \| ([\d.]+) hours \| ([\d.]+) hours \|$", README, re.MULTILINE)
+    detailed = (ROOT / "examples" / "README.md").read_text().split("Hours of the paper's 10K x 3 epochs")[1]
+    cards = r"^\| (?:H200|A100),.*? \| ([\d.]+) h \| \S+ h \(8\) \| ([\d.]+) h \| \S+ h \(\d\) \|$"
+    expected = re.findall(cards, detailed, re.MULTILINE)
+    assert len(rows) == 2 and rows == [*zip(*expected)]  # a row there is a card, here a model
+
+
+def test_readme_loss_is_the_loss():
+    """The eight lines of the first screen, against `mdpo_loss`."""
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    scope = {}
+    exec(code, scope)
+    assert len(code.splitlines()) == 8
+    for options in ({}, {"beta": 0.5, "delta": 0.25}):
+        assert torch.allclose(
+            scope["mdpo_loss"](POLICY, REF, **options), mdpo_loss(POLICY, REF, **options)[0]
+        )
+
+
+def test_readme_table_points_at_code_that_is_there():
+    """A table of equations that rots sends a student to the wrong line."""
+    source = inspect.getsource(mdpo_loss)
+    equations = re.findall(r"^\| eq\. (\d).*`(\S+)` in `mdpo.mdpo_loss`", README, re.MULTILINE)
+    assert len(equations) == 4
+    for equation, key in equations:
+        assert re.search(rf"{re.escape(key)}.*# eq\. {equation}", source), (equation, key)
+    named = re.findall(r"`(mdpo|data|train)\.(\w+)(?:\(.*?\))?`", README + EXAMPLES_README)
+    assert len(named) >= 8
+    for module, name in named:
+        assert name == "py" or hasattr(globals()[module], name), f"{module}.{name}"
+
+
+def test_readme_flags_exist():
+    """Each row of the table of paper settings must be a command that runs; the text names real flags."""
+    rows = re.findall(r"^\| (?:DPO|Fig|Table|4\.1).*\| `(--[^`]+)`", README, re.MULTILINE)
+    assert len(rows) >= 12
+    for flags in rows:
+        train.parse_args(["--model", "m", "--data", "d", *flags.split()])
+    for flag in re.findall(r"`--([\w-]+)[^`]*`", README):
+        assert flag == "help" or flag in ARGUMENTS, flag
+
+
+def test_readme_training_command_runs(bunny, tmp_path, monkeypatch):
+    """The user's own command, to the letter, with a tiny model under Bunny's name and no flag but the README's."""
+    monkeypatch.chdir(tmp_path)
+    shapes.write_pairs(tmp_path / "data", 5)
+    for path in (tmp_path / "data").iterdir():
+        path.rename(tmp_path / path.name)
+    (tmp_path / "BAAI").mkdir()
+    (tmp_path / "BAAI" / "Bunny-v1_0-3B").symlink_to(bunny)
+    (line,) = re.findall(
+        r"^python train.py (--model BAAI/Bunny-v1_0-3B --data silkie.json)$", README, re.MULTILINE
+    )
+    assert train.main(line.split()) == 0
+    assert len(log_of("runs/Bunny-v1_0-3B-silkie-1")) == 3  # 3 epochs of one partial batch
+
+
+def test_each_epoch_sees_each_example_once_in_an_order_of_its_own():
+    """An example left out, or one order for all epochs, is training on something else than the data."""
+    plan = train.plan_steps(10, 4, 3, 2, seed=0)
+    assert [[len(micro_batch) for micro_batch in step] for step in plan] == [[3, 1], [3, 1], [2]] * 2
+    plan = [sum(step, []) for step in plan]
+    assert [len(batch) for batch in plan] == [4, 4, 2] * 2
+    orders = [[key for batch in plan[at : at + 3] for key in batch] for at in (0, 3)]
+    assert [sorted(order) for order in orders] == [[(epoch, i) for i in range(10)] for epoch in (0, 1)]
+    assert [i for _, i in orders[0]] != [i for _, i in orders[1]]
 
 
 def found(pattern, text=README):

@@ -16,8 +16,16 @@ import transformers
 
 import train
 from data import run_command
-from examples import answer, benchmarks, evaluate, miniature, shapes, throughput, tiny_bunny
-from test_mdpo import TEXTS, finished, log_of, noise, small, write  # noqa: F401
+from examples import (
+    answer,
+    benchmarks,
+    evaluate,
+    miniature,
+    shapes,
+    throughput,
+    tiny_bunny,
+)
+from test_mdpo import TEXTS, log_of, noise, write
 
 # ruff: noqa: F811 (fixtures)
 

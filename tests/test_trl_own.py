@@ -381,21 +381,24 @@ def test_what_an_operation_counts(name):
     assert (work.flops, work.traffic, work.launches) == expected
 
 
+PAIR = Example("there is a red", "circle and blue square", "here the", (noise(1),), (noise(2),))
+
+
 @pytest.fixture
 def tiny(monkeypatch):
-    """One layer of width 32, MLP 64, one image of 16 tokens -> (model on meta, batch of one pair)."""
+    """One layer of width 32, MLP 64, images of 16 tokens -> (model on meta, batch of one pair, processor)."""
     text, vision = throughput.phi(32, 64, 1, 2, 600), throughput.siglip(32, 64, 1, 2, 32, 8)
     monkeypatch.setitem(throughput.SHAPES, "tiny", (text, vision))
     model, processor = throughput.make_model("tiny", "meta", torch.bfloat16, 8)
-    pair = Example("there is a red", "circle and blue square", "here the", (noise(1),), (noise(2),))
-    return model.train(), throughput.packed_batch([pair], processor)
+    return model.train(), throughput.packed_batch([PAIR], processor), processor
 
 
 def test_checkpointing_computes_the_layer_once_more(tiny):
     """The difference by hand: the products of the layer, LoRA's A of six and B of all but the last (nothing
     after it is needed), and attention: causal in a row, whole where y_l's n tokens see a prefix."""
-    model, batch = tiny
+    model, batch, _ = tiny
     without = throughput.count_work(model, batch)
+    assert throughput.count_work(model, batch).launches == without.launches  # nothing is left of the first
     train.enable_checkpointing(model)
     again = throughput.count_work(model.train(), batch)
     tokens = len(batch.take)
@@ -405,7 +408,18 @@ def test_checkpointing_computes_the_layer_once_more(tiny):
         attention += 2 * n * n * 32 if owner == row else 4 * n * (prefix + n) * 32
     assert again.flops - without.flops == 2 * tokens * (layer + lora) + attention
     assert again.traffic > without.traffic and again.launches > without.launches
-    assert throughput.count_work(model, batch).launches == again.launches  # nothing is left of the one before
+
+
+def test_hours_are_printed_with_checkpointing_and_without(tiny, monkeypatch, capsys):
+    """Both columns of the table would be one."""
+    monkeypatch.setattr(throughput, "make_pairs", lambda n: [PAIR] * n)
+    throughput.print_hours(tiny[0], tiny[2])
+    line = r"(\d) (with|without) checkpointing: .* ([\d,]+) launches"
+    found = re.findall(line, capsys.readouterr().out)
+    launches = {(int(n), way): int(count.replace(",", "")) for n, way, count in found}
+    assert len(launches) == 8
+    for n in (1, 2, 4, 8):
+        assert launches[n, "with"] > launches[n, "without"]
 
 
 def test_hours_are_those_of_the_slower_of_card_and_host(monkeypatch, capsys):

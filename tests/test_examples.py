@@ -32,15 +32,52 @@ from PIL import Image, ImageChops, ImageStat
 
 import data
 import train
-from data import BadInput, Example, Pairs, make_batch, open_image, read_examples, run_command, texts_of
+from data import (
+    BadInput,
+    Example,
+    Pairs,
+    make_batch,
+    open_image,
+    read_examples,
+    run_command,
+    texts_of,
+)
 from examples import answer as answering
-from examples import benchmarks, curves, demo, evaluate, families, merge, minimal, miniature, preview, shapes
-from examples import picture, throughput, tiny_bunny, variants, words
+from examples import (
+    benchmarks,
+    curves,
+    demo,
+    evaluate,
+    families,
+    merge,
+    miniature,
+    minimal,
+    picture,
+    preview,
+    shapes,
+    throughput,
+    tiny_bunny,
+    variants,
+    words,
+)
 from examples.answer import generate_answers
 from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps, sequence_logps
-from test_mdpo import DPO_NAMES, PAIRS, POLICY, REF, ROOT, adapter, as_examples, command, log_of, noise, pair
-from test_mdpo import asked, softplus, with_lora, write
-from test_mdpo import bunny, finished, llava, loaded, small  # noqa: F401 (fixtures)
+from test_mdpo import (
+    PAIRS,
+    POLICY,
+    REF,
+    ROOT,
+    adapter,
+    asked,
+    command,
+    log_of,
+    noise,
+    pair,
+    softplus,
+    with_lora,
+    write,
+)
+from tests.helpers import DPO_NAMES, as_examples
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 README = (ROOT / "README.md").read_text()
@@ -118,7 +155,10 @@ def test_demo_table_says_of_each_model_what_it_answers(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "picture.png").tobytes() == exam[5][1].resize((256, 256)).tobytes()
     shown = [line.split(" before: ")[0].strip() for line in text.splitlines() if " before: " in line]
     assert shown == [shapes.question_text(exam[i][2]) for i in (5, 7, 9)]
-    assert text.count("before:  babble") == text.count("DPO:     babble") - 0 == 3 and "mDPO:    babble" not in text
+    assert (
+        text.count("before:  babble") == text.count("DPO:     babble") - 0 == 3
+        and "mDPO:    babble" not in text
+    )
 
 
 def test_demo_says_how_many_pictures_it_draws(monkeypatch):
@@ -237,7 +277,11 @@ def test_families_print_their_table_alone(tmp_path, monkeypatch, capfd):
     assert run_command(families.run, []) == 0
     printed = capfd.readouterr()
     head, row = printed.out.splitlines()
-    assert head.split()[:2] == ["family", "rows"] and row.split()[:2] == ["gemma3", "plain"] and printed.err == ""
+    assert (
+        head.split()[:2] == ["family", "rows"]
+        and row.split()[:2] == ["gemma3", "plain"]
+        and printed.err == ""
+    )
     folder = families.write_family("gemma3", tmp_path / "model")
     first = Pairs(read_examples(shapes.write_pairs(tmp_path / "data", 8)))[0, 0]
     before = generate_answers(*train.load_model(folder), [(first.images, first.question)], 6)
@@ -386,6 +430,8 @@ def test_scenes_are_what_the_study_says():
 MIDDLE = SimpleNamespace(
     uniform=lambda low, high: (low + high) / 2
 )  # no jitter: a radius of 0.41 * 16 = 6.6 pixels
+
+
 PROBES = {  # pixels right of and below the middle of the cell: painted, not painted
     "circle": ([(0, 0), (4, 4), (-4, 4)], [(7, 7)]),
     "square": ([(0, 0), (4, 4), (-4, -4)], [(7, 7)]),
@@ -680,8 +726,6 @@ def test_summary_is_mean_and_standard_deviation_of_the_seeds():
     assert summary == {"x": {"a": pytest.approx([1.5, 0.5**0.5])}}
 
 
-# -------------------------------------------------------------------------- what the README says of the study
-
 STUDY = json.loads((ROOT / "examples" / "miniature.json").read_text())["seeds"]
 LARGE_STUDY = json.loads((ROOT / "examples" / "miniature_large.json").read_text())["seeds"]
 
@@ -806,7 +850,9 @@ def test_predictions_held_as_the_readme_says():
 def test_results_of_another_exam_are_not_taken(tmp_path, monkeypatch):
     """More held-out scenes are asked for because fewer were too few."""
     monkeypatch.setattr(miniature, "load_tuned", lambda *arguments: (None, None))
-    monkeypatch.setattr(miniature, "examine", lambda model, processor, exam: {"yes_no_auc": 0.8, "n": len(exam)})
+    monkeypatch.setattr(
+        miniature, "examine", lambda model, processor, exam: {"yes_no_auc": 0.8, "n": len(exam)}
+    )
     threads = torch.get_num_threads()
     assert [miniature.run_method(tmp_path, 5, "base", n)["n"] for n in (1, 2, 1)] == [5, 10, 5]
     torch.set_num_threads(threads)
@@ -845,14 +891,14 @@ def test_methods_of_the_study_are_the_readmes():
     assert len([f for f in ran.values() if f is not None]) == 9 and miniature.METHODS["mDPO"] == ""
 
 
-# ------------------------------------------------------------------------------------------- answers, merging
-
 CONVERSATIONS = {  # of two images in the last; no template of these families refuses a system message
     "question": [("user", 1, "What is in it?")],
     "system": [("system", 0, "Be brief."), ("user", 1, "What is in it?")],
     "turns": [("user", 1, "Which?"), ("assistant", 0, "A red one."), ("user", 1, "And this?")],
     "all": [("system", 0, "Be brief."), ("user", 2, "Which?"), ("assistant", 0, "It."), ("user", 0, "Why?")],
 }
+
+
 # The template of LLaVA-OneVision writes another white space before an answer than for one to come.
 IN_TRAINING = {"llava_onevision": ("<|im_start|>assistant\n", "<|im_start|>assistant \n")}
 
@@ -879,7 +925,6 @@ def test_a_model_is_asked_as_it_was_trained(name, conversation, request):
     before = asked_with.removesuffix(written) + in_training
     assert row.startswith(before)
     assert re.fullmatch(r" ?There is one\.<\S+>", row.removeprefix(before))
-
 
 
 def test_a_template_that_takes_text_and_no_parts_is_asked(bunny):
@@ -969,7 +1014,9 @@ def test_merged_model_loads_by_the_library_alone(family, small, tmp_path, reques
     assert run_command(merge.run, ["--adapter", str(tmp_path / "out"), "--to", str(tmp_path / "merged")]) == 2
     assert "already exists" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert run_command(merge.run, ["--adapter", str(tmp_path / "empty"), "--to", str(tmp_path / "other")]) == 2
+    assert (
+        run_command(merge.run, ["--adapter", str(tmp_path / "empty"), "--to", str(tmp_path / "other")]) == 2
+    )
     assert "holds no adapter" in capsys.readouterr().err
 
 
@@ -993,7 +1040,9 @@ def test_a_part_that_needs_torchvision_is_carried_along(layout, small, tmp_path)
         assert len({(tmp_path / part / file.name).read_bytes() for part in parts}) == 1
     train.load_processor(str(tmp_path / "merged"))
     if transformers.utils.is_torchvision_available():
-        loaded = [transformers.AutoProcessor.from_pretrained(tmp_path / part).video_processor for part in parts]
+        loaded = [
+            transformers.AutoProcessor.from_pretrained(tmp_path / part).video_processor for part in parts
+        ]
         assert loaded[0].to_dict() == loaded[1].to_dict() == loaded[2].to_dict()
 
 
@@ -1001,7 +1050,9 @@ def test_a_part_that_needs_torchvision_is_carried_along(layout, small, tmp_path)
 def test_the_image_processor_is_not_torchvisions(family, tmp_path, request, monkeypatch):
     """The library takes torchvision's where it is installed: a grey level apart, and so are the digits of a run."""
     in_families = family in families.FAMILIES
-    base = families.write_family(family, tmp_path / family) if in_families else request.getfixturevalue(family)
+    base = (
+        families.write_family(family, tmp_path / family) if in_families else request.getfixturevalue(family)
+    )
     load = transformers.AutoProcessor.from_pretrained
 
     def by_default(*args, **options):
@@ -1100,9 +1151,15 @@ def of_other_names(weights):
 WRONG_ADAPTERS = {  # what is done to its weights or its configuration, and the reason that is shown
     "no name": (of_other_names, "weights are missing, such as base_model"),
     "half of the names": (lambda w: {name: w[name] for name in sorted(w)[::2]}, "weights are missing"),
-    "names beside": (lambda w: w | of_other_names({name: v + 1 for name, v in w.items()}), "weights are unexpected, such as base_model"),
+    "names beside": (
+        lambda w: w | of_other_names({name: v + 1 for name, v in w.items()}),
+        "weights are unexpected, such as base_model",
+    ),
     "none": (lambda w: {}, "weights are missing"),
-    "another rank": (lambda w: {name: torch.cat([v, v], int("lora_B" in name)) for name, v in w.items()}, "size"),
+    "another rank": (
+        lambda w: {name: torch.cat([v, v], int("lora_B" in name)) for name, v in w.items()},
+        "size",
+    ),
     "one row less": (lambda w: {name: v[:-1] if "lora_A" in name else v for name, v in w.items()}, "size"),
     "truncated": (lambda w: safetensors.torch.save(w)[:-1000], "not fully covered"),
     "no safetensors": (lambda w: b"<html>", "header"),
@@ -1111,7 +1168,10 @@ WRONG_ADAPTERS = {  # what is done to its weights or its configuration, and the 
     "configuration not LoRA's": ('{"peft_type": "LOFA"}', "LOFA"),
     "configuration of no kind": ("{}", "is no adapter of"),
     "configuration a list": ("[]", "not in a known form"),
-    "configuration of other modules": (json.dumps({"peft_type": "LORA", "target_modules": ["x"]}), "not found"),
+    "configuration of other modules": (
+        json.dumps({"peft_type": "LORA", "target_modules": ["x"]}),
+        "not found",
+    ),
 }
 
 
@@ -1176,9 +1236,6 @@ def test_a_merge_that_is_a_nat_off_is_not_saved(off, adapted, tmp_path, monkeypa
     monkeypatch.setattr(merge, "generate_answers", lambda *arguments: ["yes"] * 4)
     assert run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
     assert "1.0e+00 nats off" in capsys.readouterr().err and not (tmp_path / "merged").exists()
-
-
-# ------------------------------------------------------------------------------------------------- benchmarks
 
 
 def benchmark_files(folder):
@@ -1317,7 +1374,11 @@ def yes_no_run(benchmark, items, said, folder, monkeypatch, *more):
 
 
 AMBER_SAID = ["Yes, it is.", "no", ' "No," I think.', "Nobody is.", "I see. Yes.", "Yesterday.", "No."]
-AMBER_ITEMS = [{"id": id, "image": "a.png", "query": "Is it?"} for id in (1005, 1006, 15220, 1007, 1008, 1009, 1010)]
+
+
+AMBER_ITEMS = [
+    {"id": id, "image": "a.png", "query": "Is it?"} for id in (1005, 1006, 15220, 1007, 1008, 1009, 1010)
+]
 
 
 def test_discriminative_questions_of_amber_are_answered_by_yes_or_no(tmp_path, monkeypatch, capsys):
@@ -1330,8 +1391,12 @@ def test_discriminative_questions_of_amber_are_answered_by_yes_or_no(tmp_path, m
     expected = ["Yes", "No", "No", "Nobody is.", "I see. Yes.", "Yesterday.", "No"]
     assert answers == [(item["id"], answer) for item, answer in zip(AMBER_ITEMS, expected)]
     to.unlink()
-    truths = dict(zip((1005, 1006, 15220, 1007, 1008, 1009, 1010), ("yes", "no", "yes", "no", "yes", "no", "no")))
-    notes = [{"id": id, "type": "discriminative-hallucination", "truth": truth} for id, truth in truths.items()]
+    truths = dict(
+        zip((1005, 1006, 15220, 1007, 1008, 1009, 1010), ("yes", "no", "yes", "no", "yes", "no", "no"))
+    )
+    notes = [
+        {"id": id, "type": "discriminative-hallucination", "truth": truth} for id, truth in truths.items()
+    ]
     notes = write(tmp_path / "notes.json", [{"id": 1, "truth": ["sky"]}, *notes])
     more = "--annotations", notes
     assert yes_no_run("amber-discriminative", AMBER_ITEMS, AMBER_SAID, tmp_path, monkeypatch, *more)[0] == 0
@@ -1387,7 +1452,9 @@ def test_benchmark_flags_reach_the_model_and_the_partial_file(adapted, tmp_path,
     items = [{"id": i, "image": "a.png", "query": "What?"} for i in range(3)]
     flags = {"questions": write(tmp_path / "q.json", items), "images": tmp_path, "model": "M", "adapter": out}
     flags |= {"to": tmp_path / "to.json", "max-new-tokens": 7, "batch-size": 2, "device": "cpu"}
-    run = lambda **changes: run_command(benchmarks.run, ["amber", *(f"--{n}={v}" for n, v in (flags | changes).items())])
+    run = lambda **changes: run_command(
+        benchmarks.run, ["amber", *(f"--{n}={v}" for n, v in (flags | changes).items())]
+    )
     assert run() == 130
     assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", str(out), "cpu")]
     assert len((tmp_path / "to.json.partial").read_text().splitlines()) == 1 + 2
@@ -1398,7 +1465,9 @@ def test_benchmark_flags_reach_the_model_and_the_partial_file(adapted, tmp_path,
 
     refused("model", model="N")
     refused("max new tokens", **{"max-new-tokens": 8})
-    refused("questions", questions=write(tmp_path / "other.json", [item | {"query": "Who?"} for item in items]))
+    refused(
+        "questions", questions=write(tmp_path / "other.json", [item | {"query": "Who?"} for item in items])
+    )
     (tmp_path / "elsewhere").mkdir()
     grey(1).save(tmp_path / "elsewhere" / "a.png")
     refused("images", images=tmp_path / "elsewhere")
@@ -1418,9 +1487,6 @@ def test_benchmark_flags_reach_the_model_and_the_partial_file(adapted, tmp_path,
     shutil.copytree(out, tmp_path / "moved")
     assert run(adapter=tmp_path / "moved") == 0 and calls[2:] == [(1, 7, 2)]
     assert len(json.loads((tmp_path / "to.json").read_text())) == 3
-
-
-# ------------------------------------------------------------------------------------------------- evaluation
 
 
 def randomly_adapted(folder, std=0.2):
@@ -1477,8 +1543,12 @@ def test_evaluation_of_a_run_without_images_shows_none(bunny, small, tmp_path, c
     assert train.main(command(bunny, small, tmp_path / "out", *flags)) == 0
     last = log_of(tmp_path / "out")[-1]
     capsys.readouterr()
-    assert run_command(evaluate.run, f"--model {bunny} --adapter {tmp_path / 'out'} --data {small}".split()) == 0
-    assert printed(capsys.readouterr().out)["rewards/margins"][0] == pytest.approx(last["eval/rewards/margins"], abs=2e-4)
+    assert (
+        run_command(evaluate.run, f"--model {bunny} --adapter {tmp_path / 'out'} --data {small}".split()) == 0
+    )
+    assert printed(capsys.readouterr().out)["rewards/margins"][0] == pytest.approx(
+        last["eval/rewards/margins"], abs=2e-4
+    )
 
 
 def test_evaluation_takes_the_loss_of_its_run(finished, bunny, small, tmp_path, capsys):
@@ -1544,7 +1614,9 @@ def test_margins_compare_the_same_texts(bunny, tmp_path, monkeypatch):
     """Cut at a length that counts the image, an answer would be longer without one; and the next example's image
     may leave no room at all."""
     given, make = set(), evaluate.make_batch
-    monkeypatch.setattr(evaluate, "make_batch", lambda *arguments: given.add(arguments[-1]) or make(*arguments))
+    monkeypatch.setattr(
+        evaluate, "make_batch", lambda *arguments: given.add(arguments[-1]) or make(*arguments)
+    )
     evaluate.score_margins(*randomly_adapted(bunny), as_examples(tmp_path, 2))
     assert given == {sys.maxsize}
 
@@ -1593,6 +1665,8 @@ def test_bootstrap_interval_by_hand():
 
 
 RECORD = {"prompt": "What?", "chosen": "A red circle.", "rejected": "No."}
+
+
 TURNS = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]},
     {"role": "assistant", "content": "A red one."},
@@ -1649,10 +1723,9 @@ def test_mistakes_of_the_looking_commands_are_one_line(bunny, mixed, tmp_path, c
             continue
         assert run_command(script.run, arguments.split()) == 2
         err = capsys.readouterr().err
-        assert message in err.splitlines()[-1] and err.count("error: ") == 1  # under the library's bar, if any
-
-
-# ------------------------------------------------------------------------------ words that look at the image
+        assert (
+            message in err.splitlines()[-1] and err.count("error: ") == 1
+        )  # under the library's bar, if any
 
 
 def test_numbers_of_the_words_are_those_of_the_librarys_own_call(bunny):
@@ -1738,9 +1811,12 @@ def test_picture_of_words_is_drawn_in_their_colours():
     sheet = words.as_image(pair(asked("q"), "a", "b", grey(10), [grey(90), grey(200)]), ROWS)
     assert [sheet.getpixel((10 + 260 * i + 20, 100)) for i in range(3)] == [(n,) * 3 for n in (10, 90, 200)]
     long = words.as_image(pair(asked("q"), "a", "b"), [("y_w", [(" picture", 3.0)] * 30)])
-    assert long.height > 98 and long.getcolors(2**20) and (90, 150, 255) not in {
-        long.getpixel((x, y)) for x in range(994, 1000) for y in range(long.height)
-    }
+    assert (
+        long.height > 98
+        and long.getcolors(2**20)
+        and (90, 150, 255)
+        not in {long.getpixel((x, y)) for x in range(994, 1000) for y in range(long.height)}
+    )
 
 
 def test_words_command_writes_page_and_picture(mixed, finished, bunny, tmp_path, capsys):
@@ -1785,9 +1861,6 @@ def test_study_of_words_tells_colours_and_shapes_from_the_rest(monkeypatch, caps
     ]
 
 
-# ----------------------------------------------------------------------------------------------------- curves
-
-
 def test_curves_show_every_metric_of_the_readme():
     """A metric without a curve is a metric that nobody looks at. Memory is one number, not a curve."""
     table = README.split("\n## Metrics\n")[1].split("\n## ")[0]
@@ -1816,7 +1889,9 @@ def test_curves_without_matplotlib_are_refused_in_one_line(tmp_path, monkeypatch
     monkeypatch.setattr(curves, "read_log", lambda run: pytest.fail("read"))
     assert run_command(curves.run, [str(tmp_path), "--to", "x.png"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: a figure needs matplotlib (pip install matplotlib)") and err.count("\n") == 1
+    assert (
+        err.startswith("error: a figure needs matplotlib (pip install matplotlib)") and err.count("\n") == 1
+    )
 
 
 def test_curves_have_a_colour_a_run_and_points_where_held_out(finished, tmp_path):
@@ -1844,9 +1919,6 @@ def test_curves_have_a_colour_a_run_and_points_where_held_out(finished, tmp_path
     assert legend == {"a": "C0", "b": "C1", "held out": "k"}
     assert run_command(curves.run, [str(finished), str(finished), "--to", str(tmp_path / "x.png")]) == 0
     assert Image.open(tmp_path / "x.png").size == (1620, 720)
-
-
-# ------------------------------------------------------------------------------------------------- throughput
 
 
 @pytest.fixture
@@ -2380,9 +2452,6 @@ def test_memory_formula_prints_terms_peaks_and_hours(tiny, monkeypatch, capsys):
     assert printed.count(" checkpointing: ") == 8 and printed.count(" ms: ") == 8 * len(throughput.CARDS)
 
 
-# ----------------------------------------------------------------------- families, and the making of the base
-
-
 def test_pixels_of_the_base_models_training_are_its_processors():
     """A base trained on otherwise normalised pixels would not see what it is shown later."""
     processor = train.load_processor(str(demo.BASE))
@@ -2431,10 +2500,10 @@ def test_readme_of_the_study_of_words_says_what_its_table_shows():
     )
 
 
-# --------------------------------------------------------------------------------- variants of loss and image
-
 WEIGHTED = {"dpo": softplus(-1.5), "conditional": 0.2 * softplus(-1.0)}
 NONE = -100  # y_w of two examples has 4 tokens and 3, y_l 5 and 1
+
+
 OF_4_TOKENS = SimpleNamespace(labels=torch.tensor(
     [[NONE, 1, 2, 3, 0, NONE], [NONE, 1, 2, 0, NONE, NONE], [NONE, 1, 2, 3, 4, 0], [NONE, 0] + [NONE] * 4]
 ))  # fmt: skip
@@ -2601,9 +2670,6 @@ runpy.run_path({variants.__file__!r}, run_name="__main__")
     assert "CHiP" in done.stdout
 
 
-# ------------------------------------------------------------------------------------------- mDPO in one file
-
-
 @pytest.fixture
 def pairs_file(tmp_path):
     """Images and answers of several sizes; the first image is turned by its EXIF data, the third is wide."""
@@ -2696,7 +2762,9 @@ def test_minimal_on_a_gpu_checkpoints_in_bf16(llava, pairs_file, tmp_path, monke
     layer runs three times an example: for the reference, for the policy, and again in the backward pass."""
     attention, calls = transformers.models.llama.modeling_llama.LlamaAttention, []
     forward, to = attention.forward, torch.Tensor.to
-    there_is_one = {"cuda": SimpleNamespace(is_available=lambda: True)}  # for minimal.py alone: the library would use it
+    there_is_one = {
+        "cuda": SimpleNamespace(is_available=lambda: True)
+    }  # for minimal.py alone: the library would use it
     monkeypatch.setattr(minimal, "torch", SimpleNamespace(**vars(torch) | there_is_one))
     monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda self, device: self)
     stays = lambda *args, **options: "cuda" in args or options.get("device") == "cuda"

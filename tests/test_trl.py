@@ -12,16 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-trl = pytest.importorskip("trl")
-
 import train
 from data import BadInput, Pairs, make_batch, read_examples, run_command
 from examples import families, shapes, trl_mdpo
 from mdpo import mdpo_step, pack
 from test_mdpo import ROOT, adapter, log_of
-from test_mdpo import bunny, llava  # noqa: F401 (fixtures)
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+trl = pytest.importorskip("trl")
 LORA = "--lora-rank 4 --lora-alpha 8"
 
 
@@ -105,7 +103,10 @@ def test_two_processes_equal_one(runs, drawn, tmp_path):
     except OSError as error:
         pytest.skip(f"processes cannot reach each other at 127.0.0.1: {error}")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    torchrun += ["--local_addr", "127.0.0.1"]  # else torch asks for the machine's name, which may lead nowhere
+    torchrun += [
+        "--local_addr",
+        "127.0.0.1",
+    ]  # else torch asks for the machine's name, which may lead nowhere
     argv = flags(model, drawn, tmp_path / "out", "--gradient_accumulation_steps", 1, "--ddp_backend", "gloo")
     command = [*torchrun, str(ROOT / "examples/trl_mdpo.py"), *argv]
     with open(tmp_path / "printed", "w") as printed:
@@ -162,7 +163,9 @@ def test_tokens_loss_and_gradients_are_train_pys(name, request, drawn, tmp_path)
     trainer = trl_mdpo.MDPOTrainer(*trl_mdpo.parse(flags(model, drawn, tmp_path / "out")))
     inputs = next(iter(trainer.get_train_dataloader()))
     kept_out = trainer.held_out.examples
-    pairs = Pairs([e for e in read_examples(str(drawn), processor=trainer.processing_class) if e not in kept_out])
+    pairs = Pairs(
+        [e for e in read_examples(str(drawn), processor=trainer.processing_class) if e not in kept_out]
+    )
     chosen = [pairs[key] for key in train.plan_steps(9, 32, 2, 1, 0)[0][0]]
 
     ours, processor = train.load_model(str(model))
@@ -182,7 +185,9 @@ def test_tokens_loss_and_gradients_are_train_pys(name, request, drawn, tmp_path)
             torch.nn.init.normal_(parameter, std=0.1)
         one.train()
     modes = {name: module.training for name, module in trainer.model.get_base_model().named_modules()}
-    assert {modes[name] for name in modes if "tower" in name or "vision" in name or "visual" in name} == {False}
+    assert {modes[name] for name in modes if "tower" in name or "vision" in name or "visual" in name} == {
+        False
+    }
     assert trainer.model.get_decoder().training
     losses = mdpo_step(ours, batch)[0].mean(), trainer.compute_loss(trainer.model, inputs)
     for loss in losses:

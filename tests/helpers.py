@@ -1,0 +1,122 @@
+"""Helpers that several files of this folder share."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import data
+import train
+from data import read_examples
+from examples import shapes
+from test_mdpo import ROOT, fork, noise, pair
+
+
+def check_file(argv):
+    """`python data.py ...`, in this process."""
+    return data.run_command(data.check_file, argv)
+
+
+DPO_NAMES = ("chosen", "rejected")  # no log-probability of m_l
+
+
+CHAT = (
+    "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}"
+    "{% if p.type == 'image' %}IMAGE{% else %}{{ p.text }}{% endif %}{% endfor %}END{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def pixels_of(processor, *images):
+    return processor.image_processor([*images], return_tensors="pt")["pixel_values"]
+
+
+SIZES = [  # images that differ in their number of tiles or tokens, within an example and between examples
+    pair("Describe the picture.", "There is a red circle.", "No.", noise(1, (60, 30)), noise(2, (30, 90))),
+    pair(
+        "How many?", "One.", "There is a red square, and a blue one.", noise(3, (40, 40)), noise(4, (90, 90))
+    ),
+]
+
+
+def completion(response, *ratings):
+    aspects = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
+    annotations = {a: {"Rating": r, "Rationale": "..."} for a, r in zip(aspects, ratings)}
+    return {"model": "m", "response": response, "annotations": annotations}
+
+
+VLFEEDBACK = {
+    "id": "llava-1",
+    "prompt": "What is it?",
+    "models": ["m"] * 4,
+    "completions": [  # means 4, 5, 2; the last is unrated
+        completion("Middling.", "4", "4", "4"),
+        completion("A cat【6†source】.", "5", "5", "5"),
+        completion("A dog.", "1", "4", "1"),
+        completion("Never.", "N/A", "5", "5"),
+    ],
+}
+
+
+PLAIN = {"image": "a.png", "question": "<image>\nWhat is it?", "chosen": " A cat.\n", "rejected": "A dog."}
+TURNS = {  # a system text, an earlier turn, two images
+    "images": ["a.png", "merged_images/llava-1.jpg"],
+    "prompt": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [{"type": "text", "text": "And this:"}, {"type": "image"}]},
+    ],
+    "chosen": "A dog.",
+    "rejected": "A cat.",
+}
+
+
+def as_examples(folder, n=4):
+    return read_examples(str(shapes.write_pairs(folder / "drawn", n)))
+
+
+ARGUMENTS = train.FILES | train.METHOD | train.SYSTEM
+
+
+def child(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def killed(monkeypatch, arguments, module, name, die_at):
+    """Run train.main in a child whose `module.name` is `die_at(the function)`, and which dies by SIGKILL."""
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, die_at(getattr(module, name)))
+        process = fork(train.main, arguments)
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def counted(monkeypatch, module, name):
+    """A list that grows by one at each call of module.name."""
+    calls, function = [], getattr(module, name)
+
+    def note(*args, **options):
+        calls.append(1)
+        return function(*args, **options)
+
+    monkeypatch.setattr(module, name, note)
+    return calls
+
+
+def one_line_of(capsys, status):
+    """What a command that failed said: one line on stderr beside progress bars, nothing else."""
+    err = capsys.readouterr().err
+    lines = [
+        line for line in re.split("[\r\n]+", err) if line.strip() and "it/s]" not in line and "%|" not in line
+    ]
+    lines = [line for line in lines if not line.startswith(("[transformers]", "stopping after", "  "))]
+    assert status in (2, 130) and len(lines) == 1 and lines[0].startswith("error: "), err[-2000:]
+    assert lines[0].isprintable() and len(lines[0]) < 3000 and "internal error" not in lines[0]
+    return lines[0]
+
+
+README = (ROOT / "README.md").read_text()
+EXAMPLES_README = (ROOT / "examples" / "README.md").read_text()
