@@ -54,8 +54,8 @@ from examples.answer import (
 )
 from train import load_processor, replacing, whole
 
-# A benchmark is a function: number, item of its file, image folder, answer -> image, question, the record that
-# its scorer reads. The image is the path of a file, or a file in base64.
+# A benchmark is a function: number, item of its file, image folder, answer -> image, question, the record
+# that its scorer reads. The image is the path of a file, or a file in base64.
 
 
 def local(name, folder):
@@ -201,9 +201,9 @@ def run(argv):
     if apply in (pope, amber_discriminative):
         with about(f"{args.annotations or args.questions}: no annotations for these questions"):
             truths = read_truths(items, args.annotations)
-    adapters = [args.adapter] if args.adapter else []
-    belongs = identity(args.model, questions, args.max_new_tokens) | {"system": system_of(adapters)}
-    belongs |= {"adapter": digest(adapter, "adapter_*") for adapter in adapters if read_adapter(adapter)}
+    belongs = identity(args.model, questions, args.max_new_tokens) | {"system": ""}
+    if args.adapter and read_adapter(args.adapter):
+        belongs |= {"adapter": digest(args.adapter, "adapter_*"), "system": system_of([args.adapter])}
     load = cache(lambda: load_tuned(args.model, args.adapter, args.device))  # if there is something to ask
 
     def ask(batch):

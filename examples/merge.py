@@ -49,7 +49,7 @@ def merge(adapter, to, base=None):
 
 
 def merge_into(folder, adapter, base):
-    """Make the folder -> a line for each of the models that were compared. Raises BadInput if one is wrong."""
+    """Make the folder -> a line for each model that was compared. Raises BadInput if one is wrong."""
     images = (Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB"),)
     pairs = [Example(text, "I cannot tell from this picture.", "No.", images, images) for text in QUESTIONS]
 

@@ -58,7 +58,8 @@ def mdpo_loss(model, inputs, labels):
 
 
 def main(name, data, out):
-    Path(out).mkdir(parents=True)  # a new folder: nothing is overwritten
+    if Path(out).exists():
+        sys.exit(f"{out}: already exists")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     processor = AutoProcessor.from_pretrained(name)
     processor.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # with torchvision, too

@@ -40,7 +40,7 @@ def show_rows(processor, pair, names, max_length, marks=BRACKETS):
     real = batch.inputs["attention_mask"].bool()
     for name, ids, labels, kept in zip(names, batch.inputs["input_ids"], batch.labels, real):
         ids, n_scored = ids[kept].tolist(), (labels >= 0).sum().item()
-        whole, prompt = fold(processor, ids), fold(processor, ids[:-n_scored])  # at a start, a space may be lost
+        whole, prompt = fold(processor, ids), fold(processor, ids[:-n_scored])  # decoding drops a first space
         row = visible(prompt) + marks[0] + visible(whole[len(prompt) :]) + marks[1]
         text = f"the text of {shown[row]}" if row in shown else row
         yield f"{TITLES[name]}: {len(ids)} tokens, {n_scored} scored\n{textwrap.indent(text, '  ')}"

@@ -1,0 +1,668 @@
+"""What is shown before training is what is trained, and no file is lost: the user's stay whole.
+
+Also: a benchmark's answers belong to one set of questions and one model, and all modules import without Unix.
+"""
+
+import base64
+import errno
+import io
+import json
+import os
+import runpy
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import train
+from data import CROP, Pairs, read_examples, run_command
+from examples import benchmarks, curves, families, merge, miniature, minimal, preview, words
+from mdpo import mdpo_loss
+from test_mdpo import ROOT, authors, command, noise, one_line_of, small, write  # noqa: F401
+
+SYSTEM = train.BUNNY_SYSTEM
+RECORD = {"image": "a.png", "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
+BOTH_REASON = {
+    "chosen": "<think>\nFur.\n</think>\n\nA cat.",
+    "rejected": "<think>\nTail.\n</think>\n\nA dog.",
+}
+THINKING = (  # writes reasoning into a block of its own, as Qwen3.5's template does
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% set text = m.content[0].text %}{% set why = '' %}{% if '</think>' in text %}"
+    "{% set why = text.split('</think>')[0].split('<think>')[-1] | trim %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<think>\n' + why + '\n</think>\n\n' + text }}{% else %}{% for p in m.content %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if p.type == 'image' else p.text }}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def models(bunny, llava, tmp_path_factory):
+    """{name: a folder without weights}: nothing that is shown needs them."""
+    top, found = tmp_path_factory.mktemp("without_weights"), {"bunny": bunny, "llava": llava}
+    for name in ("qwen2_5_vl", "llava_onevision", "thinking"):
+        found[name] = families.write_family({"thinking": "qwen3_vl"}.get(name, name), top / "whole" / name)
+    (found["thinking"] / "chat_template.jinja").write_text(THINKING)
+    for name, folder in found.items():
+        found[name] = shutil.copytree(folder, top / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    return found
+
+
+@pytest.fixture
+def show(models, folder, capsys):
+    """A function: name of a model, records, flags of train.py and of preview.py -> what is printed."""
+
+    def shown(name, records, *flags):
+        path = write(folder / "x.json", records)
+        assert run_command(preview.run, ["--model", str(models[name]), "--data", path, *map(str, flags)]) == 0
+        return capsys.readouterr().out
+
+    return shown
+
+
+# ------------------------------------------------------------------------------------------------------- rows
+
+ROWS = {  # model, what the record has -> rows of y_w and y_l, by hand
+    # 32 pixels in patches of 8: 4 x 4 image tokens. Bunny's template and the authors' prompt agree.
+    ("bunny", "authors"): [
+        f"{SYSTEM} USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.<|endoftext|>]",
+        f"{SYSTEM} USER: <image> x 16\nWhat is it? ASSISTANT:[ A dog.<|endoftext|>]",
+    ],
+    ("llava", "plain"): [
+        "<s> USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.</s>]",
+        "<s> USER: <image> x 16\nWhat is it? ASSISTANT:[ A dog.</s>]",
+    ],
+    # 48 x 32 pixels are scaled to 56 x 28, of which 28 x 28 are a token
+    ("qwen2_5_vl", "plain"): [
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n"
+        f"<|im_start|>assistant\n[{answer}<|im_end|>]"
+        for answer in ("A cat.", "A dog.")
+    ],
+    # the block is the template's own: each row has one, and where both answers reason it opens unscored
+    ("thinking", "reasons"): [
+        "<|im_start|>user\n<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n"
+        f"<|im_start|>assistant\n<think>\n[{why}.\n</think>\n\n{answer}<|im_end|>]"
+        for why, answer in (("Fur", "A cat."), ("Tail", "A dog."))
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model, kind", ROWS)
+def test_rows_are_shown_as_the_model_is_given_them(model, kind, show):
+    """A wrong template, a second think block, a lost end or a scored prompt is seen here, or by nobody."""
+    record = {"authors": authors(), "plain": RECORD, "reasons": RECORD | BOTH_REASON}[kind]
+    printed = show(model, [record]).replace("\n  ", "\n")
+    chosen, rejected = ROWS[model, kind]
+    assert f"scored\n{chosen}\ny_l with m_w" in printed and f"scored\n{rejected}\ny_w with m_l" in printed
+    assert "note:" not in printed and printed.count("[") == printed.count("]") == 2
+
+
+def test_a_rejected_image_of_another_size_has_a_row_of_its_own(show, folder):
+    """The third row is shown where it differs: its image has more tokens. 56 x 84 pixels are 2 x 3."""
+    noise(3, (56, 84)).save(folder / "b.png")
+    printed = show("qwen2_5_vl", [RECORD | {"rejected_images": ["b.png"]}])
+    row = printed[printed.index("y_w with m_l") :]
+    assert "<image> x 6<|vision_end|>What is it?" in row and "[A cat.<|im_end|>]" in row
+    row = show("qwen2_5_vl", [RECORD])
+    assert "the text of y_w with m_w" in row[row.index("y_w with m_l") :]
+
+
+@pytest.mark.parametrize(
+    "flags, third",
+    [("--no-conditional --anchors none", False), ("--no-conditional --anchors image_rejected", True),
+     ("--no-image", False), ("", True)],
+)  # fmt: skip
+def test_only_rows_that_are_trained_are_shown(flags, third, show):
+    """DPO has no row of a rejected image. Someone who left a flag out sees it by this."""
+    printed = show("bunny", [authors()], *flags.split())
+    assert ("y_w with m_l" in printed, "m_l of this run: none" in printed) == (third, not third)
+    assert ("<image> x 16" in printed) == (flags != "--no-image")
+
+
+def test_a_row_that_is_cut_is_shown_cut(show):
+    """Without its end-of-sequence the model learns never to stop."""
+    whole = show("bunny", [authors(chosen="A cat on a mat. " * 9)])
+    assert whole.count("<|endoftext|>]") == 2
+    n_tokens = int(whole.split("y_w with m_w: ")[1].split()[0])
+    cut = show("bunny", [authors(chosen="A cat on a mat. " * 9)], "--max-length", n_tokens - 1)
+    assert cut.count("<|endoftext|>]") == 1 and f"y_w with m_w: {n_tokens - 1} tokens" in cut
+
+
+NOTES = {  # what the model is asked with, and what the rows have there
+    ("llava_onevision", "plain"): ("assistant\\n'", "assistant \\n'"),
+    ("thinking", "plain"): ("<think>\\n'", "<think>\\n\\n</think>\\n\\n'"),
+}
+
+
+@pytest.mark.parametrize("model, kind", NOTES)
+def test_a_prompt_unlike_the_templates_own_answers_is_said_once(model, kind, show):
+    """What was trained is not what is asked for later, and every number is a little worse for no visible
+    reason."""
+    asked, trained = NOTES[model, kind]
+    (note,) = [line for line in show(model, [RECORD] * 2).splitlines() if line.startswith("note:")]
+    assert f"{asked}, these rows have" in note and note.endswith(trained)
+
+
+def test_what_is_scored_is_green_on_a_terminal(show, monkeypatch):
+    """Brackets would be lost among those of a text."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    printed = show("bunny", [authors(chosen="[A cat]")])
+    assert "ASSISTANT:\033[32m [A cat]<|endoftext|>\033[0m" in printed
+
+
+def test_data_do_not_command_the_terminal(show):
+    """An escape sequence in a record could hide other rows, or clear the screen."""
+    printed = show("bunny", [authors(chosen="A \x1b[2J\x9b2Jcat.\r\tx", id="\x1b]0;x")])
+    assert not {*"\x1b\x9b\r\t"} & {*printed} and r"[ A \x1b[2J\x9b2Jcat.\r\tx<|endoftext|>]" in printed
+
+
+def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, capsys):  # noqa: F811
+    """Rows of other examples than the run's would say nothing about it. Here the run's loss notes what it
+    sees: 5 of 7 examples, one of them held out."""
+    seen, flags = [], ["--epochs", 1, "--seed", 3, "--limit", 5, "--eval-size", 1, "--batch-size", 2]
+
+    def loss(*logps, batch, **options):
+        if batch.keys[0][0] == 0:  # not held out
+            seen.extend(batch.ids)
+        return mdpo_loss(*logps, **options)
+
+    argv = command(bunny, small, tmp_path / "out", *flags)
+    capsys.readouterr()
+    assert run_command(preview.run, [*argv, "--rows", "3"]) == 0
+    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
+    assert train.main(argv, loss) == 0 and len(seen) == 4 and shown == seen[:3]
+    capsys.readouterr()
+    assert run_command(preview.run, ["--resume", str(tmp_path / "out"), "--rows", "99"]) == 0
+    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
+    assert shown == seen
+
+
+def test_a_preview_refuses_what_train_py_refuses_and_keeps_files(models, folder, capsys):
+    """A mistyped flag must not show rows of other settings, nor a picture replace one of the user's."""
+    base = ["--model", str(models["bunny"]), "--data", write(folder / "x.json", [authors()])]
+    (folder / "mine.png").write_text("mine")
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    for more, message in [
+        (["--row", "2"], "--row"),
+        (["--rows", "0"], "--rows: must be within 1 to"),
+        (["--crop", "0.5", "0.2"], "--crop: its minimum is above its maximum"),
+        (["--data", str(folder / "none.json")], "no such file"),
+        (["--to", str(folder / "mine.png")], "mine.png: already exists"),
+        (["--to", str(folder / "gone.png")], "gone.png: already exists"),
+        (["--to", str(folder / "x.odd")], "x.odd: must end in .png"),
+        (["--to", str(folder / "no" / "x.png")], "cannot be written to"),
+    ]:
+        assert message in one_line_of(capsys, run_command(preview.run, [*base, *more]))
+    assert (folder / "mine.png").read_text() == "mine" and not (folder / "nowhere").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ sheet
+
+COLUMNS = [10 + 250 * column + 60 for column in range(6)]  # a pixel inside each panel of the first row
+
+
+def test_each_strategy_is_drawn_under_its_title(monkeypatch, folder):
+    """A user judges a strategy by its panel. Here every strategy makes a plain colour. An example's own
+    rejected image is the run's, not the strategies'; `random` needs the images of the whole file."""
+    noise(5).save(folder / "own.png")
+    records = [authors(id=str(i)) for i in range(2)]
+    records[1] |= {"rejected_images": ["own.png"]}
+    examples = read_examples(write(folder / "x.json", records))
+    colours = {
+        ("crop", CROP): "lime",
+        ("crop", (0.2, 0.5)): "blue",
+        ("random", CROP): "yellow",
+        ("moco", CROP): "purple",
+    }
+    made = []
+
+    def pairs(all_examples, strategy, crop, seed, max_pixels):
+        made.append((len(all_examples), seed, max_pixels))
+        assert not any(example.images_rejected for example in all_examples)
+        plain = Image.new("RGB", (64, 48), colours[strategy, crop])
+        return {(0, 1): SimpleNamespace(images_rejected=(plain,))}
+
+    plain = lambda colour: (Image.new("RGB", (64, 48), colour),)
+    pair = examples[1]._replace(images=plain("red"), images_rejected=plain("cyan"), key=(0, 1))
+    run = type("Run", (dict,), {"examples": examples})({(0, 1): pair})
+    monkeypatch.setattr(preview, "Pairs", pairs)
+    sheet = preview.contact_sheet(SimpleNamespace(seed=7, max_pixels=9), run, [(0, 1)])
+    found = [sheet.getpixel((x, 100)) for x in COLUMNS]
+    expected = ["red", "cyan", "lime", "blue", "yellow", "purple"]
+    assert found == [Image.new("RGB", (1, 1), colour).getpixel((0, 0)) for colour in expected]
+    assert made == [(2, 7, 9)] * 4
+
+
+def test_the_sheet_holds_the_runs_own_rejected_images(models, folder, capsys):
+    """The crop of another seed, index or area would be another picture than the one that is trained on."""
+    for i in range(3):
+        noise(i, (238, 178)).save(folder / f"{i}.png")
+    path = write(folder / "x.json", [authors(img_path=f"{i}.png") for i in range(3)])
+    flags = [
+        "--model",
+        str(models["bunny"]),
+        "--data",
+        path,
+        "--seed",
+        "5",
+        "--crop",
+        "0.1",
+        "0.3",
+        "--rows",
+        "2",
+    ]
+    assert run_command(preview.run, [*flags, "--to", str(folder / "sheet.png")]) == 0
+    printed = capsys.readouterr().out
+    assert "m_l of this run: --reject crop" in printed and "sheet.png: 2 examples" in printed
+    order = [int(line.split()[-1]) - 1 for line in printed.splitlines() if line.startswith("---")]
+    pairs = Pairs(read_examples(path), "crop", [0.1, 0.3], seed=5)
+    sheet = Image.open(folder / "sheet.png")
+    for row, index in enumerate(order):
+        left, top = 10 + 250 + 1, 10 + 320 * row + 20 + 1  # within the frame of the second panel
+        shown = sheet.crop((left, top, left + 238, top + 178))
+        assert shown.tobytes() == pairs[0, index].images_rejected[0].tobytes()
+
+
+def test_several_images_chat_messages_and_texts_alone_can_be_looked_at(show, folder, monkeypatch):
+    """Such data can be trained on. Of several images the first is drawn; a text has no panel; the only image
+    has no other for `random`."""
+    grey = lambda level: Image.new("RGB", (48, 32), (level, level, level))
+    for level in (10, 20):
+        grey(level).save(folder / f"{level}.png")
+    said = [("system", "Be brief."), ("user", "Which?"), ("assistant", "The first."), ("user", "Why?")]
+    prompt = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+    record = {"prompt": prompt, "images": ["10.png", "20.png"], "chosen": "A.", "rejected": "B."}
+    drawn, draw = [], preview.ImageDraw.ImageDraw.multiline_text
+    note = lambda pen, at, lines, *rest: drawn.append(lines) or draw(pen, at, lines, *rest)
+    monkeypatch.setattr(preview.ImageDraw.ImageDraw, "multiline_text", note)
+    printed = show("bunny", [record], "--to", folder / "two.png")
+    assert drawn == ["q: Which? / The first. / Why?\ny_w: A.\ny_l: B."] and printed.count("<image> x 16") == 4
+    sheet = Image.open(folder / "two.png")
+    assert [sheet.getpixel((x, 100))[0] for x in COLUMNS] == [
+        10,
+        10,
+        10,
+        10,
+        255,
+        sheet.getpixel((COLUMNS[5], 100))[0],
+    ]
+    show("bunny", [record], "--no-image", "--to", folder / "none.png")
+    assert Image.open(folder / "none.png").crop((0, 0, 1510, 200)).getcolors() == [
+        (1510 * 200, (255, 255, 255))
+    ]
+
+
+# ----------------------------------------------------------------------------------------------- nothing lost
+
+
+@pytest.fixture(scope="session")
+def adapted(bunny, tmp_path_factory):
+    """An adapter of random weights in a run's folder."""
+    torch.manual_seed(3)
+    model = train.add_lora(train.load_model(str(bunny))[0], rank=4, alpha=8)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder = tmp_path_factory.mktemp("runs") / "adapted"
+    model.save_pretrained(folder)
+    return folder
+
+
+def full_disk(*arguments, **options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupted(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+def half_a_model(model, folder, **options):
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("half")
+    full_disk()
+
+
+STOPS = {  # what stops a merge, and where
+    "half a model on a full disk": (transformers.PreTrainedModel, "save_pretrained", half_a_model),
+    "no room for the processor": (merge, "save_processor", full_disk),
+    "a folder that is not read back": (
+        transformers.AutoModelForImageTextToText,
+        "from_pretrained",
+        full_disk,
+    ),
+    "Ctrl-C while it is compared": (merge, "different_weights", interrupted),
+    "a name that is taken meanwhile": (Path, "rename", full_disk),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_half_a_model_never_stays_and_no_folder_of_the_users_goes(
+    stop, adapted, tmp_path, monkeypatch, capsys
+):
+    """`merge.py --to x` deleted the folder x.tmp of whoever had one; half a model looks like a whole one."""
+    owner, name, instead = STOPS[stop]
+    write(tmp_path / "x.tmp" / "notes.txt", "mine")
+    write(tmp_path / "x.safetensors", "mine")
+    monkeypatch.setattr(owner, name, instead)
+    status = run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "x")])
+    if instead is interrupted:
+        assert status == 130
+    else:
+        assert "No space left" in one_line_of(capsys, status)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "x.safetensors", "x.tmp"]
+
+
+def test_a_merge_is_for_all_whom_the_umask_lets_read(adapted, tmp_path, monkeypatch):
+    """Weights are written for their owner alone: a server that runs under another name cannot load them. The
+    folder is made beside its place, since a rename does not cross disks."""
+    beside, directory = [], merge.TemporaryDirectory
+    monkeypatch.setattr(
+        merge, "TemporaryDirectory", lambda *options: beside.append(options[2]) or directory(*options)
+    )
+    write(tmp_path / "x.tmp" / "notes.txt", "mine")
+    assert run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "x")]) == 0
+    assert beside == [tmp_path] and {path.name for path in tmp_path.iterdir()} == {"x", "x.tmp"}
+    assert (tmp_path / "x.tmp" / "notes.txt").read_text() == "mine"
+    if os.name == "posix":
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "x").iterdir()}
+        assert modes == {0o666 & ~train.UMASK}
+        assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o777 & ~train.UMASK
+
+
+def test_a_terminated_merge_ends_as_an_interrupted_one(monkeypatch):
+    """A batch system sends SIGTERM, which ends Python where it stands: half a model would stay."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", ["merge.py", "--help"])
+    try:
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(ROOT / "examples" / "merge.py"), run_name="__main__")
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def half_written(file, *rest, **options):
+    Path(file).write_bytes(b"half")
+    full_disk()
+
+
+def write_preview(to, model, path):
+    return run_command(preview.run, ["--model", str(model), "--data", path, "--to", str(to)])
+
+
+def write_words(to, model, path):
+    argv = ["--model", str(model), "--data", path, "--to", str(to), "--device", "cpu", "--limit", "2"]
+    return run_command(words.run, argv)
+
+
+def draw_curves(to, model, path):
+    return run_command(curves.run, ["a run", "--to", str(to)])
+
+
+def draw_figure(to, model, path):
+    curve = {"chosen_curve": [0, 1], "image_accuracy_curve": [0, 1], "grounding": 1}
+    study = {"0": dict.fromkeys(["base", *miniature.QUICK], curve)}
+    return run_command(lambda argv: miniature.draw(study, to), [])
+
+
+WRITERS = {"preview.png": write_preview, "words.html": write_words, "words.png": write_words}
+FIGURES = {"curves.png": draw_curves, "figure.png": draw_figure}  # by matplotlib, over the old ones
+
+
+@pytest.fixture
+def pyplot(monkeypatch):
+    monkeypatch.setattr(curves, "read_log", lambda run: [{"step": 1, "loss": 1.5}])
+    return pytest.importorskip("matplotlib.pyplot")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_half_a_page_never_stays(name, bunny, small, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """A disk that is full in the middle of a file: half a page, under a name that is then taken."""
+    save = Image.Image.save
+
+    def half_saved(image, file, *rest, **options):
+        return (half_written if isinstance(file, Path) else partial(save, image))(file, *rest, **options)
+
+    monkeypatch.setattr(Image.Image, "save", half_saved)
+    monkeypatch.setattr(Path, "write_text", half_written)
+    message = one_line_of(capsys, WRITERS[name](tmp_path / name, bunny, small))
+    assert "cannot be written to" in message and "No space left" in message and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_replaced_when_the_new_one_is_whole(name, pyplot, tmp_path, monkeypatch, capsys):
+    """Curves are drawn again and again while a run goes on. A full disk must not cost the last good ones."""
+    (to := tmp_path / name).write_text("the old one")
+    with monkeypatch.context() as patch:
+        patch.setattr(pyplot.Figure, "savefig", lambda figure, file, **options: half_written(file))
+        message = one_line_of(capsys, FIGURES[name](to, None, None))
+    assert "cannot be written to" in message and "No space left" in message
+    assert to.read_text() == "the old one" and [*tmp_path.iterdir()] == [to]
+    assert (
+        not FIGURES[name](to, None, None) and Image.open(to).format == "PNG" and [*tmp_path.iterdir()] == [to]
+    )
+
+
+def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(tmp_path, monkeypatch):
+    """Without git a study of hours ended before its results were written. A folder of the user's went."""
+    monkeypatch.setattr(miniature.tiny_bunny, "write_base", lambda path, *rest, **options: path.mkdir())
+    monkeypatch.setattr(miniature.shapes, "write_pairs", lambda path, *rest: write(path / "silkie.json", []))
+    write(tmp_path / "seed-7" / "unfinished" / "notes.txt", "mine")
+    miniature.prepare_seed(tmp_path, 7)
+    names = {path.name for path in (tmp_path / "seed-7").iterdir()}
+    assert names == {"unfinished", "model", "data", "held_out", "log.txt"}
+    assert (tmp_path / "seed-7" / "unfinished" / "notes.txt").exists()
+
+    def pool(*rest):
+        return type("Pool", (), {"__enter__": lambda self: self, "__exit__": lambda self, *rest: None,
+                                 "map": lambda self, function, *rest: map(function, *rest)})()  # fmt: skip
+
+    monkeypatch.setattr(miniature, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(miniature, "run_method", lambda *rest: {"grounding": 0.5})
+    monkeypatch.setattr(miniature.subprocess, "run", full_disk)
+    argv = ["--out", str(tmp_path), "--seeds", "7", "--methods", "mDPO"]
+    assert run_command(miniature.run, argv) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["summary"]["mDPO"]["grounding"] == [0.5, 0.0]
+
+
+def test_minimal_takes_a_new_folder_alone(tmp_path):
+    """It would write its adapter over another run's, and its model card over a README."""
+    write(tmp_path / "out" / "README.md", "mine")
+    with pytest.raises(SystemExit, match="out: already exists"):
+        minimal.main("no model", "no data", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
+# ------------------------------------------------------------------------------------------------- benchmarks
+
+
+@pytest.fixture
+def ask(bunny, folder, monkeypatch, capsys):
+    """A function: benchmark, its items, flags -> exit status of benchmarks.py, whose model answers "Yes."."""
+    asked = []
+
+    def generate(model, processor, questions, max_new_tokens, batch_size, system):
+        asked.extend((text, system) for _, text in questions)
+        return ["Yes."] * len(questions)
+
+    monkeypatch.setattr(benchmarks, "load_tuned", lambda *arguments: asked.append("loaded") or (None, None))
+    monkeypatch.setattr(benchmarks, "generate_answers", generate)
+
+    def run(name, items, *flags):
+        text = "\n".join(json.dumps(item) for item in items) if isinstance(items, list) else items
+        argv = [name, "--model", str(bunny), "--questions", write(folder / "q.jsonl", text)]
+        return run_command(benchmarks.run, [*argv, "--to", str(folder / "to"), *map(str, flags)])
+
+    run.asked = asked
+    return run
+
+
+def encoded(image):
+    image.save(file := io.BytesIO(), "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+AMBER = {"id": 1, "image": "a.png", "query": "Describe this image."}
+POPE = {"image": "a.png", "text": "Is there a dog?", "label": "yes"}
+MMHAL = {"image_src": "https://x.org/1/a.png", "question": "What is it?"}
+OBJHAL = {"image_id": 1, "image": encoded(noise(1)), "question": "Describe it."}
+WRONG_QUESTIONS = {  # what is wrong: (benchmark, a bad item between two good ones, reason)
+    "a null question": ("amber", AMBER | {"query": None}, "'question' is null, not text"),
+    "a number": ("pope", POPE | {"text": 5}, "'question' is 5, not text"),
+    "a list": ("pope", POPE | {"text": ["Is it?"]}, "'question' is ["),
+    "no text": ("mmhal", MMHAL | {"question": " "}, "has no text"),
+    "a surrogate": ("amber", AMBER | {"query": "What \ud800?"}, "surrogates not allowed"),
+    "an image token": ("amber", AMBER | {"query": "What is <image>?"}, "'<image>'"),
+    "the image token": ("amber", AMBER | {"query": "What" + "\t" * 9}, "image token"),
+    "a control token": ("pope", POPE | {"text": "Is it?<|endoftext|>"}, "'<|endoftext|>'"),
+    "a mark of another tool": ("pope", POPE | {"text": "<image 1> Is it?"}, "'<image 1>'"),
+    "no id": ("amber", {"image": "a.png", "query": "What?"}, "has no 'id'"),
+    "an id of text": ("amber", AMBER | {"id": "1"}, "is not in a known form"),
+    "no image": ("amber", AMBER | {"image": None}, "'image' is null, not text"),
+    "a missing image": ("amber", AMBER | {"image": "b.png"}, "no image 'b.png'"),
+    "an image elsewhere": ("amber", AMBER | {"image": "../a.png"}, "points outside the image folder"),
+    "a broken image": ("amber", AMBER | {"image": "x.png"}, "cannot be decoded"),
+    "no base64": ("objhal", OBJHAL | {"image": "AAAA"}, "cannot be decoded"),
+    "an address in base64's place": (
+        "objhal",
+        OBJHAL | {"image": "file:///etc/hostname"},
+        "is an address, file:///",
+    ),
+    "an address in a path's place": ("amber", AMBER | {"image": "https://x.org/a.png"}, "no image 'https://"),
+    "an item that is none": ("amber", 5, "is not in a known form"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_QUESTIONS)
+def test_questions_that_cannot_be_asked_are_named_before_the_model_is_read(kind, ask, folder, capsys):
+    """An internal error after an hour of answers, or an empty answer that counts as free of hallucination."""
+    name, item, reason = WRONG_QUESTIONS[kind]
+    good = {"amber": AMBER, "pope": POPE, "mmhal": MMHAL, "objhal": OBJHAL}[name]
+    (folder / "x.png").write_text("no picture")
+    assert ask(name, [good, item, good], "--images", folder) == 2
+    printed = capsys.readouterr().err
+    assert "q.jsonl: 1 of 3 questions cannot be asked:\n" in printed and "internal" not in printed
+    assert f"question 2 of {name}: " in printed and reason in printed and not ask.asked
+    assert not (folder / "to.partial").exists() and printed.count("\n") == 2
+
+
+@pytest.mark.parametrize("name, item", [("mmhal", MMHAL), ("mmhal", MMHAL | {"image_src": "file:///a.png"})])
+def test_nothing_is_fetched(name, item, ask, folder, monkeypatch, capsys):
+    """Questions are data from the net: they must not make a machine open addresses, or files of its own."""
+    monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("a connection"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *arguments, **options: pytest.fail("an address"))
+    monkeypatch.chdir(folder)
+    assert ask(name, [item]) == 2 and not ask.asked
+    assert f"is an address, {item['image_src']}: download all, and give --images" in capsys.readouterr().err
+    assert ask(name, [item], "--images", folder) == 0
+
+
+WRONG_TRUTHS = {
+    "a missing label": ("pope", [POPE, {"image": "a.png", "text": "Is it?"}], None, "has no 'label'"),
+    "a label of null": ("pope", [POPE, POPE | {"label": None}], None, "null is neither"),
+    "another label": ("pope", [POPE | {"label": "Yes"}], None, '"Yes" is neither "yes" nor "no"'),
+    "no annotation": ("amber-discriminative", [AMBER], [{"id": 2, "truth": "yes"}], "has no 1"),
+    "another truth": ("amber-discriminative", [AMBER], [{"id": 1, "truth": ["sky"]}], '["sky"] is neither'),
+    "no truth": ("amber-discriminative", [AMBER], [{"id": 1}], "has no 'truth'"),
+    "an annotation of null": ("amber-discriminative", [AMBER], [None], "is not in a known form"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG_TRUTHS)
+def test_truths_are_checked_before_the_model_is_read(kind, ask, folder, capsys):
+    """They are looked up when all answers are there: the crash would cost these."""
+    name, items, annotations, reason = WRONG_TRUTHS[kind]
+    flags = ["--annotations", write(folder / "notes.json", annotations)] if annotations else []
+    message = one_line_of(capsys, ask(name, items, "--images", folder, *flags))
+    assert "no annotations for these questions: " in message and reason in message and not ask.asked
+
+
+def test_questions_are_asked_with_the_system_text_of_the_run(ask, adapted, folder, tmp_path, capsys):
+    """A model that was trained with a system text is another one without. Odd files of a run are one line."""
+    run = shutil.copytree(adapted, tmp_path / "run")
+    write(run / "args.json", {"system": "Be brief."})
+    for flags, system in ([], ""), (["--adapter", run], "Be brief."), (["--adapter", adapted], ""):
+        ask.asked.clear()
+        assert ask("objhal", [OBJHAL], *flags) == 0 and ask.asked == ["loaded", ("Describe it.", system)]
+        (folder / "to").unlink()
+    write(run / "args.json", "[")
+    ask.asked.clear()
+    assert "args.json: cannot be read" in one_line_of(capsys, ask("objhal", [OBJHAL], "--adapter", run))
+    assert "holds no adapter" in one_line_of(capsys, ask("objhal", [OBJHAL], "--adapter", folder))
+    assert not ask.asked and not (folder / "to.partial").exists()
+
+
+def test_answers_are_kept_as_they_come_and_files_of_others_stay(ask, folder, monkeypatch, capsys):
+    """A kill, or a full disk, costs a batch. The user's own files of these names are not touched."""
+    generate, batches = benchmarks.generate_answers, []
+
+    def stopped(*arguments, **options):
+        batches.append(len((folder / "to.partial").read_text().splitlines()))
+        return full_disk() if len(batches) == 3 else generate(*arguments, **options)
+
+    monkeypatch.setattr(benchmarks, "generate_answers", stopped)
+    items = [OBJHAL | {"question": f"Which, {i}?"} for i in range(5)]
+    assert "No space left" in one_line_of(capsys, ask("objhal", items, "--batch-size", 2))
+    assert batches == [1, 3, 5] and not (folder / "to").exists()
+    assert ask("objhal", items, "--batch-size", 2) == 0
+    assert [asked[0] for asked in ask.asked if asked != "loaded"] == [item["question"] for item in items]
+    answers = [json.loads(line) for line in (folder / "to").read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == [item["question"] for item in items]
+    assert "already exists" in one_line_of(capsys, ask("objhal", items))
+    (folder / "to").unlink()
+    (folder / "to.partial").write_text("my notes\n")
+    assert "cannot go on" in one_line_of(capsys, ask("objhal", items))
+    assert (folder / "to.partial").read_text() == "my notes\n"
+
+
+# ----------------------------------------------------------------------------------------------- without Unix
+
+IMPORT_ALL = """
+import importlib, os, signal, sys
+import peft, tqdm, torch, transformers  # what they need of a system is their own affair
+try:
+    import trl
+except ImportError:
+    pass
+sys.modules |= dict.fromkeys(("fcntl", "grp", "posix", "pwd", "resource", "termios", "tty"))
+for name in {*dir(signal)} - set(sys.argv[2].split(",")):
+    if name.startswith("SIG") and name not in ("SIG_DFL", "SIG_IGN"):
+        delattr(signal, name)
+for name in ("fork", "getpgid", "killpg", "mkfifo", "setsid", "sched_getaffinity"):
+    delattr(os, name)
+for name in sys.argv[1].split(","):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "trl":  # which is one package more
+            raise
+"""
+OF_WINDOWS = "SIGABRT,SIGBREAK,SIGFPE,SIGILL,SIGINT,SIGSEGV,SIGTERM"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="takes away what others have not")
+def test_all_modules_import_without_what_only_unix_has():
+    """On Windows a command that imports `fcntl` or names SIGHUP dies before its first line."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")]
+    files = [
+        file.relative_to(ROOT).with_suffix("") for file in files if not file.name.startswith(("test_", "__"))
+    ]
+    names = [".".join(file.parts) for file in files]
+    assert {"train", "examples.preview", "examples.throughput"} <= {*names}
+    argv = [sys.executable, "-c", IMPORT_ALL, ",".join(names), OF_WINDOWS]
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+    child = subprocess.run(argv, check=False, cwd=ROOT, **options)
+    assert child.returncode == 0, child.stderr
