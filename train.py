@@ -377,7 +377,9 @@ def replacing(out):
 
 def identity(args, examples, model, loss):
     """What decides the result, and has to be the same when a run goes on: {what: its value}."""
+    sha256 = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
     files = [Path(path).read_bytes() for path in (args.data, args.eval_data) if path]
+    texts = [[e.id, e.question, e.chosen, e.rejected, len(e.images_rejected)] for e in examples]
     # The first numbers of each weight tell models apart; bf16 is what every device and dtype can hold.
     weights = [(name, *p.shape, p.flatten()[:8].bfloat16().tolist())
                for name, p in model.named_parameters() if not p.requires_grad]  # fmt: skip
@@ -385,9 +387,9 @@ def identity(args, examples, model, loss):
     systems = {"".join(texts_of([message])) if message["role"] == "system" else "" for message in first}
     return {name: vars(args)[name] for name in DECISIVE} | {
         "data_files": hashlib.sha256(b"".join(files)).hexdigest(),
-        "examples": [len(examples), sum(len(example.images_rejected) for example in examples)],
+        "examples": sha256(texts),
         "system": systems.pop() if len(systems) == 1 else "",  # answers are asked for with it, too
-        "base_weights": hashlib.sha256(json.dumps(weights).encode()).hexdigest(),
+        "base_weights": sha256(weights),
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
     }
 

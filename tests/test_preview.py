@@ -27,7 +27,8 @@ import train
 from data import CROP, Pairs, read_examples, run_command
 from examples import benchmarks, curves, families, merge, miniature, minimal, preview, words
 from mdpo import mdpo_loss
-from test_mdpo import ROOT, authors, command, noise, one_line_of, small, write  # noqa: F401
+from test_mdpo import ROOT, authors, command, noise, small, write
+from tests.helpers import one_line_of
 
 SYSTEM = train.BUNNY_SYSTEM
 RECORD = {"image": "a.png", "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}

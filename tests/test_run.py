@@ -344,7 +344,7 @@ def test_a_run_goes_on_with_its_own_data_only(bunny, small, tmp_path, monkeypatc
     assert stopped_at(1, monkeypatch, command(bunny, mine, out)) == 128 + signal.SIGTERM
     write(mine, [records[0] | {"chosen": "Something else."}, *records[1:]])
     assert train.main(["--resume", str(out)]) == 2
-    assert "the run began with other values of data files\n" in capsys.readouterr().err
+    assert "the run began with other values of data files, examples\n" in capsys.readouterr().err
     assert train.main(["--resume", str(out), "--data", small]) == 0  # the same data, elsewhere
 
 
