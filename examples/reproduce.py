@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from data import BadInput, Parser, about, run_command
 
 MODELS = {"bunny": "BAAI/Bunny-v1_0-3B", "llava": "llava-hf/llava-1.5-7b-hf"}
-HOURS = {"bunny": 0.6, "llava": 1.2}  # of 10,000 pairs and 3 epochs on one H200: predicted, not measured
+HOURS = {"bunny": 1.0, "llava": 2.3}  # of 10,000 pairs and 3 epochs on one H200: predicted, not measured
 MODEL_GB = {"bunny": 6.4, "llava": 14.1}  # in the hub's cache
 RUN_GB = {"bunny": 1.5, "llava": 2.6}  # adapter and checkpoint: 16 bytes a parameter of the adapter
 PAIRS_GB = 5.8  # VLFeedback's images, as a zip and unpacked

@@ -137,25 +137,15 @@ def test_every_script_is_accepted_by_bash(names, tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, disk, runs, hours, calls",
     [
-        # 6.4 Bunny + 14.1 LLaVA + 2 * 1.5 + 2 * 2.6 adapters + 5.8 pairs; 2 * 0.6 + 2 * 1.2; 6 * 396
-        ("table1", "34 GB", "4 runs", "3.6 hours", "2376 calls of j-1"),
-        (
-            "table2",
-            "18 GB",
-            "4 runs",
-            "2.4 hours",
-            "1584 calls of j-1",
-        ),  # 6.4 + 4 * 1.5 + 5.8; 4 * 0.6; 4 * 396
-        (
-            "table5",
-            "15 GB",
-            "2 runs",
-            "1.2 hours",
-            "288 calls of j-1",
-        ),  # 6.4 + 2 * 1.5 + 5.8; 2 * 0.6; 3 * 96
-        # 6.4 + 6 * 1.5 + 5.8; (2 * 0.25 + 2 * 0.5 + 2) * 0.6; 6 * 96
-        ("figure5", "21 GB", "6 runs", "2.1 hours", "576 calls of j-1"),
-        ("figure3", "15 GB", "2 runs", "1.2 hours", None),
+        # 6.4 Bunny + 14.1 LLaVA + 2 * 1.5 + 2 * 2.6 adapters + 5.8 pairs; 2 * 1.0 + 2 * 2.3; 6 * 396
+        ("table1", "34 GB", "4 runs", "6.6 hours", "2376 calls of j-1"),
+        # 6.4 + 4 * 1.5 + 5.8; 4 * 1.0; 4 * 396
+        ("table2", "18 GB", "4 runs", "4.0 hours", "1584 calls of j-1"),
+        # 6.4 + 2 * 1.5 + 5.8; 2 * 1.0; 3 * 96
+        ("table5", "15 GB", "2 runs", "2.0 hours", "288 calls of j-1"),
+        # 6.4 + 6 * 1.5 + 5.8; (2 * 0.25 + 2 * 0.5 + 2) * 1.0; 6 * 96
+        ("figure5", "21 GB", "6 runs", "3.5 hours", "576 calls of j-1"),
+        ("figure3", "15 GB", "2 runs", "2.0 hours", None),
     ],
 )
 def test_script_begins_with_its_price(name, disk, runs, hours, calls, capsys):
