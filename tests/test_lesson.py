@@ -1,0 +1,246 @@
+"""Tests of examples/lesson.ipynb: `pytest tests/test_lesson.py`. Each says what breaks if it fails.
+
+They protect a reader who looks at the page and runs nothing: what is saved is what the cells print, the text
+names only numbers that stand above it, and its conclusions follow from them. The cells run once, in order, in a
+fresh process without Jupyter; where matplotlib is missing, nothing is drawn.
+"""
+
+import ast
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LESSON = ROOT / "examples" / "lesson.ipynb"
+CELLS = json.loads(LESSON.read_text("utf-8"))["cells"]
+CODE = [i for i, cell in enumerate(CELLS) if cell["cell_type"] == "code"]
+source = lambda i: "".join(CELLS[i]["source"])
+TRAINING = next(i for i in CODE if "METHODS = " in source(i))
+
+RUN = """
+import contextlib, io, json, os, sys
+from importlib.machinery import ModuleSpec
+from unittest.mock import MagicMock
+
+os.environ["MPLBACKEND"] = "Agg"
+try:
+    import matplotlib
+except ImportError:
+    sys.modules["matplotlib"] = MagicMock(__spec__=ModuleSpec("matplotlib", None))
+printed, names = {}, {"__name__": "__main__"}
+for i, cell in enumerate(json.load(open("lesson.ipynb", encoding="utf-8"))["cells"]):
+    if cell["cell_type"] == "code":
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile("".join(cell["source"]), f"cell {i}", "exec"), names)
+        printed[i] = out.getvalue()
+print(json.dumps(printed))
+"""
+
+
+@pytest.fixture(scope="module")
+def printed():
+    """{number of a cell: what it prints now}"""
+    command = [sys.executable, "-W", "ignore", "-c", RUN]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    options = {"cwd": LESSON.parent, "env": env, "capture_output": True, "encoding": "utf-8"}
+    done = subprocess.run(command, check=False, **options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {int(i): text for i, text in json.loads(done.stdout).items()}
+
+
+def saved(i):
+    """What a cell printed when the page was made."""
+    streams = (output for output in CELLS[i]["outputs"] if output["output_type"] == "stream")
+    return "".join("".join(output["text"]) for output in streams)
+
+
+NUMBER = r"(?<![\w.])-?\d+(?:\.\d+)?"
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(NUMBER, text)]
+
+
+def lines_to_compare(text):
+    """Without times, and what models say word by word, which may differ on another processor."""
+    return [line for line in text.splitlines() if "second" not in line and not line.startswith("    ")]
+
+
+def wording(text):
+    return " ".join(re.sub(NUMBER, "N", text).split())
+
+
+@pytest.mark.parametrize("i", CODE)
+def test_a_cell_prints_what_is_saved(printed, i):
+    """The page shows numbers that its code no longer gives. After training, processors may differ a little."""
+    within = 0.05 if i >= TRAINING else 0.0006
+    now, then = lines_to_compare(printed[i]), lines_to_compare(saved(i))
+    assert [*map(wording, now)] == [*map(wording, then)]
+    assert [numbers(line) for line in now] == [
+        pytest.approx(numbers(line), abs=within, rel=within / 2) for line in then
+    ]
+
+
+def test_what_models_say_is_printed_of_each(printed):
+    """An answer under another model's name, or a model left out."""
+    (i,) = [i for i in CODE if "What colour is the triangle?" in saved(i)]
+    speakers = lambda text: re.findall(r"^    (\w+) +\S", text, re.MULTILINE)
+    assert speakers(printed[i]) == speakers(saved(i)) == ["base", "DPO", "mDPO"] * 3
+    said = [line.split(maxsplit=1)[1] for line in saved(i).splitlines() if line.startswith("    ")]
+    assert said[0].endswith("a orange ring.") and "no triangle" in said[5] and said[8].startswith("no")
+
+
+# ------------------------------------------------------------------------------------------------- the text
+
+
+def texts():
+    """[(number of a markdown cell, its text without formulas and code)] below the first code cell."""
+    cells = ((i, source(i)) for i in range(CODE[0], len(CELLS)) if i not in CODE)
+    return [(i, re.sub(r"\$[^$]*\$|`[^`]*`", "", text)) for i, text in cells]
+
+
+def test_every_number_in_bold_is_printed_by_the_cell_above():
+    """A number of an older run, or of none."""
+    n_found = 0
+    for i, text in texts():
+        above = re.findall(NUMBER + "%?", saved(max(n for n in CODE if n < i)))
+        for number in re.findall(rf"\*\*({NUMBER}%?)\*\*", text):
+            assert number in {*above, *(value.removeprefix("-") for value in above)}, (i, number)
+            n_found += 1
+    assert n_found >= 25
+
+
+def test_no_measured_number_is_outside_bold():
+    """A number that the test above does not see."""
+    for i, text in texts():
+        assert not re.findall(r"\d\.\d|\d%", re.sub(r"\*\*.*?\*\*", "", text)), i
+
+
+def row(title):
+    """The numbers of the saved line that begins so."""
+    lines = [line for i in CODE for line in saved(i).splitlines() if line.startswith(title)]
+    assert len(lines) == 1, title
+    return numbers(lines[0].removeprefix(title))
+
+
+def test_the_conclusions_follow_from_the_numbers():
+    """Outputs that are made anew, below sentences that no longer hold."""
+    assert row("eq. 8")[0] == pytest.approx(3 * math.log(2), abs=1e-4)
+    assert row("only y_w has the polite phrase: ")[0] > 80
+    left_dpo, left_mdpo = row("without the image is left: ")
+    assert left_dpo > 200 / 3 and left_mdpo > 200 / 3  # mDPO does not remove the shortcut
+    for title in "m_w over m_l, a crop", "m_w over another image":
+        dpo, mdpo, difference, error = row(title)
+        assert mdpo - dpo == pytest.approx(difference, abs=0.0011) and difference > 2 * error, title
+    dpo, mdpo, *_ = row("change of log pi(y_w | m_w, q)")
+    assert dpo < -1 and abs(mdpo) < 0.3
+    base, dpo, mdpo = row("false premises refused")
+    assert dpo < base < mdpo
+    base, dpo, mdpo = row("mean with true premises not refused")
+    assert abs(dpo - 0.5) < 0.1 < mdpo - base
+    base, dpo, mdpo = row("answers that are no sentence")
+    assert base == 0 and dpo > 5 * mdpo
+    base, dpo, mdpo = row("answers with a false claim")
+    assert 0.25 < mdpo < 0.35 < min(base, dpo)
+    assert row("largest difference of a log-probability: ")[0] < 1e-4
+
+
+def test_the_sixty_steps_are_the_demos():
+    """The lesson trains on other data, or otherwise, than the run whose table the README shows."""
+    metrics = {
+        "false_premise": "false premises refused",
+        "hallucination_rate": "answers with a false claim",
+        "malformed": "answers that are no sentence",
+        "length": "words of an answer",
+    }
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for metric, title in metrics.items():
+        [line] = re.findall(rf"^  {metric} +([\d. ]+)", readme, re.MULTILINE)
+        assert numbers(line) == row(title), metric
+    assert "at step 60:" in saved(TRAINING)
+
+
+# --------------------------------------------------------------------------------------------- the notebook
+
+
+def test_it_is_a_small_notebook_whose_cells_ran_in_order():
+    """It does not open, opens slowly, or was saved half-way through."""
+    book = json.loads(LESSON.read_text("utf-8"))
+    assert (book["nbformat"], book["metadata"]["kernelspec"]["name"]) == (4, "python3")
+    assert LESSON.stat().st_size < 600_000 and len(CELLS) <= 25
+    assert len({cell["id"] for cell in CELLS}) == len(CELLS)
+    assert [CELLS[i]["execution_count"] for i in CODE] == [*range(1, len(CODE) + 1)]
+    outputs = [output for i in CODE for output in CELLS[i]["outputs"]]
+    assert {output.get("name", "picture") for output in outputs} == {"stdout", "picture"}  # no stderr
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    assert all(len(line) <= 110 for i in CODE for line in source(i).splitlines())
+
+
+def test_it_says_nothing_of_the_machine_that_made_it():
+    """A path of somebody's, on a public page."""
+    assert not re.findall(r"/(?:home|tmp|root|Users|work)/", LESSON.read_text("utf-8"))
+
+
+def test_the_core_is_used_by_its_public_names():
+    """A lesson on private names teaches what may change."""
+    nodes = [node for i in CODE for node in ast.walk(ast.parse(source(i)))]
+    imports = {node.module: node.names for node in nodes if isinstance(node, ast.ImportFrom)}
+    used = [alias.name for module in ("mdpo", "data", "train") for alias in imports[module]]
+    assert not [name for name in used if name.startswith("_")]
+    attributes = [
+        node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr.startswith("_")
+    ]
+    assert {*attributes} == {"_replace", "_asdict"}  # of a NamedTuple, where they are public
+
+
+def test_each_exercise_changes_one_line_of_the_lesson():
+    """An answer that changes no line that is there, or more than one."""
+    [exercises] = [text for text in map(source, range(len(CELLS))) if "## Exercises" in text]
+    answers = re.findall(r"<summary>Answer</summary>\n\n`(.*)`", exercises)
+    assert len(answers) == 3
+    for answer in answers:
+        name = answer.partition(" = ")[0]
+        lines = [line for i in CODE for line in source(i).splitlines() if line.startswith(f"{name} = ")]
+        assert len(lines) == 1 and lines[0].partition("  #")[0] != answer
+        compile(answer, "answer", "exec")
+
+
+def set_up(folder, monkeypatch, address="", finds=lambda name: True):
+    """Run the first cell in a folder -> the commands that it starts."""
+    commands, names = [], {}
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr("importlib.util.find_spec", finds)
+    monkeypatch.setattr("warnings.simplefilter", lambda action: None)
+    cell = source(CODE[0]).replace('REPOSITORY = ""', f"REPOSITORY = {address!r}")
+    exec(compile(cell, "first cell", "exec"), names)  # noqa: S102
+    assert sys.path[0] == str(names["root"])
+    return commands
+
+
+def test_the_first_cell_clones_and_installs_only_what_is_missing(tmp_path, monkeypatch):
+    """In a clone it may touch nothing; in Colab it has to bring everything, once."""
+    assert set_up(LESSON.parent, monkeypatch) == set_up(ROOT, monkeypatch) == []
+    [install] = set_up(LESSON.parent, monkeypatch, finds=lambda name: name != "peft")
+    assert install[1:4] == ["-m", "pip", "install"] and install[-1] == str(ROOT / "requirements.txt")
+
+    address, to = "https://example.org/mdpo", tmp_path / "mdpo"
+    clone, install = set_up(tmp_path, monkeypatch, address)
+    assert clone[:2] == ["git", "clone"] and clone[-2:] == [address, str(to)]
+    assert install[-1] == str(to / "requirements.txt") and "matplotlib" in install
+    to.mkdir()
+    (to / "mdpo.py").touch()
+    assert set_up(tmp_path, monkeypatch, address) == []
+
+
+def test_the_first_cell_asks_for_the_address_that_it_needs(tmp_path, monkeypatch):
+    """Outside a clone, without an address, git would fail with a message about an empty path."""
+    with pytest.raises(SystemExit, match="Write the repository's address into REPOSITORY"):
+        set_up(tmp_path, monkeypatch)
