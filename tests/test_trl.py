@@ -12,14 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+trl = pytest.importorskip("trl")
+
 import train
 from data import BadInput, Pairs, make_batch, read_examples, run_command
 from examples import families, shapes, trl_mdpo
 from mdpo import mdpo_step, pack
 from test_mdpo import ROOT, adapter, log_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.filterwarnings("ignore")
 LORA = "--lora-rank 4 --lora-alpha 8"
 
 
