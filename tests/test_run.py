@@ -395,6 +395,19 @@ def test_fewer_examples_are_another_run(bunny, small, tmp_path, monkeypatch, cap
     assert "the run began with other values of examples" in capsys.readouterr().err
 
 
+def test_other_examples_of_the_same_number_are_another_run(bunny, small, tmp_path, monkeypatch, capsys):
+    """With --limit, a record that --skip-bad drops makes room for another one in the sample."""
+    shutil.copytree(Path(small).parent, tmp_path / "data")
+    mine, out = tmp_path / "data" / "silkie.json", tmp_path / "out"
+    arguments = command(bunny, mine, out, "--skip-bad", "--limit", 6)
+    assert stopped_at(1, monkeypatch, arguments) == 128 + signal.SIGTERM
+    drawn = sorted(random.Random(0).sample(range(7), 6))
+    gone = json.loads(mine.read_text())[drawn[0]]["img_path"]
+    (mine.parent / gone).unlink()
+    assert train.main(["--resume", str(out)]) == 2
+    assert "the run began with other values of examples" in capsys.readouterr().err
+
+
 def test_a_checkpoint_runs_no_code(finished, tmp_path, capsys):
     """A run's folder can come from anybody. Unpickled, it could do anything."""
 
