@@ -21,8 +21,8 @@ The paper does not number its equations; 5 to 8 is their order of appearance (6 
 One departure from the authors' code, which changes no equation: policy and reference see the same m_l, which
 is made with the data.
 
-To use the loss elsewhere, copy this file as far as `sequence_logps`: so far it needs only torch. It imports
-nothing of this repository, and neither does `data.py`: where `data` is a module of your own, copy that file
+To use the loss elsewhere, copy this file as far as `sequence_logps`. That part needs only torch. Neither this
+file nor `data.py` imports anything of this repository: if you have a module `data` of your own, copy ours
 under another name.
 """
 
