@@ -325,20 +325,18 @@ def in_turns(steppers, n_batches, rounds):
 def compare(args, identical):
     """Time ours against the others: at identical settings, or ours at its best and theirs as released."""
     (model, processor), (groups, in_turn) = prepare(args, identical), micro_batches(args)
-    model_of_authors, _ = prepare(args, True)
-    model_of_authors.load_state_dict(model.state_dict())
     check_equal(model, processor, groups[0])
-    rivals = {"authors": (plain_batch, authors_losses)}
-    if args.trl:
-        rivals["trl"] = trl_rival(model_of_authors, processor, groups[0])
-    if not identical:
-        as_released(model_of_authors)
-        rivals = {name: (make, autocast(losses)) for name, (make, losses) in rivals.items()}
-    ours = Stepper("ours", model, processor, groups, our_losses)
-    steppers = [ours] + [Stepper(name, model_of_authors, processor, groups, losses, make)
-                         for name, (make, losses) in rivals.items()]  # fmt: skip
+    steppers = [Stepper("ours", model, processor, groups, our_losses)]
+    for name in ("authors", "trl") if args.trl else ("authors",):
+        theirs, _ = prepare(args, True)  # a model each: TRL's constructor changes the one that it gets
+        theirs.load_state_dict(model.state_dict())
+        make, losses = (plain_batch, authors_losses) if name == "authors" else trl_rival(theirs, processor, groups[0])
+        if not identical:
+            losses = autocast(losses)
+            as_released(theirs)
+        steppers.append(Stepper(name, theirs, processor, groups, losses, make))
     speedup = in_turns(steppers, in_turn, args.rounds)
-    seconds = statistics.median(ours.times) / args.micro_batch_size
+    seconds = statistics.median(steppers[0].times) / args.micro_batch_size
     batches = [packed_batch(group, processor) for group in groups[2:]]
     n = len(batches) * args.micro_batch_size
     tokens, targets = (sum(len(getattr(batch, name)) for batch in batches) for name in ("take", "answers"))
