@@ -18,6 +18,7 @@ as released: with it, peft's own LoRA layers, Phi's own activation, and autocast
 a batch again. Each measurement is a line of JSON, printed and added to FILE as soon as it is there.
 """
 
+import copy
 import gc
 import itertools
 import json
@@ -73,7 +74,7 @@ SHAPES = {  # language model, vision tower
 def make_model(shape, device, dtype, rank):
     """A Llava with random weights, LoRA on its language model -> (peft model, processor)."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in training: it plans anew for each shape, and ours never repeat
-    text, vision = SHAPES[shape]
+    text, vision = copy.deepcopy(SHAPES[shape])  # two models must not share how they attend
     side = vision.image_size // vision.patch_size
     clip = isinstance(vision, transformers.CLIPVisionConfig)
     with tempfile.TemporaryDirectory() as folder:
