@@ -401,10 +401,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
         check_one = partial(check_example, processor and knowing_sizes(processor), max_length, max_pixels)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             checked = pool.map(lambda n: attempt(n, check_one, found[n]), found)
-            interval = 0.1 if sys.stderr.isatty() else 10
-            lengths = [
-                *tqdm(checked, "checking data", len(found), leave=False, mininterval=interval, delay=interval)
-            ]
+            lengths = [*progress(checked, "checking data", len(found), leave=False, delay=1)]
         examples = [example for n, example in found.items() if n not in problems]
     if problems:
         what = "dropped" if skip_bad else "--skip-bad would drop"
@@ -766,6 +763,11 @@ def run_command(command, argv=None, saves_memory="--device cpu"):
                 message, status = f"internal error, please report what --debug shows: {error!r}", 1
             print("error:", "\n  ".join(map(one_line, message.split("\n  "))), file=sys.stderr)
             return status
+
+
+def progress(values, what, total, **options):
+    """A progress bar; off a terminal, as in a log file, a line every ten seconds."""
+    return tqdm(values, what, total, mininterval=0.1 if sys.stderr.isatty() else 10, **options)
 
 
 class Unbreakable:

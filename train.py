@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.modeling_utils import load_state_dict
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.utils.hub import cached_file, cached_files
+from transformers.utils.hub import cached_file
 
 from data import (
     CROP,
@@ -53,6 +53,7 @@ from data import (
     about,
     make_batch,
     one_line,
+    progress,
     read_examples,
     run_command,
     texts_of,
@@ -77,8 +78,7 @@ def run(args, loss):
     optimizer = make_optimizer(model, args)
     out, shared, records = open_run(args, pairs.examples, model, loss, optimizer)
     done = records[-1]["step"] if records else 0
-    warmup = min(math.ceil(args.warmup * len(plan)), len(plan) - 1)  # a single step trains, too
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, len(plan), last_epoch=done - 1)
+    schedule = make_schedule(optimizer, len(plan), args.warmup, done)
     save = partial(save_checkpoint, out, args, shared, records, model, processor, optimizer)
     print(f"training on {len(pairs)} examples, {len(held_out)} held out, for {len(plan)} steps of "
           f"{args.batch_size} -> {out}")  # fmt: skip
@@ -88,17 +88,15 @@ def run(args, loss):
     names = [name for name in SCORED if name != "image_rejected" or args.conditional or name in args.anchors]
     batches = load_batches(pairs, chain(*plan[done:]), names, processor, args)
     steps = train(objective, plan, batches, optimizer, schedule, args)
-    bar = tqdm(steps, "mDPO", len(plan), initial=done, mininterval=0.1 if sys.stderr.isatty() else 10)
     to_continue = f"to continue: python train.py --resume {shlex.quote(str(out))}"
-    with closing(batches), stop_signals() as stop, bar:
+    with closing(batches), stop_signals() as stop, progress(steps, "mDPO", len(plan), initial=done) as bar:
         try:
             for record in bar:
-                if end_of_epoch := record["epoch"].is_integer():
+                if (end_of_epoch := record["epoch"].is_integer()) and held_out:
                     record |= evaluate(objective, held_out, processor, args)
+                    bar.write(f"epoch {record['epoch']:.0f}, {held_out_table([*records, record])}")
                 log(out, records, record)
                 bar.set_postfix(loss=record["loss"], refresh=False)
-                if end_of_epoch and held_out:
-                    bar.write(f"epoch {record['epoch']:.0f}, {held_out_line(record)}")
                 stopping = [*stop] if record["step"] < len(plan) else []  # read once: one may come between
                 if end_of_epoch or stopping or record["step"] % (args.save_every or len(plan)) == 0:
                     save()
@@ -112,7 +110,7 @@ def run(args, loss):
             raise
     if done == len(plan):
         save()  # after a kill between two files of the last checkpoint
-    print(f"\n{held_out_table(records)}\nadapter, log and arguments: {out}")
+    print(f"adapter, log and arguments: {out}")
     return 0
 
 
@@ -126,6 +124,12 @@ def make_optimizer(model, args):
     groups = [{"params": parameters, "initial_lr": args.lr}]  # of the schedule's peak, also when resumed
     on_cuda = parameters[0].is_cuda
     return torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay, fused=on_cuda)
+
+
+def make_schedule(optimizer, n_steps, warmup, done):
+    """Linear warm-up over this share of the steps, then a cosine to 0; it stands after the steps done."""
+    n_warmup = min(math.ceil(warmup * n_steps), n_steps - 1)  # a single step trains, too
+    return transformers.get_cosine_schedule_with_warmup(optimizer, n_warmup, n_steps, last_epoch=done - 1)
 
 
 def train(objective, plan, batches, optimizer, schedule, args):
@@ -160,9 +164,7 @@ def train(objective, plan, batches, optimizer, schedule, args):
 
 @torch.no_grad()
 def evaluate(objective, held_out, processor, args):
-    """The metrics of the held-out pairs, means under the names eval/...; none if there are no pairs."""
-    if not held_out:
-        return {}
+    """The metrics of the held-out pairs: means under the names eval/..."""
     keys = [("held out", i) for i in range(len(held_out))]  # an epoch of its own
     names = [*SCORED][: 2 if args.no_image else 3]  # more than a loss like DPO's needs
     with closing(
@@ -285,21 +287,14 @@ def read_pairs(args, processor):
 
 def hold_out(examples, n, seed):
     """-> examples to train on, and at least n others: whole groups that share images, drawn by `seed`."""
-    linked = {}  # an index or an image: another one of its group, and so on to the group's root
-
-    def root(item):
-        while linked.setdefault(item, item) != item:
-            item = linked[item]
-        return item
-
-    for i, example in enumerate(examples):
-        for image in example.images + example.images_rejected:
-            linked[root(i)] = root(image)
-    roots = [root(i) for i in range(len(examples))]
+    images = [{*example.images, *example.images_rejected} for example in examples]
     draw, held = random.Random(f"{seed} held out"), set()
     while len(held) < min(n, len(examples)):
-        drawn = roots[draw.randrange(len(examples))]
-        held |= {i for i, group in enumerate(roots) if group == drawn}
+        group = {draw.randrange(len(examples))}
+        while group:  # and those that share an image with them, and so on
+            held |= group
+            shown = set().union(*(images[i] for i in group))
+            group = {i for i, others in enumerate(images) if others & shown} - held
     if len(held) == len(examples):
         raise BadInput(f"--eval-size {n} leaves none of {len(examples)} examples to train on")
     training = [example for i, example in enumerate(examples) if i not in held]
@@ -379,7 +374,6 @@ def identity(args, examples, model, loss):
     """What decides the result, and has to be the same when a run goes on: {what: its value}."""
     sha256 = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
     files = [Path(path).read_bytes() for path in (args.data, args.eval_data) if path]
-    texts = [[e.id, e.question, e.chosen, e.rejected, len(e.images_rejected)] for e in examples]
     # The first numbers of each weight tell models apart; bf16 is what every device and dtype can hold.
     weights = [(name, *p.shape, p.flatten()[:8].bfloat16().tolist())
                for name, p in model.named_parameters() if not p.requires_grad]  # fmt: skip
@@ -387,7 +381,7 @@ def identity(args, examples, model, loss):
     systems = {"".join(texts_of([message])) if message["role"] == "system" else "" for message in first}
     return {name: vars(args)[name] for name in DECISIVE} | {
         "data_files": hashlib.sha256(b"".join(files)).hexdigest(),
-        "examples": sha256(texts),
+        "examples": sha256([example.id for example in examples]),  # --skip-bad may have left others
         "system": systems.pop() if len(systems) == 1 else "",  # answers are asked for with it, too
         "base_weights": sha256(weights),
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
@@ -409,17 +403,13 @@ def save_checkpoint(out, args, shared, records, model, processor, optimizer):
     with replacing(out) as new:
         torch.save(state | {"optimizer": optimizer.state_dict()["state"]}, new / "checkpoint.pt")
     with replacing(out) as new:
-        save_adapter(new, args, records, model, processor)
-    if args.keep_epochs and records[-1]["epoch"].is_integer():
-        with replacing(out) as new:
-            epoch = f"epoch-{records[-1]['epoch']:.0f}"
-            save_adapter(new / epoch, args, records, model, processor)
-
-
-def save_adapter(folder, args, records, model, processor):
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").write_text(model_card(args, records), "utf-8", "backslashreplace")
-    save_processor(processor, folder)
+        folders, epoch = [new], records[-1]["epoch"]
+        if args.keep_epochs and epoch.is_integer():
+            folders.append(new / f"epoch-{epoch:.0f}")
+        for folder in folders:
+            model.save_pretrained(folder, save_embedding_layers=False)
+            (folder / "README.md").write_text(model_card(args, records), "utf-8", "backslashreplace")
+            save_processor(processor, folder)
 
 
 def load_checkpoint(out, shared, model, optimizer):
@@ -462,17 +452,12 @@ A LoRA adapter, trained with mDPO (arXiv:2406.11839) on {data}: {records[-1]["st
 """
 
 
-def held_out_line(record):
-    chosen = {name: value for name, value in record.items() if re.match("eval/(loss$|.*accuracies)", name)}
-    return "held out: " + ", ".join(f"{name.removeprefix('eval/')} {chosen[name]:.4f}" for name in chosen)
-
-
 def held_out_table(records):
     """The held-out metrics before training and now, as text; empty if nothing was held out."""
     records = [record for record in records if "eval/loss" in record]
-    lines = [f"{'held-out examples':34} before     after"] if records else []
+    lines = [f"{'held-out examples':30}   before       now"] if records else []
     for name in records and [*records[0]][1:]:
-        lines.append(f"  {name.removeprefix('eval/'):28} {records[0][name]:10.4f} {records[-1][name]:9.4f}")
+        lines.append(f"  {name.removeprefix('eval/'):28} {records[0][name]:8.4f} {records[-1][name]:9.4f}")
     return "\n".join(lines)
 
 
@@ -501,6 +486,13 @@ def number(kind, low, high):
     return convert
 
 
+def printable(text):
+    """An argparse type: the name of a file or a model."""
+    if not text.isprintable():
+        raise argparse.ArgumentTypeError("has control characters, or bytes that are no text, in its name")
+    return text
+
+
 positive = number(float, 1e-12, 1e6)
 real = number(float, -1e6, 1e6)
 share = number(float, 0, 1)
@@ -510,12 +502,12 @@ natural = number(int, 0, 2**63 - 1)
 
 # name: (default, type or choices, what it is and where it comes from)
 FILES = {
-    "model": (None, str, "folder or hub name: Bunny, or any image-text-to-text model of transformers"),
-    "data": (None, str, "preference file (README, Data)"),
-    "images": (None, str, "folder where relative image paths begin (default: the data file's)"),
-    "eval-data": (None, str, "a second preference file, for evaluation only"),
-    "out": (None, str, "folder for adapter and log (default: a new one, runs/...-1, -2 and so on)"),
-    "resume": (None, str, "resume this folder's run from its last checkpoint, with its own arguments"),
+    "model": (None, printable, "folder or hub name: Bunny, or any image-text-to-text model of transformers"),
+    "data": (None, printable, "preference file (README, Data)"),
+    "images": (None, printable, "folder where relative image paths begin (default: the data file's)"),
+    "eval-data": (None, printable, "a second preference file, for evaluation only"),
+    "out": (None, printable, "folder for adapter and log (default: a new one, runs/...-1, -2 and so on)"),
+    "resume": (None, printable, "resume this folder's run from its last checkpoint, with its own arguments"),
 }
 METHOD = {  # decide the result: a run goes on with its own
     # data
@@ -592,9 +584,7 @@ def parse_args(argv):
     args.anchors = args.anchors or ["none" if args.no_image else "chosen"]
     args.conditional = not (args.no_conditional or args.no_image)
     taken = args.out and not args.resume and (os.path.isfile(args.out) or [*Path(args.out).glob("*")])
-    odd = [name for name in FILES if not (vars(args)[name.replace("-", "_")] or "").isprintable()]
     refused = {
-        f"--{'--'.join(odd)}: control characters, or bytes that are no text, in a name": odd,
         "--model and --data are required (--help lists the arguments)": None in (args.model, args.data),
         f"{args.out}: already exists; choose another --out, or --resume {args.out}": taken,
         "--anchors none cannot be combined with other anchors": "none"
@@ -662,13 +652,19 @@ def load_processor(name_or_path):
             processor.image_processor = transformers.AutoImageProcessor.from_pretrained(
                 name_or_path, backend="pil", **options
             )
-            files = ["processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"]
-            processor.files = cached_files(name_or_path, files, _raise_exceptions_for_missing_entries=False)
+            files = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+            processor.files = [*filter(None, (file_of(name_or_path, file) for file in files))]
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         image = (Image.new("RGB", (336, 336)),)  # tokenizer, template or image processor may be broken
         make_batch([Example("Is it?", "Yes.", "No.", image, image)], processor)
     return processor
+
+
+def file_of(name_or_path, file):
+    """The path of a model's file, from its folder or the hub; None if it has none."""
+    with suppress(OSError):
+        return cached_file(name_or_path, file)
 
 
 def save_processor(processor, folder):
@@ -838,8 +834,7 @@ def is_bunny(config):
 
 def bunny_config(name_or_path, config, processor):
     """Bunny's config.json -> LlavaConfig. Sizes of the vision tower that it lacks are the weights'."""
-    index = "model.safetensors.index.json"
-    index = cached_file(name_or_path, index, _raise_exceptions_for_missing_entries=False)
+    index = file_of(name_or_path, "model.safetensors.index.json")
     files = json.loads(Path(index).read_text())["weight_map"].values() if index else ["model.safetensors"]
     weights = {}
     for file in {*files}:
