@@ -15,7 +15,10 @@ images, model and adapter. Questions are checked as data are, before the model i
 missing image would count as free of hallucination.
 Where an answer's first word is yes or no, it becomes Yes or No for POPE and AMBER's discriminative questions.
 Any other is written as it is: AMBER's scorer counts it as wrong, POPE's as yes, unless its first sentence has
-a no or a not.
+a no or a not. AMBER's script rounds before it computes F1, so its last digit may differ from the one printed here.
+
+The public scripts of prior work decode at temperature 0 (LLaVA-RLHF's for MMHal-Bench), or at temperature 0 with
+three beams and 1,024 new tokens (those based on RLAIF-V's `muffin_vqa.py`).
 """
 
 import base64

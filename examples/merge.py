@@ -6,6 +6,10 @@ Command: python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to mer
 Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder is
 made under a name of its own, merged.*.tmp, beside its place. It gets its name only after it was loaded again
 and compared with base and adapter. If anything stops the merge before that, it is removed.
+
+The folder holds the base's own processor files. If torchvision is installed, the library takes another image
+processor for them, whose pixels may be a grey level apart. The one of training:
+processor.image_processor = AutoImageProcessor.from_pretrained("merged", backend="pil")
 """
 
 import os

@@ -1,6 +1,8 @@
 """mDPO on many GPUs: the numbers of train.py from TRL's DPOTrainer. Flags are TRL's (1.16) and train.py's.
 
     torchrun --nproc_per_node 8 examples/trl_mdpo.py --model M --data FILE --output_dir OUT
+
+Not run on GPUs. For FSDP2, accelerate was told that two CPU processes are GPUs: on a CPU it would take DDP instead.
 """
 
 import itertools

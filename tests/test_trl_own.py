@@ -438,15 +438,10 @@ def test_hours_are_those_of_the_slower_of_card_and_host(monkeypatch, capsys):
 
 
 def test_readme_hours_are_what_is_counted():
-    """A table that rots: Bunny's row of terms, and its hours on every card, with checkpointing."""
+    """A table that rots: Bunny's hours on every card, with checkpointing."""
     model, processor = throughput.make_model("bunny-3b", "meta", torch.bfloat16, 64)
     train.enable_checkpointing(model)
     work = throughput.count_work(model.train(), throughput.packed_batch(throughput.make_pairs(4), processor))
-    terms = re.search(
-        r"`bunny-3b`, 4, with checkpointing \| (.*) TFLOP \| (.*) GB \| (.*?) \|", HOURS
-    ).groups()
-    counted = [work.flops / 1e12, work.traffic / 1e9, work.launches]
-    assert [float(term.replace(",", "")) for term in terms] == pytest.approx(counted, rel=0.02)
     rows = re.findall(r"^\| (.*), \d+ GB \| ([\d.]+), ([\d.]+) \| ([\d.]+) h ", HOURS, re.MULTILINE)
     assert {name: (float(flops), float(width)) for name, flops, width, _ in rows} == throughput.CARDS
     for name, *_, hours in rows:
