@@ -800,7 +800,7 @@ def test_readme_sentences_about_the_miniature_are_in_its_json():
     assert mean_of("minus anchored", "chosen") < 0  # without the anchor
     assert mean_of("minus anchored", "malformed") > mean_of("mDPO", "malformed")
     assert max(ablations, key=ablations.get) == "random image"
-    assert [ablations["random image"]] == near([grounding("mDPO")])  # it does as well as a crop
+    assert round(ablations["random image"], 2) == round(grounding("mDPO"), 2)  # it does as well as a crop
 
 
 def test_readme_sentences_about_the_larger_world_are_in_its_json():
@@ -2477,7 +2477,8 @@ def test_readme_of_the_study_of_words_says_what_its_table_shows():
     assert min(mdpo - dpo for mdpo, dpo in zip(another["mDPO"], another["DPO"])) > width
     for base, dpo, mdpo in zip(crop["base"], crop["DPO"], crop["mDPO"]):
         assert abs(dpo - base) < (mdpo - base) / 2
-    assert len(crop["base"]) == 3 and "The four predictions at the top of `words.py` held in all seeds." in SAID
+    assert len(crop["base"]) == len(another["base"]) == 3
+    assert "The four predictions at the top of `words.py` held in all seeds." in SAID
 
 
 WEIGHTED = {"dpo": softplus(-1.5), "conditional": 0.2 * softplus(-1.0)}
