@@ -139,7 +139,7 @@ PICTURES = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TIFF WEBP".split()  # not Pos
 def open_image(path, max_pixels=None):
     """Decode an image file -> RGB, turned as its EXIF orientation says, on white where it is transparent.
 
-    max_pixels: a larger image is scaled down to so many. Raises BadInput.
+    max_pixels: a larger image is scaled down to N pixels. Raises BadInput.
     """
     with about(f"image {path} cannot be decoded"), Image.open(path) as image:
         width, height = image.size
@@ -167,7 +167,7 @@ def open_image(path, max_pixels=None):
 
 # ------------------------------------------------------------------------------------------------------ batch
 
-# Each field of `LogPs` is the log-probability of a response given images: (images, response) in `Example`.
+# Each field of `LogPs` is the log-probability of a response given images: two fields of an `Example`.
 SCORED = {
     "chosen": ("images", "chosen"),
     "rejected": ("images", "rejected"),
@@ -191,9 +191,7 @@ class Batch:
     each row is its own owner. Otherwise it shares an image with one, which `mdpo.pack` makes use of.
     """
 
-    inputs: dict[
-        str, torch.Tensor
-    ]  # of the processor: input_ids, attention_mask (R, T); images of the owners
+    inputs: dict[str, torch.Tensor]  # of the processor: input_ids, attention_mask (R, T); the owners' images
     labels: torch.Tensor  # (R, T): the response's input_ids, end-of-sequence included; -100 elsewhere
     owner: list[int]  # for each row, the first one that shows the same images to the same question
     names: tuple[str, ...]  # of the log-probabilities
@@ -259,7 +257,7 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
 
 
 def room_for(responses, n_prompt, max_length):
-    """How many tokens of the responses to the longest of a pair's prompts are kept. Raises BadInput."""
+    """How many response tokens fit behind the longest prompt of a pair. Raises BadInput."""
     if not 0 < n_prompt < max_length:
         raise BadInput(f"prompt of {n_prompt} tokens, --max-length {max_length}: no room for a response")
     chosen, rejected = (ids[: max_length - n_prompt] for ids in responses)
@@ -283,7 +281,8 @@ def tokenize(processor, pair):
     """A pair -> `Tokens`. Prompt and response are tokenised together, since tokens may merge across them.
 
     The template writes the response itself: some write reasoning in another place, or trim white space.
-    Raises BadInput if it writes the question in another way once a response follows, or no system text.
+    Raises BadInput if it writes the question in another way once a response follows, or has no place for a
+    system text.
     """
     write, eos = partial(render, processor), processor.tokenizer.eos_token
     messages = chat_messages(pair.question, len(pair.images))
@@ -358,12 +357,12 @@ def encode(processor, texts, images, padding_side="left"):
 
 def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with_images=True, skip_bad=False,
                   processor=None, max_length=2048, max_pixels=None, check=True, log=print):  # fmt: skip
-    """Read a preference file of a known format (README, "Data") -> list of `Example`.
+    """Read a preference file of a known format (README, "Your data") -> list of `Example`.
 
     image_dir: where relative image paths begin (default: the file's folder); also in its `merged_images/`.
-    subset: keep the ids that begin so. limit: a random sample of N examples, drawn by `seed`.
+    subset: keep ids with this prefix. limit: a random sample of N examples, drawn by `seed`.
     with_images: False leaves every image out, and needs none. skip_bad: drop bad records instead of raising.
-    processor, max_length, max_pixels: of the training, for which each example must make rows.
+    processor, max_length, max_pixels: as in training. Each example must give rows under them.
     check: open all images and make all rows. log: gets what is left out, and counts.
     Raises BadInput, listing bad records and their reasons, or if nothing is left.
     """
@@ -565,7 +564,7 @@ def parse_record(record, number, subset, roots, tokens):
             raise BadInput("'chosen' and 'rejected' differ before their last turn")
     if None in (question, chosen, rejected):
         raise BadInput(f"has the fields {', '.join(record)}; needed are image, prompt, chosen and rejected "
-                       "(README, Data); python examples/convert.py converts other formats")  # fmt: skip
+                       "(README, Your data); python examples/convert.py converts other formats")  # fmt: skip
     images = find_images(images, roots)
     own = first(record, ("rejected_images", "rejected_image"))
     images_rejected = find_images(own, roots) if own else ()
@@ -589,7 +588,7 @@ def parse_record(record, number, subset, roots, tokens):
 
 
 def best_and_worst(completions):
-    """VLFeedback (Silkie): the responses of the highest and the lowest mean rating; twice None if equal."""
+    """VLFeedback (Silkie): the responses of the highest and the lowest mean rating; None, None if all are equal."""
     rated = []
     for completion in completions:
         ratings = [str(aspect["Rating"]).strip() for aspect in completion["annotations"].values()]
@@ -677,8 +676,8 @@ def read_response(value, name):
 def read_message(message, name):
     """One chat message -> {"role", "content": parts of type "text" or "image"}. Raises BadInput.
 
-    `<image>` in a text stands for an image before it, as in LLaVA's data. Several with text between them stay
-    where they are.
+    `<image>` in a text becomes an image before the text, as in LLaVA's data. Several with text between them
+    stay where they are.
     """
     if not isinstance(message, dict):
         raise BadInput(f"'{name}' is {shown(message)}, not a chat message")
@@ -809,7 +808,7 @@ def check_file(argv):
     parser = Parser(description="Check a preference file and its images, without any model.")
     parser.add_argument("file")
     parser.add_argument("--images", help="folder where relative image paths begin (default: the file's)")
-    parser.add_argument("--subset", help="only ids that begin so, e.g. llava (paper 4.1)")
+    parser.add_argument("--subset", help="only ids with this prefix, e.g. llava (paper 4.1)")
     args = parser.parse_args(argv)
     read_examples(args.file, args.images, subset=args.subset)
     return 0

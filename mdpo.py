@@ -18,8 +18,8 @@ The reward of a response is implicit in its log-probability (section 2.1):
 The paper does not number its equations; 5 to 8 is their order of appearance (6 in section 3.1, 7 and 8 in
 3.2). CoPO works for any modality: read m_w as the context that supports y_w, and m_l as a worse one.
 
-One departure from the authors' code, which changes no equation: policy and reference see the same m_l, which
-is made with the data.
+In the loss, one thing departs from the authors' code, and changes no equation: policy and reference see the
+same m_l, which is made with the data.
 
 To use the loss elsewhere, copy this file as far as `sequence_logps`. That part needs only torch. Neither this
 file nor `data.py` imports anything of this repository: if you have a module `data` of your own, copy ours
@@ -72,7 +72,7 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
 def rewards(policy_logps, ref_logps, beta, needed, anchors):
     """Check the arguments of `mdpo_loss` -> {name of a log-probability: its reward r (B,), at least float32}.
 
-    The names in `needed` and `anchors` must be given; others may be None in both, and are skipped.
+    The names in `needed` and `anchors` must be given; any other may be None in both, and is skipped.
     """
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be above 0 and finite, got {beta}")
@@ -151,8 +151,8 @@ def response_logps(model, batch, inputs=None):
 def forward_inputs(model, batch):
     """The keyword arguments of the model's forward pass, on its device, for both passes over a batch.
 
-    Plain rows are padded on the right. Causal attention never looks there, so that no mask is needed, and
-    attention is faster. Logits begin at the token before the first response.
+    Plain rows are padded on the right. Causal attention never looks at that padding, so no mask is needed,
+    and attention is faster without one. Logits begin at the token before the first response.
     """
     model = unwrapped(model)
     if batch.take is None:
@@ -245,7 +245,7 @@ def row_positions(model, batch):
     rope_index = getattr(model.base_model, "get_rope_index", None)
     if rope_index is None or "pixel_values" not in batch.inputs:
         return torch.arange(batch.labels.shape[1], device=model.device).expand(batch.labels.shape)
-    owners = sorted({*batch.owner})  # whose images it gets; in other rows text goes on counting as in theirs
+    owners = sorted({*batch.owner})  # whose images it gets; other rows take their positions
     inputs = batch.inputs | {"attention_mask": torch.ones_like(batch.labels)}
     for name in {*inputs} - {*signature(rope_index).parameters}:
         del inputs[name]

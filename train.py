@@ -371,7 +371,7 @@ def replacing(out):
 
 
 def identity(args, examples, model, loss):
-    """What decides the result, and has to be the same when a run goes on: {what: its value}."""
+    """What decides the result, and must not change when a run is resumed: {what: its value}."""
     sha256 = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
     files = [Path(path).read_bytes() for path in (args.data, args.eval_data) if path]
     # The first numbers of each weight tell models apart; bf16 is what every device and dtype can hold.
@@ -503,21 +503,21 @@ natural = number(int, 0, 2**63 - 1)
 # name: (default, type or choices, what it is and where it comes from)
 FILES = {
     "model": (None, printable, "folder or hub name: Bunny, or any image-text-to-text model of transformers"),
-    "data": (None, printable, "preference file (README, Data)"),
+    "data": (None, printable, "preference file (README, Your data)"),
     "images": (None, printable, "folder where relative image paths begin (default: the data file's)"),
     "eval-data": (None, printable, "a second preference file, for evaluation only"),
     "out": (None, printable, "folder for adapter and log (default: a new one, runs/...-1, -2 and so on)"),
     "resume": (None, printable, "resume this folder's run from its last checkpoint, with its own arguments"),
 }
-METHOD = {  # decide the result: a run goes on with its own
+METHOD = {  # decide the result: a resumed run keeps its own
     # data
     "subset": (None, str, "only ids with this prefix; the paper's is llava (4.1)"),
     "limit": (None, whole, "read a random sample of N examples; 10000 in the paper (4.1)"),
-    "eval-size": (0, natural, "of these, at least N held out, which share no image with the others"),
+    "eval-size": (0, natural, "hold out at least N of these examples, which share no image with the others"),
     "skip-bad": (False, bool, "drop bad records instead of stopping"),
     "no-image": (False, bool, "the data without images, DPO (No Image) of Fig. 1: no conditional term, and "
         "no anchor unless --anchors asks for one"),
-    "max-pixels": (None, whole, "scale larger images down to so many pixels (default: never)"),
+    "max-pixels": (None, whole, "scale larger images down to N pixels (default: never)"),
     "max-length": (2048, whole, "tokens of prompt and one response (authors' config)"),
     "reject": ("crop", STRATEGIES, "how the rejected image is made (Table 3): " + "; ".join(
         f"{name}, {strategy.__doc__}" for name, strategy in STRATEGIES.items())),
@@ -540,13 +540,13 @@ METHOD = {  # decide the result: a run goes on with its own
     "lora-alpha": (128, whole, "of the adapter (paper 4.1)"),
     "seed": (0, natural, "of adapter, order, samples and rejected images"),
 }  # fmt: skip
-SYSTEM = {  # may differ when a run goes on: the result is the same but for rounding
+SYSTEM = {  # may differ when a run is resumed: the result is the same but for rounding
     "device": (None, str, "cuda in bf16, or cpu, mps and so on in float32 (default: cuda if there is one)"),
-    "micro-batch-size": (4, whole, "examples at a time: for memory, not for the result"),
-    "no-checkpointing": (False, bool, "keep activations: faster, more memory"),
-    "layout": (None, ("packed", "plain"), "two packed sequences an example, or three plain rows (default: "
-        "packed if the first examples show that it is exact for the model)"),
-    "workers": (4, natural, "processes that decode images"),
+    "micro-batch-size": (4, whole, "examples in one forward pass: changes memory and speed, not the result"),
+    "no-checkpointing": (False, bool, "keep activations, recompute none: faster, more memory"),
+    "layout": (None, ("packed", "plain"), "packed: two sequences an example, end to end; plain: three padded "
+        "rows (default: packed if the first examples show that it is exact for the model)"),
+    "workers": (4, natural, "processes that prepare batches"),
     "save-every": (None, whole, "also save a checkpoint every N steps"),
     "keep-epochs": (False, bool, "keep the adapter of each epoch in epoch-N"),
 }  # fmt: skip
@@ -668,7 +668,7 @@ def file_of(name_or_path, file):
 
 
 def save_processor(processor, folder):
-    """Save it with the base's own files: they hold parts that cannot be loaded here (see the last lines)."""
+    """Save it with the base's own files: they hold parts that cannot be loaded here (see the end of this file)."""
     processor.save_pretrained(folder)
     for file in getattr(processor, "files", ()):  # Bunny's processor is made here
         shutil.copy(file, folder)
