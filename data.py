@@ -106,12 +106,11 @@ class Pairs:
             raise BadInput(f"unknown strategy {strategy!r}: choose from {', '.join(STRATEGIES)}")
         self.examples, self.strategy, self.crop, self.seed = examples, strategy, crop, seed
         self.open = partial(open_image, max_pixels=max_pixels)
-        self.pool = sorted({image for example in pool or examples for image in example.images})
-        drawn = [example for example in examples if not example.images_rejected]
-        if strategy == "random" and any(
-            example.images and {*self.pool} <= {*example.images} for example in drawn
-        ):
+        pool = {image for example in pool or examples for image in example.images}
+        drawn = [{*example.images} for example in examples if not example.images_rejected]
+        if strategy == "random" and any(images and pool <= images for images in drawn):
             raise BadInput("rejected images of strategy 'random' need more different images in the data")
+        self.pool = sorted(pool)
 
     def __len__(self):
         return len(self.examples)
@@ -235,13 +234,13 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
 
     lengths = dict(zip(owners, inputs["attention_mask"].sum(1).tolist()))
     starts = [lengths[n] - len(responses[n]) for n in owner]  # of each row's response
-    for i, text in enumerate(texts):
-        room = room_for(text.responses.values(), max(starts[i :: len(pairs)]), max_length)
-        for n in range(i, len(rows), len(pairs)):
-            responses[n] = responses[n][:room]
+    room = [room_for(text.responses.values(), max(starts[i :: len(pairs)]), max_length)
+            for i, text in enumerate(texts)]  # fmt: skip
 
-    labels = [torch.tensor([-100] * start + response) for start, response in zip(starts, responses)]
-    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
+    labels = [
+        [-100] * start + response[: room[i]] for (i, *_), start, response in zip(rows, starts, responses)
+    ]
+    labels = pad_sequence([*map(torch.tensor, labels)], batch_first=True, padding_value=-100)
     is_prompt = torch.arange(labels.shape[1]) < torch.tensor(starts)[:, None]
     shape = inputs["input_ids"].shape
     for name, values in inputs.items():
