@@ -150,7 +150,9 @@ def open_image(path, max_pixels=None):
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # 12 or 16 bits, or floats of any range
             low, high = (levels := image.convert("F")).getextrema()
-            if image.mode[0] == "I":
+            if not math.isfinite(high - low):
+                raise BadInput("its levels are not finite")
+            if image.mode[0] == "I" and high < 2**16:
                 low, high = 0, 2**12 if high < 2**12 else 2**16
             scale = 256 / (high - low or 1)
             image = levels.point(lambda level: level * scale - low * scale).convert("L")
@@ -300,7 +302,7 @@ def tokenize(processor, pair):
         n_before = len(os.path.commonprefix([before, whole]))
         response = whole[n_before:].removesuffix(after) + (after.strip() or eos)
         response, end, _ = response.partition(eos)  # the first end-of-sequence ends the response
-        if not response:
+        if not response.strip():
             raise BadInput(f"'{name}' is empty before its end-of-sequence")
         wholes[name] = whole[:n_before] + response + end
     prompt = before.rstrip(" ")  # tabs are not stripped: they are Bunny's image token
@@ -424,8 +426,8 @@ ONE_AT_A_TIME = threading.Lock()
 def check_example(processor, max_length, max_pixels, example):
     """Use an example as training will, so that whatever fails there fails here -> its lengths in tokens."""
     images, images_rejected = (tuple(open_image(path, max_pixels) for path in of) for of in example[3:5])
-    if images and images == images_rejected:
-        raise BadInput("the rejected image is the image")
+    if images and [*map(Image.Image.tobytes, images)] == [*map(Image.Image.tobytes, images_rejected)]:
+        raise BadInput("the rejected image is the image")  # in another file format, too
     if processor is None:
         return None
     pair = example._replace(images=images, images_rejected=images_rejected)
@@ -520,9 +522,10 @@ def load_records(path):
 
 
 IMAGE_FIELDS = ("img_path", "image", "images", "image_path")
-# How other tools write an image into a question. Code such as a<image_size>2 is none.
-IMAGE_MARKS = (
-    r"<ImageHere>|<IMAGE>|\[IMG\]|<start_of_image>|<img>.*?</img>|<image([ _]\d+|-placeholder)>|<\|\w+\|>"
+# How other tools write an image, or a chat, into a question. Code such as a<image_size>2 is none.
+FOREIGN_MARKS = (
+    r"(?s)<ImageHere>|<Image>|<IMAGE>|\[IMG\]|<start_of_image>|<img>.*?</img>|<image([ _]?\d+|[-_]placeholder)>|"
+    r"<im_(start|patch|end)>|<\|[\w-]+\|>|\[/INST\]|<(start|end)_of_turn>|<end_of_utterance>|### ?(Human|Assistant):"
 )
 
 
@@ -550,17 +553,17 @@ def parse_record(record, number, subset, roots, tokens):
         return None
     images, question = first(record, IMAGE_FIELDS), first(record, ("prompt", "question"))
     chosen, rejected = record.get("chosen"), record.get("rejected")
-    if record.get("completions"):
+    if record.get("completions") and None in (chosen, rejected):
         chosen, rejected = best_and_worst(record["completions"])
         if chosen is None:
             return None
         images = images or f"{id}.jpg"
     n_turns = len(question) if isinstance(question, list) else 1
     in_turns = isinstance(chosen, list) and all(isinstance(turn, dict) for turn in chosen)
+    if in_turns and isinstance(rejected, list) and chosen[:-1] != rejected[:-1]:
+        raise BadInput("'chosen' and 'rejected' differ before their last turn")
     if in_turns and (question is None or len(chosen) - 1 > n_turns):  # whole conversations
         question = chosen[:-1]
-        if question != rejected[:-1]:
-            raise BadInput("'chosen' and 'rejected' differ before their last turn")
     if None in (question, chosen, rejected):
         raise BadInput(f"has the fields {', '.join(record)}; needed are image, prompt, chosen and rejected "
                        "(README, Your data); python examples/convert.py converts other formats")  # fmt: skip
@@ -577,10 +580,10 @@ def parse_record(record, number, subset, roots, tokens):
             raise BadInput(f"'{name}' is empty")
         with about(f"'{name}'"):
             text.encode()  # raises for a lone surrogate, which JSON can hold and a tokenizer cannot
-        foreign = re.search(IMAGE_MARKS, text) if name == "prompt" else None
+        foreign = re.search(FOREIGN_MARKS, text) if name == "prompt" else None
         held = [foreign[0]] if foreign else [token for token in tokens[name] if token in text]
         if held:
-            raise BadInput(f"'{name}' holds {held[0]!r}, a control token or image mark, in its text")
+            raise BadInput(f"'{name}' holds {held[0]!r}, a control token or a mark of another tool")
     if chosen == rejected:
         raise BadInput("'chosen' and 'rejected' are equal")
     return Example(question, chosen, rejected, images, images_rejected, id)
@@ -620,7 +623,7 @@ def find_images(value, roots):
     paths = []
     for image in value if isinstance(value, list) else [value]:
         image = image["path"] if isinstance(image, dict) else image
-        if not isinstance(image, str):
+        if not isinstance(image, str) or image.startswith("data:") or len(Path(image).name) > 255:
             raise BadInput(
                 f"an image is {shown(value)}, not a path; examples/convert.py makes files of images"
             )
@@ -642,13 +645,12 @@ def read_question(question, n_images):
     text becomes a message, marked as "wrapped".
     """
     if not isinstance(question, list):
-        text = text_of(question, "prompt").rstrip()
-        system, user, asked = text.partition("USER: ")
-        question = [{"role": "user", "content": text}]
-        if user and text.endswith(" ASSISTANT:"):
-            question = [{"role": "user", "content": asked.removesuffix(" ASSISTANT:")}]
-            if system.strip():
-                question.insert(0, {"role": "system", "content": system, "wrapped": True})
+        text = text_of(question, "prompt").strip()
+        wrapped = re.fullmatch(r"(?s)(?:<s>)?(.*?)USER:\s*(.*?)\s*ASSISTANT:", text)
+        system, asked = wrapped.groups() if wrapped else ("", text)
+        question = [{"role": "user", "content": asked}]
+        if system.strip():
+            question.insert(0, {"role": "system", "content": system, "wrapped": True})
     messages = [read_message(message, "prompt") for message in question]
     roles = [message["role"] for message in messages]
     if not re.fullmatch("(system )?(user assistant )*user", " ".join(roles)):
@@ -675,8 +677,7 @@ def read_response(value, name):
 def read_message(message, name):
     """One chat message -> {"role", "content": parts of type "text" or "image"}. Raises BadInput.
 
-    `<image>` in a text becomes an image before the text, as in LLaVA's data. Several with text between them
-    stay where they are.
+    `<image>` in a text becomes an image before the text, as in LLaVA's data. Several stay where they are.
     """
     if not isinstance(message, dict):
         raise BadInput(f"'{name}' is {shown(message)}, not a chat message")
@@ -688,7 +689,7 @@ def read_message(message, name):
         for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             text = "<image>" if part["type"] == "image" else text_of(part["text"], name)
             pieces = text.split("<image>")
-            if len(pieces) > 1 and (len(pieces) == 2 or sum(map(bool, map(str.strip, pieces))) < 2):
+            if len(pieces) == 2 or len(pieces) > 2 and not "".join(pieces[:-1]).strip():
                 pieces = [""] * (len(pieces) - 1) + ["".join(pieces).strip()]
             for n, piece in enumerate(pieces):
                 parts += [{"type": "image"}] * (n > 0)
