@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import peft
@@ -19,18 +20,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (
-    BadInput,
-    about,
-    chat_messages,
-    encode,
-    first,
-    load_records,
-    open_image,
-    render,
-    run_command,
-    texts_of,
-)
+from data import BadInput, about, chat_messages, encode, first, load_records, open_image, render, run_command, texts_of
 from train import Parser, best_device, load_model, load_processor, split, whole
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -48,17 +38,12 @@ def load_tuned(name_or_path, adapters=None, device=None):
     for number, (adapter, config) in enumerate(zip(adapters, configs)):
         with about(f"{adapter}: is no adapter of {name_or_path}"):
             if number == 0:
-                model = peft.PeftModel(model, config)
-            missing, unexpected = model.load_adapter(adapter, adapter_name(number))
+                model = peft.PeftModel(model, config, "adapter_0")  # no bare number: other names hold numbers, too
+            missing, unexpected = model.load_adapter(adapter, f"adapter_{number}")
             for kind, wrong in ("missing", missing), ("unexpected", unexpected):
                 if wrong:
                     raise BadInput(f"{len(wrong)} weights are {kind}, such as {min(wrong)}")
     return model, processor
-
-
-def adapter_name(number):
-    """What peft calls an adapter. A bare number would be found in the names of other weights."""
-    return f"adapter_{number}" if number else "default"
 
 
 def read_adapter(adapter):
@@ -73,7 +58,7 @@ def read_adapter(adapter):
 def speaking_as(model, number):
     """Inside, the model has this adapter of `load_tuned`, counted from 0; None: it is the base."""
     if number is not None:
-        model.set_adapter(adapter_name(number))
+        model.set_adapter(f"adapter_{number}")
     bare = number is None and hasattr(model, "disable_adapter")
     with model.disable_adapter() if bare else nullcontext():
         yield
@@ -84,10 +69,9 @@ def speaking_as(model, number):
 
 def system_of(adapters):
     """The system text that the first of these runs was trained with; "" if none, or if there is no run."""
-    for path in [Path(adapter, "args.json") for adapter in adapters][:1]:
-        with about(f"{path}: cannot be read"):
-            return str(json.loads(path.read_text()).get("system", "")) if path.is_file() else ""
-    return ""
+    path = Path(*adapters[:1], "args.json")
+    with about(f"{path}: cannot be read"):
+        return str(json.loads(path.read_text()).get("system", "")) if adapters and path.is_file() else ""
 
 
 def chat_prompt(processor, question, n_images=1, system=""):
@@ -99,7 +83,7 @@ def chat_prompt(processor, question, n_images=1, system=""):
 
 def refuse_image_tokens(processor, text):
     """Raise BadInput if a question holds a token that stands for an image: it would be one too many."""
-    parts, kinds = (processor, processor.tokenizer), ("image", "boi", "video")
+    parts, kinds = (processor, getattr(processor, "tokenizer", None)), ("image", "boi", "video")
     tokens = {getattr(part, f"{kind}_token", None) for part in parts for kind in kinds} - {None}
     for token in sorted(tokens | {"<image>"}):
         if token in text:
@@ -137,34 +121,30 @@ def text_of(question):
 # ---------------------------------------------------------------------------------------- files of answers
 #
 # JSON lines: first what the answers belong to (`identity`), then {"question", "answer"} for each question.
+# A question is (paths of images, or bytes of image files; text or chat messages).
 
 
-def identity(model, questions, max_new_tokens):
-    """What a file of the base's answers belongs to: {what: its value}. Of files it is the content.
+def opened(image):
+    return open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
 
-    questions: [(paths of images, or bytes of image files; question)].
-    """
-    sha256 = lambda content: hashlib.sha256(content).hexdigest()
-    name_of = lambda image: sha256(image) if isinstance(image, bytes) else os.path.abspath(image)
+
+def digest(*contents):
+    """The SHA-256 of bytes, or of the files with these paths."""
+    sha256 = lambda path: hashlib.file_digest(path.open("rb"), "sha256")
+    each = [hashlib.sha256(content) if isinstance(content, bytes) else sha256(content) for content in contents]
+    return hashlib.sha256(b"".join(one.digest() for one in each)).hexdigest()
+
+
+def identity(questions, model, adapter=None, **more):
+    """What a file of answers belongs to: {what: its value}. Of files it is the content."""
+    name_of = lambda image: digest(image) if isinstance(image, bytes) else os.path.abspath(image)
+    files = sorted(path for pattern in ("*.safetensors", "*.json") for path in Path(model).glob(pattern))
     return {
-        "questions": sha256(json.dumps([question for _, question in questions]).encode()),
-        "images": sha256(json.dumps([[*map(name_of, images)] for images, _ in questions]).encode()),
-        "model": digest(model, "*.safetensors", "*.json") if Path(model).is_dir() else model,
-        "adapter": None,
-        "max_new_tokens": max_new_tokens,
-    }
-
-
-def digest(folder, *patterns):
-    """The SHA-256 of these files of a folder."""
-    files = sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
-    each = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files]
-    return hashlib.sha256("".join(each).encode()).hexdigest()
-
-
-def file_in(folder, name):
-    """The file of a model's answers in a folder of such files."""
-    return Path(folder, re.sub(r"[^\w.-]+", "-", name).strip("-.")[-100:] + ".jsonl")
+        "questions": digest(json.dumps([question for _, question in questions]).encode()),
+        "images": digest(json.dumps([[*map(name_of, images)] for images, _ in questions]).encode()),
+        "model": digest(*files) if files else model,
+        "adapter": adapter and digest(*sorted(Path(adapter).glob("adapter_*"))),
+    } | more
 
 
 def refuse_others(found, belongs):
@@ -186,27 +166,52 @@ def answer_all(path, belongs, questions, ask, batch_size=8):
             path.write_text(json.dumps(belongs) + "\n")
     with about(f"{path}: cannot go on"):
         content = path.read_bytes()
-        head, end, rest = content.partition(b"\n")
-        *lines, cut = rest.split(b"\n")  # cut: by a kill in the middle of a line, else empty
-        if not end:
+        if b"\n" not in content:
             raise BadInput("is no file of answers: move it away")
+        head, *lines, cut = content.split(b"\n")  # cut: by a kill in the middle of a line, else empty
         refuse_others(json.loads(head), belongs)
         kept = [json.loads(line) for line in lines]
         if [record["question"] for record in kept] != texts[: len(kept)]:
             raise BadInput("two commands wrote into it: move it away")
         answers = [record["answer"] for record in kept]
         os.truncate(path, len(content) - len(cut))
-    opened = lambda image: open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
-    bar = tqdm(total=len(texts), initial=len(answers), desc=path.name, leave=False, disable=None)
-    with open(path, "a") as file, bar:
-        for batch in split(questions[len(answers) :], batch_size):
+    batches = split(questions[len(answers) :], batch_size)
+    with open(path, "a") as file:
+        for batch in tqdm(batches, path.name, leave=False, disable=None):
             new = ask([([*map(opened, images)], question) for images, question in batch])
             records = [{"question": text_of(q), "answer": a} for (_, q), a in zip(batch, new, strict=True)]
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             answers += new
-            bar.update(len(batch))
     return answers
+
+
+def answer_as(files, name_or_path, questions, max_new_tokens, batch_size=8, device=None, loaded=None):
+    """-> {speaker: answers}, kept in a file each. files: {"base" or a run's folder: the file}.
+
+    loaded: model and processor of `load_tuned`; without, they are read if there is something to ask.
+    """
+    adapters = [name for name in files if name != "base"]
+    for name in adapters:
+        read_adapter(name)
+    load, system, said = cache(lambda: loaded or load_tuned(name_or_path, adapters, device)), system_of(adapters), {}
+    for name, file in files.items():
+        number = adapters.index(name) if name in adapters else None
+
+        def ask(batch, number=number):
+            model, processor = load()
+            with speaking_as(model, number):
+                return generate_answers(model, processor, batch, max_new_tokens, batch_size, system)
+
+        of_adapter = None if number is None else name
+        belongs = identity(questions, name_or_path, of_adapter, max_new_tokens=max_new_tokens, system=system)
+        said[name] = answer_all(file, belongs, questions, ask, batch_size)
+    return said
+
+
+def files_in(folder, names):
+    """{a model's name: the file of its answers in a folder of such files}"""
+    return {name: Path(folder, re.sub(r"[^\w.-]+", "-", name).strip("-.")[-100:] + ".jsonl") for name in names}
 
 
 def read_answers(path, questions):
@@ -215,7 +220,7 @@ def read_answers(path, questions):
     with about(f"{path}: cannot be compared"):
         records = [json.loads(r) if isinstance(r, str) else r for _, r in load_records(path)]
         if records and "max_new_tokens" in records[0]:
-            belongs = identity("", questions, 0)
+            belongs = identity(questions, path)
             refuse_others(records.pop(0), {name: belongs[name] for name in ("questions", "images")})
         if len(records) != len(questions):
             raise BadInput(f"holds {len(records)} answers to {len(questions)} questions")
@@ -227,18 +232,6 @@ def read_answers(path, questions):
                 raise BadInput(f"answer {number} is one to another question")
             answers.append(answer.strip())
     return answers
-
-
-def answer_as(speakers, folder, name_or_path, model, processor, questions, max_new_tokens, batch_size=8):
-    """-> {speaker: answers}, kept in a file each. speakers: {"base": None, a run's folder: its number}."""
-    system = system_of([name for name, number in speakers.items() if number is not None])
-    belongs, said = identity(name_or_path, questions, max_new_tokens) | {"system": system}, {}
-    ask = lambda batch: generate_answers(model, processor, batch, max_new_tokens, batch_size, system)
-    for name, number in speakers.items():
-        of_adapter = {} if number is None else {"adapter": digest(name, "adapter_*")}
-        with speaking_as(model, number):
-            said[name] = answer_all(file_in(folder, name), belongs | of_adapter, questions, ask, batch_size)
-    return said
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -264,9 +257,7 @@ def run(argv):
     for question in args.question:
         refuse_image_tokens(processor, question)
     model, processor = load_tuned(args.model, args.adapter, args.device)
-    system = system_of(args.adapter)
-    names = ["base", *(args.adapter if len(args.adapter) > 1 else ["tuned"][: len(args.adapter)])]
-    width = max(map(len, ["tuned", *names])) + 1
+    names, system = ["base", *args.adapter], system_of(args.adapter)
     for question in args.question:
         if len(args.question) > 1:
             print(question)
@@ -274,7 +265,7 @@ def run(argv):
             with speaking_as(model, number - 1 if number else None):
                 asked = [(images, question)]
                 (answer,) = generate_answers(model, processor, asked, args.max_new_tokens, system=system)
-            print(f"{name + ':':{width}} {answer}")
+            print(f"{name + ':':{max(map(len, names)) + 1}} {answer}")
     return 0
 
 

@@ -2,27 +2,20 @@
 
     python examples/benchmarks.py amber --questions query_generative.json --images AMBER/image \
         --model M --adapter OUT --to amber.json
-    python examples/benchmarks.py pope --questions coco_pope_random.json --images val2014 --model M --to FILE
-    python examples/benchmarks.py mmhal --questions response_template.json --images DIR --model M --to FILE
-    python examples/benchmarks.py objhal --questions obj_halbench_300_with_image.jsonl --model M --to FILE
 
-Purpose: the numbers of Table 1, by the scorers that other papers use.
-Command: as above. MMHal's questions hold URLs: download its images first. Nothing is fetched here.
-
-Greedy and batched, with the system text that the adapter's run was trained with. Answers are kept in
-TO.partial as they come. The same command goes on where a killed one was, but only with the same questions,
-images, model and adapter. Questions are checked as data are, before the model is read: an empty answer to a
-missing image would count as free of hallucination.
-Where an answer's first word is yes or no, it becomes Yes or No for POPE and AMBER's discriminative questions.
-Any other is written as it is: AMBER's scorer counts it as wrong, POPE's as yes, unless its first sentence has
-a no or a not. AMBER's script rounds before it computes F1, so its last digit may differ from the one printed here.
+Greedy and batched, with the system text that the adapter's run was trained with. Answers are kept in TO.partial as they
+come. The same command goes on where a killed one was, but only with the same questions, images, model and adapter.
+Questions are checked as data are, before the model is read: an empty answer to a missing image would count as free of
+hallucination. Nothing is fetched: MMHal's questions hold URLs, so download its images first.
+Where an answer's first word is yes or no, it becomes Yes or No for POPE and AMBER's discriminative questions. Any other
+is written as it is: AMBER's scorer counts it as wrong, POPE's as yes, unless its first sentence has a no or a not.
+AMBER's script rounds before it computes F1, so its last digit may differ from the one printed here.
 
 The public scripts of prior work decode at temperature 0 (LLaVA-RLHF's for MMHal-Bench), or at temperature 0 with
 three beams and 1,024 new tokens (those based on RLAIF-V's `muffin_vqa.py`).
 """
 
 import base64
-import io
 import json
 import os
 import re
@@ -32,29 +25,8 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import (
-    BadInput,
-    about,
-    find_images,
-    load_records,
-    open_image,
-    parse_record,
-    run_command,
-    shown,
-    special_tokens,
-    text_of,
-)
-from examples.answer import (
-    answer_all,
-    digest,
-    generate_answers,
-    identity,
-    load_tuned,
-    make_parser,
-    read_adapter,
-    refuse_image_tokens,
-    system_of,
-)
+from data import BadInput, about, find_images, load_records, parse_record, run_command, shown, special_tokens, text_of
+from examples.answer import answer_as, make_parser, opened, refuse_image_tokens
 from train import load_processor, replacing, whole
 
 # A benchmark is a function: number, item of its file, image folder, answer -> image, question, the record
@@ -104,13 +76,8 @@ def objhal(number, item, images, answer):
     return item["image"], item["question"], record | {"model_id": "mdpo"}
 
 
-BENCHMARKS = {
-    "amber": amber,
-    "amber-discriminative": amber_discriminative,
-    "pope": pope,
-    "mmhal": mmhal,
-    "objhal": objhal,
-}
+BENCHMARKS = {"amber": amber, "amber-discriminative": amber_discriminative, "pope": pope, "mmhal": mmhal}
+BENCHMARKS |= {"objhal": objhal}
 
 
 def report(answers, truths, positive):
@@ -140,21 +107,20 @@ def read_items(path):
         return [json.loads(item) if isinstance(item, str) else item for _, item in load_records(path)]
 
 
-def read_questions(name, path, folder, processor):
+def read_questions(name, path, folder, processor=None):
     """The items of a benchmark's file, and [([path or bytes of an image], question)], checked as data are.
 
     Raises BadInput that lists the questions that cannot be asked.
     """
     items, questions, problems, tokens = read_items(path), [], [], special_tokens(processor)
-    check_image = cache(
-        lambda image: open_image(image if isinstance(image, Path) else io.BytesIO(image)).size
-    )
+    check_image = cache(lambda image: opened(image).size)
     for number, item in enumerate(items, 1):
         try:
             with about(f"question {number} of {name}"):
                 image, text, _ = BENCHMARKS[name](number, item, folder, "")
-                record = {"prompt": text_of(text, "question"), "chosen": "Yes.", "rejected": "No."}
-                parse_record(record, "", "", None, tokens)
+                parse_record(
+                    {"prompt": text_of(text, "question"), "chosen": "Y", "rejected": "N"}, "", "", None, tokens
+                )
                 refuse_image_tokens(processor, text)
                 if not isinstance(image, Path):
                     if "://" in text_of(image, "image"):
@@ -204,21 +170,13 @@ def run(argv):
     if apply in (pope, amber_discriminative):
         with about(f"{args.annotations or args.questions}: no annotations for these questions"):
             truths = read_truths(items, args.annotations)
-    belongs = identity(args.model, questions, args.max_new_tokens) | {"system": ""}
-    if args.adapter and read_adapter(args.adapter):
-        belongs |= {"adapter": digest(args.adapter, "adapter_*"), "system": system_of([args.adapter])}
-    load = cache(lambda: load_tuned(args.model, args.adapter, args.device))  # if there is something to ask
-
-    def ask(batch):
-        options = {"batch_size": args.batch_size, "system": belongs["system"]}
-        return generate_answers(*load(), batch, args.max_new_tokens, **options)
-
-    answers = answer_all(partial := Path(f"{to}.partial"), belongs, questions, ask, args.batch_size)
+    partial, speaker, limits = f"{to}.partial", args.adapter or "base", (args.max_new_tokens, args.batch_size)
+    answers = answer_as({speaker: partial}, args.model, questions, *limits, args.device)[speaker]
     records = [apply(i, item, args.images, answer)[2] for i, (item, answer) in enumerate(zip(items, answers))]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     with replacing(to.parent) as new:
         (new / to.name).write_text(lines if apply in (objhal, pope) else json.dumps(records, indent=1))
-    partial.unlink()
+    os.remove(partial)
     words = statistics.mean(len(answer.split()) for answer in answers)  # short answers hallucinate less
     print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {answers.count('')} empty")
     if apply in (pope, amber_discriminative):

@@ -4,9 +4,9 @@
     python examples/compare.py --model M --adapter RUN ANSWERS --benchmark amber --data FILE --to page.html
     python examples/compare.py --votes votes.json ...
 
-ANSWERS is a file of answers, of an earlier page or of a benchmark. FILE holds pairs as for training, or is
-the benchmark's own. The page is one file, without network or library. With --blind it shows two models at a
-time, in random order, takes votes, keeps and downloads them. Its source holds their names, encoded.
+ANSWERS is a file of answers, of an earlier page or of a benchmark. FILE holds pairs as for training, or is the
+benchmark's own. The page is one file, without network or library. With --blind it shows two models at a time, in random
+order, takes votes, keeps and downloads them. Its source holds their names, encoded.
 """
 
 import base64
@@ -22,31 +22,19 @@ from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Example, about, open_image, read_examples, run_command
-from examples import answer, evaluate
-from examples.benchmarks import BENCHMARKS, read_items
+from data import BadInput, Example, about, read_examples, run_command
+from examples import answer, benchmarks, evaluate
 from train import Parser, load_processor, whole
 
 
-def read_questions(args, processor=None):
+def read_questions(args, processor):
     """The questions of a data file or of a benchmark -> list of `Example`. Raises BadInput."""
     if not args.benchmark:
         options = {"with_images": not args.no_image, "processor": processor, "limit": args.limit}
         return read_examples(args.data, args.images, skip_bad=True, **options)
-    questions, apply = [], BENCHMARKS[args.benchmark]
-    for number, item in enumerate(read_items(args.data)):
-        with about(f"{args.data}: question {number + 1} of {args.benchmark}"):
-            image, text, _ = apply(number, item, args.images, "")
-            if not isinstance(text, str) or not text.strip():
-                raise BadInput("has no text")
-            if processor:
-                answer.refuse_image_tokens(processor, text)
-            if isinstance(image, Path) and not image.is_file():
-                raise BadInput(f"no image {image} (--images)")
-            if isinstance(image, str) and "://" in image:
-                raise BadInput(f"its image is an address, {image}: download all, and give --images")
-            image = str(image) if isinstance(image, Path) else base64.b64decode(image)
-            questions.append(Example(text, "", "", (image,), id=str(item.get("id", number + 1))))
+    items, asked = benchmarks.read_questions(args.benchmark, args.data, args.images, processor)
+    ids = [str(item.get("id", number)) for number, item in enumerate(items, 1)]
+    questions = [Example(text, "", "", (*images,), id=id) for id, (images, text) in zip(ids, asked)]
     sample = random.Random(0).sample(range(len(questions)), min(args.limit or sys.maxsize, len(questions)))
     return [questions[number] for number in sorted(sample)]
 
@@ -60,7 +48,7 @@ def marked(text, other):
 
 def data_uri(image):
     """A path, or the bytes of an image file -> a data URI of the image; a large one is made smaller."""
-    image = open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
+    image = answer.opened(image)
     image.thumbnail((512, 512))
     kind = "PNG" if max(image.size) <= 256 else "JPEG"  # a drawing of few pixels stays sharp
     image.save(file := io.BytesIO(), kind)
@@ -224,7 +212,9 @@ def run(argv):
     text = "two or more of: base, a run's folder, a file of answers"
     parser = evaluate.make_parser(__doc__, needs_model=False, nargs="+", help=text)
     add = parser.add_argument
-    add("--benchmark", choices=BENCHMARKS, help="whose questions FILE holds; without: pairs as for training")
+    add(
+        "--benchmark", choices=benchmarks.BENCHMARKS, help="whose questions FILE holds; without: pairs as for training"
+    )
     add("--answers", metavar="DIR", help="where answers are kept as they come (default: PAGE-answers)")
     add("--max-new-tokens", type=whole, default=256, help="of an answer (default: 256)")
     add("--batch-size", type=whole, default=8, help="questions at a time (default: 8)")
@@ -232,23 +222,18 @@ def run(argv):
     add("--to", required=True, metavar="PAGE", help="the page to write, .html")
     args = parser.parse_args(argv)
     files = [name for name in args.adapter if name != "base" and Path(name).is_file()]
-    adapters = [name for name in args.adapter if name not in ("base", *files)]
-    speakers = {name: None for name in args.adapter if name == "base"}
-    speakers |= {name: number for number, name in enumerate(adapters)}
+    models = [name for name in args.adapter if name not in files]
     if len({*args.adapter}) < max(2, len(args.adapter)):
         raise BadInput(f"--adapter takes {text}, all different")
-    if speakers and not args.model:
+    if models and not args.model:
         raise BadInput("--model is needed: whose answers?")
     if Path(args.to).exists():
         raise BadInput(f"{args.to}: already exists")
-    questions = read_questions(args, load_processor(args.model) if speakers else None)
+    questions = read_questions(args, load_processor(args.model) if models else None)
     asked = [(question.images, question.question) for question in questions]
     said = {file: answer.read_answers(file, asked) for file in files}
-    if speakers:
-        folder = args.answers or f"{args.to.removesuffix('.html')}-answers"
-        tuned = answer.load_tuned(args.model, adapters, args.device)
-        limits = args.max_new_tokens, args.batch_size
-        said |= answer.answer_as(speakers, folder, args.model, *tuned, asked, *limits)
+    kept = answer.files_in(args.answers or f"{args.to.removesuffix('.html')}-answers", models)
+    said |= answer.answer_as(kept, args.model, asked, args.max_new_tokens, args.batch_size, args.device)
     said = {name: said[name] for name in args.adapter}  # in the order of the command
     Path(args.to).write_text(make_page(questions, said, args.blind), "utf-8")
     n_equal = sum(len({*answers}) == 1 for answers in zip(*said.values()))

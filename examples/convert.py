@@ -1,27 +1,31 @@
 """Convert published preference data to the plain form that `train.py` reads: OUT/data.jsonl and OUT/images/.
 
-Purpose: use data sets that embed their images, or that name their fields in another way.
-Command: python examples/convert.py IN OUT [--images DIR]
+    python examples/convert.py IN OUT [--images DIR]
 
-IN is JSON, JSON lines, parquet or a data set of the hub; the last two need `pip install datasets`.
-Embedded images are written untouched, named by their hash. Image files stay where they are, by absolute paths.
-The same command continues a conversion that was stopped. `python data.py OUT/data.jsonl` checks the result.
+IN is JSON, JSON lines, parquet or a data set of the hub; the last two need `pip install datasets`. Embedded images are
+written untouched, named by their hash. Image files stay where they are, by absolute paths. OUT/convert.jsonl notes what
+became of each record, so that the same command goes on. `python data.py OUT/data.jsonl` checks the result.
 """
 
+import base64
+import hashlib
+import io
 import json
 import os
+import re
 import sys
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Parser, about, run_command
-from examples.records import open_records, plain, text_of, turns
+import data
+from data import BadInput, about, first
 
 NAMES = {  # of fields in published data; the first that is not empty counts
-    "id": ("id", "idx", "question_id"),
     "question": ("prompt", "question", "query", "instruction"),
     "dialogue": ("conversations", "messages"),
     "chosen": ("chosen", "chosen_response", "chosen_conversations", "chosen_messages", "response"),
@@ -29,132 +33,173 @@ NAMES = {  # of fields in published data; the first that is not empty counts
     "image": ("images", "image", "image_url", "img_path", "image_path", "image_id"),
     "rejected image": ("rejected_images", "rejected_image"),
 }
-SAVE_EVERY = 100  # records: replacing a file takes a millisecond
+IDS = ("id", "idx", "question_id")
+ROLES = {"human": "user", "gpt": "assistant"}
+IMAGE = ("image", "image_url", "bytes", "url", "path")  # what holds an image; the first that does
+MARKS = re.compile("<image-placeholder>|<ImageHere>")  # other projects' `<image>`
+JSON = re.compile(r'\s*(\{\s*"(question|chosen|rejected)"|\[\s*\{\s*"(from|value|role|content)")')  # in text
+BASE64 = re.compile(r"(?:data:image/[^,]*;base64,|(?=/9j/|iVBORw0KGgo|R0lGOD|UklGR))([\w+/\s]{40,}=*\s*)", re.ASCII)
+TEMPLATES = {"<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<start_of_turn>", "[/INST]"}  # applied already
+REFUSED = {name: tokens | TEMPLATES for name, tokens in data.special_tokens(None).items()}
 
 
-def get(record, kind):
-    return next((record[name] for name in NAMES[kind] if record.get(name) not in (None, "", [])), None)
+def open_records(source, split):
+    """A file, or the name of a data set of the hub -> its records. Embedded images of parquet stay bytes."""
+    content = Path(source).read_bytes() if os.path.isfile(source) else b"PAR1"
+    if not content.startswith(b"PAR1"):
+        with suppress(ValueError):
+            found = json.loads(content.decode("utf-8-sig"))
+            return found if isinstance(found, list) else found.get("data", [found])
+        return [record for _, record in data.load_records(source)]  # JSON lines, or it says what else this is
+    with about("cannot be read as parquet" if os.path.isfile(source) else "no such file, nor a data set of the hub"):
+        with about("`pip install datasets`"):
+            import datasets
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        what = {"path": "parquet", "data_files": source} if os.path.isfile(source) else {"path": source}
+        records = datasets.load_dataset(**what, split=split, streaming=True)
+    return records.decode(False) if records.features else records
+
+
+def plain(value, embedded):
+    """The value with its messages in this project's form and a path for each embedded image, at any depth.
+
+    embedded: {"images/HASH.KIND": bytes of an image}, added to. Raises BadInput if bytes are no image.
+    """
+    if isinstance(value, list):
+        return [plain(part, embedded) for part in value]
+    if isinstance(value, dict):
+        value = {name: plain(part, embedded) for name, part in value.items()}
+        if "from" in value:
+            return {"role": ROLES.get(value["from"], value["from"]), "content": value["value"]}
+        image = first(value, IMAGE)
+        if value.get("type") in ("image", "image_url"):
+            return {"type": "image", "image": image}
+        return image if value and {*value} <= {*IMAGE} else value
+    if isinstance(value, str) and JSON.match(value):
+        return plain(json.loads(value), embedded)
+    if isinstance(value, str) and (found := BASE64.fullmatch(value)):
+        value = base64.b64decode(found[1])
+    if isinstance(value, bytes):
+        with about("embedded bytes are no image"):
+            kind = Image.open(io.BytesIO(value)).format.lower().replace("jpeg", "jpg")
+        embedded[path := f"images/{hashlib.sha256(value).hexdigest()[:32]}.{kind}"] = value
+        return path
+    return MARKS.sub("<image>", value) if isinstance(value, str) else value
+
+
+def row(columns, i):
+    """The i-th of rows that `datasets` exported as a dict of lists, at any depth."""
+    return {k: row(v, i) for k, v in columns.items()} if isinstance(columns, dict) else columns[i]
+
+
+def turns(value, role="user"):
+    """Nothing, text, a message or messages -> messages."""
+    values = value if isinstance(value, list) else [value] if value else []
+    return [{"role": role, "content": value} if isinstance(value, str) else value for value in values]
 
 
 def convert(record, number, folder, embedded):
     """A published record -> a plain one. `embedded` is as in `plain`. Raises BadInput: why it is left out."""
     if not isinstance(record, dict):
-        raise record if isinstance(record, BadInput) else BadInput("not an object")
+        raise BadInput(f"not an object: {record!r:.80}")
     record = {name: plain(value, embedded) for name, value in record.items()}
     record |= record["text"] if isinstance(record.get("text"), dict) else {}  # RLHF-V
-    id = str(number if get(record, "id") is None else get(record, "id"))
-    if "'Rating'" in str(record.get("completions")):  # VLFeedback, which this project reads as it is
-        images = find_images(record | {"image_id": f"{id}.jpg"}, "image", folder, embedded)
-        return {name: record[name] for name in record if name not in NAMES["image"]} | {"images": images}
-    asked, dialogue, chosen, rejected = map(get, [record] * 4, ("question", "dialogue", "chosen", "rejected"))
-    if asked and asked == record.get("instruction") and record.get("input"):
-        asked = f"{asked}\n{record['input']}"  # Alpaca
-    dialogue, rejected = turns(dialogue, "user"), turns(rejected, "assistant")
-    answered = dialogue != [] and dialogue[-1]["role"] == "assistant"
-    chosen = turns(chosen, "assistant") or dialogue * answered
-    question = max(turns(asked, "user"), dialogue[: len(dialogue) - answered], chosen[:-1], key=len)
-    if not (question and question[-1]["role"] == "user" and chosen and rejected):
+    id = str(next((record[name] for name in IDS if record.get(name) is not None), number))
+    if rated := record.get("completions"):  # VLFeedback: ratings choose the pair, and the id names the image
+        rated = [row(rated, i) for i in range(len(rated["response"]))] if isinstance(rated, dict) else rated
+        record["chosen"], record["rejected"] = data.best_and_worst(rated)
+        record["image_id"] = f"{id}.jpg"
+    asked, dialogue, chosen, rejected = (first(record, names) for names in [*NAMES.values()][:4])
+    if asked == record.get("instruction") and record.get("input"):  # Alpaca
+        asked = f"{asked}\n{record['input']}"
+    dialogue, chosen, rejected = turns(dialogue), turns(chosen, "assistant"), turns(rejected, "assistant")
+    if dialogue and dialogue[-1]["role"] == "assistant":
+        dialogue, chosen = dialogue[:-1], chosen or dialogue
+    question = max(turns(asked), dialogue, chosen[:-1], key=len)
+    if not (question and chosen and rejected):
         raise BadInput(f"no question with two answers (OPA-DPO's own script makes them): {', '.join(record)}")
-    if len(rejected) > 1 and rejected[:-1] != chosen[:-1]:
-        raise BadInput("its two conversations differ before their last turn")
+    if len(rejected) > 1 and rejected[:-1] != chosen[:-1]:  # also HA-DPO's several answers
+        raise BadInput("two conversations that differ before their last turn, or several answers")
     for user, assistant in reversed(record.get("history") or []):
-        question = turns(user, "user") + turns(assistant, "assistant") + question
+        question = turns(user) + turns(assistant, "assistant") + question
     if question[0]["role"] != "system":
         question = turns(record.get("system"), "system") + question
 
     parts = [part for turn in question for part in turn["content"] if isinstance(part, dict)]
     own = [path for part in parts if (path := part.pop("image", None))]
-    images = find_images({"images": own} if own else record, "image", folder, embedded)
-    prompt = question if parts or question[1:] else text_of(question[0])
-    example = {"id": id, "images": images, "prompt": prompt}
-    example |= {"chosen": text_of(chosen[-1]), "rejected": text_of(rejected[-1])}
-    if len({"", example["chosen"].strip(), example["rejected"].strip()}) < 3:
-        raise BadInput("an answer is empty, or the two are equal")
-    if get(record, "rejected image"):
-        rejected = find_images(record, "rejected image", folder, embedded)
-        example |= {"rejected_images": rejected} if rejected != images else {}  # of ms-swift, often the same
+    example = {"id": id, "images": find_images({"images": own} if own else record, "image", folder, embedded)}
+    example["prompt"] = question if parts or question[1:] else question[0]["content"]
+    pair = data.parse_record(example | {"chosen": chosen[-1:], "rejected": rejected[-1:]}, id, "", None, REFUSED)
+    example |= {"chosen": pair.chosen, "rejected": pair.rejected}
+    if first(record, NAMES["rejected image"]):
+        images = find_images(record, "rejected image", folder, embedded)
+        example |= {"rejected_images": images} if images != example["images"] else {}  # of ms-swift, often the same
     return example
 
 
 def find_images(record, kind, folder, embedded):
     """The images of the first field whose images are all there -> paths. Raises BadInput."""
     for value in filter(None, map(record.get, NAMES[kind])):
-        names = [str(name) for name in (value if isinstance(value, list) else [value])]
-        paths = [name if name in embedded else os.path.abspath(os.path.join(folder, name)) for name in names]
-        there = [path in embedded or os.path.isfile(path) for path in paths]
-        if all(there) and not any(".." in Path(name).parts for name in names):
-            return paths
-    raise BadInput(f"no such image in {folder} (--images names its folder): {get(record, kind)!r:.80}")
+        names = value if isinstance(value, list) else [value]
+        with suppress(BadInput):
+            return [name if name in embedded else data.find_images(name, [Path(folder)])[0] for name in names]
+    raise BadInput(f"no such image in {folder} (--images names its folder): {first(record, NAMES[kind])!r:.80}")
 
 
-def write(path, data):
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{path}.part").write_bytes(data)
-    os.replace(f"{path}.part", path)
-
-
-def convert_all(records, state, out, folder):
-    """Write OUT, from where `state` stands; it is kept in OUT/convert.json."""
-    write(out / "convert.json", json.dumps(state).encode())
-    state_of = getattr(records, "state_dict", dict)
-    if state.get("stream"):
-        records.load_state_dict(state["stream"])
-    else:
-        records = islice(records, state["records"], None)
-    with open(out / "unfinished.jsonl", "ab") as file:
-        if file.tell() < state["bytes"]:
-            raise BadInput(f"{out}: its data.jsonl is gone; remove the folder to convert anew")
-        file.truncate(state["bytes"])  # drops a line that a kill cut short
-        for record in tqdm(records, "converting", initial=state["records"], unit=" records"):
-            embedded, number = {}, state["records"] + 1
+def convert_all(records, log, folder):
+    """Note of each record that is not in the log yet: the example, or why it is left out."""
+    n_done = log.read_bytes().count(b"\n") - 1
+    bar = tqdm(islice(records, n_done, None), "converting", initial=n_done, unit=" records")
+    with open(log, "a", encoding="utf-8") as file:
+        for number, record in enumerate(bar, n_done + 1):
+            embedded = {}
             try:
-                example = convert(record, number, folder, embedded)
-                line = json.dumps(example, ensure_ascii=False).encode() + b"\n"
+                result = convert(record, number, folder, embedded)
             except (AttributeError, LookupError, TypeError, ValueError) as error:
-                reason = str(error) if isinstance(error, BadInput) else f"not in a known form: {error!r}"
-                first = [0, f"record {number}: {reason}"]
-                state["left out"].setdefault(reason.partition(":")[0], first)[0] += 1
+                result = str(error) if isinstance(error, BadInput) else f"not in a known form: {error!r}"
             else:
-                for path in {*example["images"], *example.get("rejected_images", ())} & {*embedded}:
-                    if not (out / path).exists():
-                        write(out / path, embedded[path])
-                file.write(line)
-                file.flush()
-                state |= {"taken": state["taken"] + 1, "bytes": state["bytes"] + len(line)}
-            state |= {"records": number, "stream": state_of()}
-            if number % SAVE_EVERY == 0:
-                write(out / "convert.json", json.dumps(state).encode())
-    write(out / "convert.json", json.dumps(state).encode())
-    if state["taken"]:
-        os.replace(out / "unfinished.jsonl", out / "data.jsonl")
+                for path in {*result["images"], *result.get("rejected_images", ())} & {*embedded}:
+                    (log.parent / "images").mkdir(exist_ok=True)
+                    (log.parent / path).write_bytes(embedded[path])
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.flush()
 
 
 def run(argv):
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = data.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="IN", help="a file, or the name of a data set of the hub")
-    parser.add_argument("out", metavar="OUT", help="a new folder, or that of this conversion, to continue it")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder, or that of this conversion, to go on")
     parser.add_argument("--images", metavar="DIR", help="where relative paths begin (default: IN's folder)")
     parser.add_argument("--split", default="train", help="of a data set of the hub (default: train)")
     args = parser.parse_args(argv)
-    source, out, saved = args.source, Path(args.out), Path(args.out, "convert.json")
-    folder = os.path.abspath(args.images or os.path.dirname(source))
-    here = (os.path.abspath(source), os.path.getsize(source)) if os.path.exists(source) else (source, 0)
-    state = {"of": [*here, folder, args.split], "records": 0, "taken": 0, "bytes": 0, "left out": {}}
-    kept = json.loads(saved.read_text()) if saved.exists() else {"of": None, "taken": out.exists()}
-    if kept["taken"] and kept["of"] != state["of"]:
-        raise BadInput(f"{out}: is there already, and is not what this command makes")
-    state = kept if kept["of"] == state["of"] else state
-    if not (out / "data.jsonl").exists():
-        with about(source):
-            convert_all(open_records(source, args.split), state, out, folder)
-    report = [f"{out / 'data.jsonl'}: {state['taken']} examples of {state['records']} records"]
-    report += [f"left out {count}: {first}" for count, first in state["left out"].values()]
-    if not state["taken"]:
+    log, made = args.out / "convert.jsonl", args.out / "data.jsonl"
+    folder = os.path.abspath(args.images or os.path.dirname(args.source))
+    size = os.path.getsize(args.source) if os.path.isfile(args.source) else 0
+    head = json.dumps([args.source, size, folder, args.split])
+    *lines, _ = log.read_text("utf-8").split("\n") if log.exists() else [head, ""]  # _: cut by a kill, or empty
+    if lines[:1] != [head] or args.out.exists() and any(args.out.iterdir()) and not log.exists():
+        raise BadInput(f"{args.out}: is there already, and is not what this command makes")
+    if not made.exists():
+        with about(args.source):
+            records = open_records(args.source, args.split)
+            args.out.mkdir(parents=True, exist_ok=True)
+            log.write_text("\n".join([*lines, ""]), "utf-8")
+            convert_all(records, log, folder)
+    lines, left_out = log.read_text("utf-8").split("\n")[1:-1], {}
+    examples = [line for line in lines if line.startswith("{")]
+    for number, reason in enumerate(map(json.loads, lines), 1):
+        if isinstance(reason, str):
+            left_out.setdefault(reason.partition(":")[0], []).append(f"record {number}: {reason}")
+    report = [f"{made}: {len(examples)} examples of {len(lines)} records"]
+    report += [f"left out {len(those)}: {those[0]}" for those in left_out.values()]
+    if not examples:
+        log.unlink()
         raise BadInput("\n  ".join(report))
+    Path(f"{made}.part").write_text("\n".join([*examples, ""]), "utf-8")
+    os.replace(f"{made}.part", made)
     print("\n  ".join(report))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(run))
+    sys.exit(data.run_command(run))

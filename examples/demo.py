@@ -33,17 +33,11 @@ def run(argv, loss):
     if args.model or args.data or args.out:
         raise BadInput("--demo has a model, data and a folder of its own")
     folder = next(path for n in count(1) if not (path := Path("runs", f"demo-{n}")).exists())
-    data, out, dpo = (
-        str(shapes.write_pairs(folder / "data", n=720, seed=0)),
-        str(folder / "out"),
-        str(folder / "dpo"),
-    )
-    runs = {"after": (out, [], loss)}
-    if (
-        args.conditional and args.anchors == ["chosen"] and loss is train.mdpo_loss
-    ):  # mDPO, and DPO to compare
-        runs = {"DPO": (dpo, ["--no-conditional", "--anchors", "none"], loss), "mDPO": (out, [], loss)}
-    for name, (to, more, loss) in runs.items():
+    data, out = str(shapes.write_pairs(folder / "data", n=720, seed=0)), str(folder / "out")
+    runs = {"after": (out, [])}
+    if args.conditional and args.anchors == ["chosen"] and loss is train.mdpo_loss:  # mDPO, and DPO to compare
+        runs = {"DPO": (str(folder / "dpo"), ["--no-conditional", "--anchors", "none"]), "mDPO": (out, [])}
+    for name, (to, more) in runs.items():
         print(f"\n{name}: {to}" if len(runs) > 1 else "")
         status = train.main(["--model", str(BASE), "--data", data, "--out", to, *flags, *more], loss)
         if status:
@@ -67,8 +61,8 @@ def write_held_out(data, out):
 def report(model, processor, folder, names=("after",), n_scenes=60, seed=0):
     """The base and each adapter answer held-out questions -> a text: metrics, three questions about one image.
 
-    names: of the adapters of `answer.load_tuned`. The image is the first of those about which the last of them is
-    right most often where the one before is wrong.
+    names: of the adapters of `answer.load_tuned`. The image is the first of those about which the last of them is right
+    most often where the one before is wrong.
     """
     exam = shapes.make_exam(n_scenes, seed)
     asked, said = [(image, shapes.question_text(question)) for _, image, question in exam], {}
@@ -90,13 +84,11 @@ def report(model, processor, folder, names=("after",), n_scenes=60, seed=0):
     shown, (before, last) = (0, 2, 4), [*said][-2:]  # of a picture's five questions
     gain = lambda at: sum(is_right(at + i, last) and not is_right(at + i, before) for i in shown)
     at = max(range(0, len(exam), 5), key=gain)
+    scene, image, _ = exam[at]
     path = Path(folder) / "picture.png"
-    exam[at][1].resize((256, 256)).save(path)
-    truth = shapes.answer_text(("describe",), shapes.claims_of(exam[at][0], ("describe",)), polite=False)
-    lines.append(
-        f"\nthe first picture with the most answers that {last} has right and {before} wrong: {path},"
-    )
-    lines.append(f"{truth}")
+    image.resize((256, 256)).save(path)
+    lines.append(f"\nthe first picture with the most answers that {last} has right and {before} wrong: {path},")
+    lines.append(shapes.answer_text(("describe",), shapes.claims_of(scene, ("describe",)), polite=False))
     for i in (at + i for i in shown):
         lines += [f"  {asked[i][1] * (name == 'before'):34} {name + ':':8} {said[name][i]}" for name in said]
     return "\n".join(lines)

@@ -2,14 +2,13 @@
 
     python examples/evaluate.py --model M --adapter RUN [RUN ...] --data FILE [--answers DIR]
 
-Loss, rejected images and seed are the run's, so that a run's held-out pairs get the numbers of its log.
-Several adapters are all scored by those of the first, and its values are subtracted, example by example.
-With --answers, base and adapters also answer the questions, each into a file of DIR that goes on where it
-was killed: length, refusals, and how many answers are equal. A refusal is told by its words (`REFUSAL`):
-right where a question's premise is false, wrong elsewhere.
-The margin r(m,q,y_w) - r(m,q,y_l) is what DPO's loss sees. A preference that looks at the image should lose
-its margin when the image is taken away; what is left was learned from the words alone.
-Intervals are bootstrap intervals of the mean over the examples.
+Loss, rejected images and seed are the run's, so that a run's held-out pairs get the numbers of its log. Several
+adapters are all scored by those of the first, and its values are subtracted, example by example. With --answers, base
+and adapters also answer the questions, each into a file of DIR that goes on where it was killed: length, refusals, and
+how many answers are equal. A refusal is told by its words: right where a question's premise is false, wrong elsewhere.
+
+The margin r(m,q,y_w) - r(m,q,y_l) is what DPO's loss sees. A preference that looks at the image should lose its margin
+when the image is taken away; what is left was learned from the words alone. Intervals are bootstrap intervals of means.
 """
 
 import json
@@ -35,13 +34,13 @@ LEVEL = 0.95  # of the intervals
 # What scoring takes of a run, as flags of train.py.
 VALUES = ("beta", "delta", "anchors", "reject", "crop", "seed", "max-length", "max-pixels")
 SWITCHES = ("no-image", "no-conditional")
+MARGINS = {"image": "margin, image", "no_image": "margin, no image", "other_image": "margin, other image"}
 REFUSAL = re.compile(
     r"\b(there (is|are) (no|not)|there (isn't|aren't)|(is|are) not (visible|shown|depicted|present)|"
     r"not in the (image|picture|photo)|(do|does)(n't| not) (show|contain|depict|include|see)|"
     r"(can ?not|can't|unable to) (see|tell|determine|identify|answer)|sorry)\b",
     re.IGNORECASE,
 )
-MARGINS = {"image", "no_image", "other_image"}  # of `score_margins`
 
 
 @torch.no_grad()
@@ -59,10 +58,7 @@ def score(objective, processor, pair_of, indices, names, batch_size=8, max_lengt
 
 
 def score_margins(model, processor, examples, beta=0.1, batch_size=8):
-    """-> margins {"image": ..., "no_image": ..., "other_image": ...} of the examples that have such images.
-
-    No text is cut.
-    """
+    """-> {name of MARGINS: those of the examples that have such images}. No text is cut."""
     shown = {
         "image": [example.images or None for example in examples],
         "no_image": [()] * len(examples),
@@ -120,20 +116,19 @@ def make_parser(doc, needs_adapter=True, **adapter):
 
 def read_run(adapter):
     """A run's arguments, as train.py reads them, and its loss. Without args.json: train.py's defaults."""
-    flags, loss, path = [], "mdpo_loss", Path(adapter or "", "args.json")
+    began, flags, path = {}, [], Path(adapter or "", "args.json")
     with about(f"{path}: cannot be read"):
         if adapter and path.is_file():
             began = json.loads(path.read_text())
-            given = {name: began.get(name.replace("-", "_")) for name in (*VALUES, *SWITCHES)}
-            given["no-conditional"] = given["no-conditional"] or began.get("conditional") is False
-            for name, value in given.items():
-                if name in SWITCHES:
-                    flags += [f"--{name}"] * bool(value)
-                elif value is not None:
-                    flags += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
-            loss = began.get("loss", loss)
+        given = {name: began.get(name.replace("-", "_")) for name in (*VALUES, *SWITCHES)}
+        given["no-conditional"] = given["no-conditional"] or began.get("conditional") is False
+        for name, value in given.items():
+            if name in SWITCHES:
+                flags += [f"--{name}"] * bool(value)
+            elif value is not None:
+                flags += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
         trained = train.parse_args(["--model", "?", "--data", "?", *map(str, flags)])
-    trained.loss = loss
+    trained.loss = began.get("loss", "mdpo_loss")
     return trained
 
 
@@ -149,38 +144,23 @@ def load(args):
     return trained, examples, pairs, *answer.load_tuned(args.model, args.adapter, args.device)
 
 
-def line(title, values, note=""):
+def print_line(title, values, note=""):
     if not values:
-        return f"  {title:26}        n/a"
+        print(f"  {title:26}        n/a")
+        return
     low, high = bootstrap(values)
-    return f"  {title:26} {statistics.fmean(values):10.4f} {low:11.4f} to {high:7.4f}   {note}".rstrip()
+    print(f"  {title:26} {statistics.fmean(values):10.4f} {low:11.4f} to {high:7.4f}   {note}".rstrip())
 
 
-def print_metrics(metrics):
-    """A line for each metric. What is left of a margin without its image is also shown as a share."""
-    margins = {name: values for name, values in metrics.items() if name in MARGINS}
-    shares, n_examples = diagnose(margins) if margins else {}, max(map(len, metrics.values()))
-    for name, values in metrics.items():
-        share = shares.get(f"{name}_share", math.nan)
+def print_metrics(metrics, shares={}):
+    """A line for each metric. shares: of `diagnose`, what is left of a margin without its image."""
+    shares = {MARGINS[name]: shares.get(f"{name}_share", math.nan) for name in MARGINS}
+    n_examples = max(map(len, metrics.values()))
+    for title, values in metrics.items():
+        share = shares.get(title, math.nan)
         note = "" if math.isnan(share) else f"{share:.1%} of the first"
         note += f" ({len(values)} examples)" * (0 < len(values) < n_examples)
-        print(line(title_of(name), values, note))
-
-
-def title_of(name):
-    return "margin, " + name.replace("_", " ") if name in MARGINS else name
-
-
-def print_difference(metrics, others):
-    """Two models' metrics: those that both have, subtracted example by example."""
-    for name in (name for name in metrics if name in others):
-        print(line(title_of(name), [a - b for a, b in zip(metrics[name], others[name], strict=True)]))
-
-
-def print_equal(answers, others):
-    if answers is not None:
-        equal = [float(a == b) for a, b in zip(answers, others, strict=True)]
-        print(line("answers, equal", equal, "of all, no difference"))
+        print_line(title, values, note)
 
 
 def measure(answers):
@@ -210,35 +190,38 @@ def run(argv):
         names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False
     options = {"beta": trained.beta, "delta": trained.delta, "conditional": conditional, "anchors": anchors}
     losses = {f.__qualname__: f for f, _ in [(mdpo_loss, ()), *variants.VARIANTS.values()]}
-    pair_of, adapters = lambda i: pairs["held out", i], {name: i for i, name in enumerate(args.adapter)}
+    pair_of = lambda i: pairs["held out", i]
     said = {}
     if args.answers:
         questions = [(example.images, example.question) for example in examples]
-        speakers = {"base": None} | adapters
-        said = answer.answer_as(
-            speakers, args.answers, args.model, model, processor, questions, args.max_new_tokens
-        )
+        files = answer.files_in(args.answers, ["base", *args.adapter])
+        said = answer.answer_as(files, args.model, questions, args.max_new_tokens, loaded=(model, processor))
     print(f"{len(examples)} examples: means, and bootstrap intervals of level {LEVEL:.0%}")
     metrics = {name: measure(answers) for name, answers in said.items()}
-    if args.answers:
+    if said:
         print("base")
         print_metrics(metrics["base"])
-    for name, number in adapters.items():
+    for number, name in enumerate(args.adapter):
         with answer.speaking_as(model, number):
             with about(f"the run's loss, {trained.loss} of mdpo.py or variants.py"):
                 objective = partial(mdpo_step, model, loss=losses[trained.loss], **options)
                 indices, max_length = range(len(pairs)), trained.max_length
                 scores = score(objective, processor, pair_of, indices, names, max_length=max_length)
-            scores |= score_margins(model, processor, examples, trained.beta)
+            margins = score_margins(model, processor, examples, trained.beta)
+        scores |= {MARGINS[kind]: values for kind, values in margins.items()}
         metrics[name] = scores | metrics.get(name, {})
-        if len(args.adapter) > 1 or args.answers:
+        if len(args.adapter) > 1 or said:
             print(name)
-        print_metrics(metrics[name])
-    first, *others = adapters
-    for name, other in [(name, "base") for name in adapters if said] + [(name, first) for name in others]:
+        print_metrics(metrics[name], diagnose(margins))
+    first, *others = args.adapter
+    for name, other in [(name, "base") for name in args.adapter if said] + [(name, first) for name in others]:
         print(f"{name} minus {other}")
-        print_difference(metrics[name], metrics[other])
-        print_equal(said.get(name), said.get(other))
+        for title in filter(metrics[other].__contains__, metrics[name]):
+            values = zip(metrics[name][title], metrics[other][title], strict=True)
+            print_line(title, [a - b for a, b in values])
+        if said:
+            equal = [float(a == b) for a, b in zip(said[name], said[other], strict=True)]
+            print_line("answers, equal", equal, "of all, no difference")
     return 0
 
 

@@ -1,11 +1,10 @@
-"""Merge an adapter into its base model: a folder that the library loads by itself.
+"""Merge an adapter into its base model: a folder that `AutoModelForImageTextToText` and `AutoProcessor` load alone.
 
-Purpose: deployment. It loads with `AutoModelForImageTextToText` and `AutoProcessor` alone, Bunny's too.
-Command: python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
+    python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
 
-Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder is
-made under a name of its own, merged.*.tmp, beside its place. It gets its name only after it was loaded again
-and compared with base and adapter. If anything stops the merge before that, it is removed.
+Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder is made under a
+name of its own, merged.*.tmp, beside its place. It gets its name only after it was loaded again and compared with base
+and adapter. If anything stops the merge before that, it is removed.
 
 The folder holds the base's own processor files. If torchvision is installed, the library takes another image
 processor for them, whose pixels may be a grey level apart. The one of training:
@@ -32,28 +31,8 @@ MOST_OFF = 0.01  # nats a response: in float32 the merge only adds in another or
 QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is it?", "Is there a person?")
 
 
-def merge(adapter, to, base=None):
-    """Merge, save, load again, compare -> a text that says how far apart the models are. Raises BadInput.
-
-    base: default the model that the adapter names.
-    """
-    to = Path(to)
-    if os.path.lexists(to):
-        raise BadInput(f"{to}: already exists")
-    base = base or read_adapter(adapter).base_model_name_or_path
-    if base is None:
-        raise BadInput(f"{adapter}: names no base model, --model has to")
-    with about(f"{to}: cannot be made"):
-        own = TemporaryDirectory(".tmp", f"{to.name}.", to.parent)  # on the disk of `to`: renamed at the end
-    with own as folder:
-        lines = merge_into(Path(folder, to.name), adapter, base)
-        with about(f"{to}: cannot be made"):
-            Path(folder, to.name).rename(to)
-    return "\n".join([f"{to}: merged, saved and loaded again; against base + adapter in float32", *lines])
-
-
 def merge_into(folder, adapter, base):
-    """Make the folder -> a line for each model that was compared. Raises BadInput if one is wrong."""
+    """Merge, save, load again, compare -> a line for each model that was compared. Raises BadInput if one is wrong."""
     images = (Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB"),)
     pairs = [Example(text, "I cannot tell from this picture.", "No.", images, images) for text in QUESTIONS]
 
@@ -79,9 +58,7 @@ def merge_into(folder, adapter, base):
             file.chmod(0o666 & ~UMASK)  # safetensors writes for its user alone
         again = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     if wrong := different_weights(merged, again):
-        raise BadInput(
-            f"{folder.name}: removed, {len(wrong)} weights are not read back as merged, such as {wrong[0]}"
-        )
+        raise BadInput(f"{folder.name}: removed, {len(wrong)} weights are not read back, such as {wrong[0]}")
     saved, saved_answers = measure(again, load_processor(str(folder)))
 
     lines = []
@@ -106,7 +83,19 @@ def run(argv):
     parser.add_argument("--model", help="the base model (default: as the adapter names it)")
     parser.add_argument("--to", required=True, help="a new folder")
     args = parser.parse_args(argv)
-    print(merge(args.adapter, args.to, args.model))
+    to = Path(args.to)
+    if os.path.lexists(to):
+        raise BadInput(f"{to}: already exists")
+    base = args.model or read_adapter(args.adapter).base_model_name_or_path
+    if base is None:
+        raise BadInput(f"{args.adapter}: names no base model, --model has to")
+    with about(f"{to}: cannot be made"):
+        own = TemporaryDirectory(".tmp", f"{to.name}.", to.parent)  # on the disk of `to`: renamed at the end
+    with own as folder:
+        lines = merge_into(Path(folder, to.name), args.adapter, base)
+        with about(f"{to}: cannot be made"):
+            Path(folder, to.name).rename(to)
+    print(f"{to}: merged, saved and loaded again; against base + adapter in float32", *lines, sep="\n")
     return 0
 
 

@@ -1,13 +1,11 @@
-"""Show what a run trains on, before it does: its rows as text, and its rejected images.
-
-Purpose: to see what the model is given and what is scored. No weights are loaded.
-Command: train.py's, with all its flags, so that these are the very rows of that run, in its order.
+"""Show what a run trains on, before it does: its rows as text, and its rejected images. No weights are loaded.
 
     python examples/preview.py --model M --data FILE [--rows 3] [--to preview.png]
     python examples/preview.py --resume RUN     # what a run was trained on
 
-Image tokens are folded: <image> x 729. What is scored stands in [brackets], on a terminal in green.
---to draws m_w, the run's m_l and what every strategy of Table 3 makes of m_w.
+It takes train.py's flags, so that these are the very rows of that run, in its order. Image tokens are folded:
+<image> x 729. What is scored stands in [brackets], on a terminal in green. --to draws m_w, the run's m_l and what every
+strategy of Table 3 makes of m_w.
 """
 
 import os

@@ -1,11 +1,8 @@
 """The paper's tables and figures: a shell script that makes each, and its cells beside the paper's.
 
-Purpose: to go from nothing to numbers that can be compared with the paper's.
-Command:
-
-    python examples/reproduce.py --list                              # runs, questions, scorers and cells
-    python examples/reproduce.py table2 > table2.sh; bash table2.sh  # again, to go on where it stopped
-    python examples/reproduce.py --collect table2                    # the paper's values, and what was found
+python examples/reproduce.py --list                              # runs, questions, scorers and cells
+python examples/reproduce.py table2 > table2.sh; bash table2.sh  # again, to go on where it stopped
+python examples/reproduce.py --collect table2                    # the paper's values, and what was found
 """
 
 import json
@@ -32,14 +29,14 @@ BENCHMARKS = {  # name: heading, questions, scorer, calls of the judge for one m
 }
 JUDGE = "gpt-4.1-2025-04-14"  # OpenAI serves it until 14 January 2027
 JUDGES_NOTE = """\
-MMHalBench and Object HalBench are judged by a model. The judges that their scorers name, gpt-4-0314 and
-gpt-3.5-turbo-0613, are retired. Another judge's scores are not on the scale of the paper's: compare rows
-of one judge, and have the base and DPO judged by the one that judges mDPO."""
+MMHalBench and Object HalBench are judged by a model. The judges that their scorers name, gpt-4-0314 and gpt-3.5-turbo-0613,
+are retired. Another judge's scores are not on the scale of the paper's: compare rows of one judge, and have the base and
+DPO judged by the one that judges mDPO."""
 TYPES = ["attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other"]
 METRICS = {  # name: benchmark, heading, decimals
     "score": ("mmhal", "Score", 2), "halrate": ("mmhal", "HalRate", 2),
-    "chair_s": ("objhal", "CHAIRs", 1), "chair_i": ("objhal", "CHAIRi", 1), "chair": ("amber", "CHAIRs", 1),
-    "cover": ("amber", "Cover", 1), "hal": ("amber", "HalRate", 1), "cog": ("amber", "Cog", 1),
+    "chair_s": ("objhal", "CHAIRs", 1), "chair_i": ("objhal", "CHAIRi", 1),
+    "chair": ("amber", "CHAIRs", 1), "cover": ("amber", "Cover", 1), "hal": ("amber", "HalRate", 1), "cog": ("amber", "Cog", 1),
     **{kind: ("mmhal", kind, 2) for kind in TYPES}, "answers": ("mmhal", "answers", 0),
 }  # fmt: skip
 MAIN, ABLATION = [*METRICS][:8], [*METRICS][:4]
@@ -54,12 +51,9 @@ class Run(NamedTuple):
 
 DPO = "--no-conditional --anchors none"
 RUNS = {  # values of arXiv:2406.11839v2
-    "bunny": Run("bunny", None, "2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0 "
-                 "3.92 0.83 2.17 2.33 2.67 2.25 1.75 1.00"),
-    "bunny-dpo": Run("bunny", DPO, "2.28 0.56 44.3 7.6 7.9 74.1 58.9 4.8 "
-                     "3.25 1.50 1.42 2.50 2.67 4.25 1.75 0.92"),
-    "bunny-mdpo": Run("bunny", "", "2.96 0.42 27.0 4.6 4.9 67.4 37.7 2.4 "
-                      "3.08 4.17 2.00 3.50 3.25 4.08 2.17 1.42"),
+    "bunny": Run("bunny", None, "2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0 3.92 0.83 2.17 2.33 2.67 2.25 1.75 1.00"),
+    "bunny-dpo": Run("bunny", DPO, "2.28 0.56 44.3 7.6 7.9 74.1 58.9 4.8 3.25 1.50 1.42 2.50 2.67 4.25 1.75 0.92"),
+    "bunny-mdpo": Run("bunny", "", "2.96 0.42 27.0 4.6 4.9 67.4 37.7 2.4 3.08 4.17 2.00 3.50 3.25 4.08 2.17 1.42"),
     "llava": Run("llava", None, "2.19 0.57 54.7 15.9 7.4 51.8 34.7 4.1"),
     "llava-dpo": Run("llava", DPO, "2.14 0.65 49.0 13.0 6.5 55.1 34.5 2.3"),
     "llava-mdpo": Run("llava", "", "2.39 0.54 35.7 9.8 4.4 52.4 24.5 2.4"),
@@ -71,7 +65,7 @@ RUNS = {  # values of arXiv:2406.11839v2
     "bunny-anchors-2": Run("bunny", "--anchors chosen rejected", "2.98 0.39 29.3 5.0"),
     "bunny-anchors-3": Run("bunny", "--anchors chosen rejected image_rejected", "2.85 0.40 34.7 6.1"),
     "bunny-no-image": Run("bunny", "--no-image"),
-}  # fmt: skip
+}
 SIZES = (2500, 5000)
 RUNS |= {f"bunny-dpo-{n}": Run("bunny", f"{DPO} --limit {n}", n_pairs=n) for n in SIZES}
 RUNS |= {f"bunny-mdpo-{n}": Run("bunny", f"--limit {n}", n_pairs=n) for n in SIZES}
@@ -89,24 +83,22 @@ LLAVA = {"LLaVA-v1.5-7B": "llava", "LLaVA + DPO": "llava-dpo", "LLaVA + mDPO": "
 PAIR = {"DPO": "bunny-dpo", "mDPO": "bunny-mdpo"}
 TABLES = {
     "table1": Table("Table 1, main results", BUNNY | LLAVA, MAIN),
-    "table2": Table("Table 2, ablation of the loss", {
-        "mDPO": "bunny-mdpo", "- conditional": "bunny-no-conditional", "- anchored": "bunny-no-anchor",
-        "- both (DPO)": "bunny-dpo"}, ABLATION),
-    "table3": Table("Table 3, rejected images", {
-        "random image": "bunny-random-image", "crop 0-20% (mDPO)": "bunny-mdpo",
+    "table2": Table("Table 2, ablation of the loss", {"mDPO": "bunny-mdpo", "- conditional": "bunny-no-conditional",
+        "- anchored": "bunny-no-anchor", "- both (DPO)": "bunny-dpo"}, ABLATION),
+    "table3": Table("Table 3, rejected images", {"random image": "bunny-random-image", "crop 0-20% (mDPO)": "bunny-mdpo",
         "crop 20-50%": "bunny-crop-20-50", "MoCo v2": "bunny-moco"}, ABLATION),
     "table4": Table("Table 4, anchors", {"y_w (mDPO)": "bunny-mdpo", "y_w, y_l": "bunny-anchors-2",
         "y_w, y_l, m_l": "bunny-anchors-3"}, ABLATION),
     "table5": Table("Table 5, types of questions", BUNNY, ["score", *TYPES]),
-    "figure1": Table("Figure 1, DPO without images", {"DPO (No Image)": "bunny-no-image", **PAIR}, ["score"],
+    "figure1": Table("Figure 1, DPO without images", {"DPO (No Image)": "bunny-no-image"} | PAIR, ["score"],
         "The paper draws DPO (No Image) without a number, and calls it similar to DPO."),
     "figure2": Table("Figure 2, the method", {}, [], "A drawing: nothing to run."),
     "figure3": Table("Figure 3, answers", PAIR, ["answers"], "To be read, not scored."),
     "figure4": Table("Figure 4, human evaluation", PAIR, ["answers"],
         "People compare answers. The paper: mDPO's is better or as good in 89%, DPO's better in 11%."),
     "figure5": Table("Figure 5, number of pairs",
-        {f"{label}, {n}": f"{run}-{n}" for n in SIZES for label, run in PAIR.items()} | PAIR,
-        ["score", "halrate"], "The paper draws it without numbers: 2,500 and 5,000 are sizes of our choice."),
+        {f"{label}, {n}": f"{run}-{n}" for n in SIZES for label, run in PAIR.items()} | PAIR, ["score", "halrate"],
+        "The paper draws it without numbers: 2,500 and 5,000 are sizes of our choice."),
 }  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------- script
@@ -114,36 +106,37 @@ TABLES = {
 
 def script(names, work, judge, models):
     """The shell script that makes these tables in the folder `work`. Raises BadInput if nothing can run."""
-    answers, scores = {}, {}  # (benchmark, run): None. A dict keeps their order.
-    for table in (TABLES[name] for name in names):
-        for metric in table.metrics:
-            cells = {(METRICS[metric][0], run): None for run in table.rows.values()}
-            answers |= cells
-            scores |= cells if metric != "answers" else {}
+    cells = [(*METRICS[metric][:2], run) for name in names for metric in TABLES[name].metrics
+             for run in TABLES[name].rows.values()]  # fmt: skip
+    answers = dict.fromkeys((benchmark, run) for benchmark, _, run in cells)  # a dict keeps their order
+    scores = dict.fromkeys((benchmark, run) for benchmark, heading, run in cells if heading != "answers")
     if not answers:
         raise BadInput(f"{', '.join(names)}: nothing to run (--list says what there is)")
     runs = {run: RUNS[run] for _, run in answers}
     trained = {name: run for name, run in runs.items() if run.flags is not None}
-    judged = [cell for cell in scores if BENCHMARKS[cell[0]][-1]]
+    calls = {(benchmark, run): BENCHMARKS[benchmark][-1] for benchmark, run in scores}
     gigabytes = sum(MODEL_GB[model] for model in {run.model for run in runs.values()})
     gigabytes += sum(RUN_GB[run.model] for run in trained.values()) + (PAIRS_GB if trained else 0)
     hours = sum(HOURS[run.model] * run.n_pairs / 10_000 for run in trained.values())
-    comments = [f"{TABLES[name].title}. {TABLES[name].note}".rstrip() for name in names] + [
+    comments = [f"{TABLES[name].title}. {TABLES[name].note}".rstrip() for name in names]
+    comments += [
         "Printed by examples/reproduce.py, whose authors had no hub, GPU or judge to run it with.",
         f"Disk: {gigabytes:.0f} GB for models, pairs and runs. Not known: benchmarks, the scorers' packages.",
         f"Training: {len(trained)} runs, {hours:.1f} hours on one H200 (predicted). Other times: not known.",
     ]
-    if calls := sum(BENCHMARKS[benchmark][-1] for benchmark, _ in judged):
-        comments += [f"Judge: {calls} calls of {judge}, key in OPENAI_API_KEY.", *JUDGES_NOTE.split("\n")]
     quoted = {name: shlex.quote(path) for name, path in models.items()}
-    adapters = {name: f' --adapter "$W/runs/{name}"' for name in trained}
-    steps = ["pairs"] if trained else []
-    steps += [f"questions_{benchmark}" for benchmark in dict.fromkeys(benchmark for benchmark, _ in answers)]
-    steps += ["scorers"] if scores else []
+    steps = ["pairs"] * bool(trained) + [f"questions_{name}" for name in dict.fromkeys(name for name, _ in answers)]
+    steps += ["scorers"] * bool(scores)
     steps += [f"train {name} {quoted[run.model]} {run.flags}".rstrip() for name, run in trained.items()]
-    steps += [f"answer {b} {run} {quoted[RUNS[run].model]}{adapters.get(run, '')}" for b, run in answers]
-    steps += [f"score_{b} {run}" for b, run in scores if (b, run) not in judged]
-    steps += ["key", *(f"score_{b} {run}" for b, run in judged)] if judged else []
+    adapters = {name: f' --adapter "$W/runs/{name}"' for name in trained}
+    steps += [f"answer {name} {run} {quoted[RUNS[run].model]}{adapters.get(run, '')}" for name, run in answers]
+    steps += [f"score_{name} {run}" for name, run in scores if not calls[name, run]]
+    if any(calls.values()):
+        comments += [
+            f"Judge: {sum(calls.values())} calls of {judge}, key in OPENAI_API_KEY.",
+            *JUDGES_NOTE.split("\n"),
+        ]
+        steps += ["key", *(f"score_{name} {run}" for name, run in scores if calls[name, run])]
     lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in comments), "set -Eeuo pipefail"]
     lines += [f"ROOT={shlex.quote(str(ROOT))} W={shlex.quote(str(work))} JUDGE={judge}", ""]
     return "\n".join([*lines, Path(__file__).with_suffix(".sh").read_text(), *steps])
@@ -185,10 +178,11 @@ def read_objhal(path, answers):
 
 def read_run(work, run, judge):
     """-> {metric: value} of the outputs that are there, and notes. Raises BadInput if one cannot be read."""
-    scores, answers, notes = work / "scores", work / f"answers/{run}.mmhal.json", []
-    readers = {scores / f"amber/{run}.txt": read_amber, scores / judge / f"{run}.mmhal.json": read_mmhal}
+    answers, notes = work / f"answers/{run}.mmhal.json", []
     found = {"answers": len(json.loads(answers.read_text()))} if answers.exists() else {}
-    for path, read in {**readers, scores / judge / f"{run}.objhal.json": read_objhal}.items():
+    outputs = {f"amber/{run}.txt": read_amber, f"{judge}/{run}.mmhal.json": read_mmhal}
+    for name, read in (outputs | {f"{judge}/{run}.objhal.json": read_objhal}).items():
+        path = work / "scores" / name
         if path.exists():
             with about(f"{path}: is not what its scorer writes"):
                 values, more = read(path, answers)

@@ -7,9 +7,9 @@
     opa-dpo   OPA-DPO, arXiv:2501.09695: CoPO counts 0.2; m_l is m_w without 30% of its patches
     rpo       DPO with a negative log-likelihood of y_w (SFT) in place of the conditional term and the anchor
 
-Each changes what its paper changes in mDPO's loss and rejected image, and nothing else of that paper. To add
-one, write a function with the results and arguments of `mdpo_loss`, and `batch`, for `train.main(argv,
-loss)`, or one like `data.random_crop`, for `data.STRATEGIES`, and enter it at the end.
+Each changes what its paper changes in mDPO's loss and rejected image, and nothing else of that paper. To add one, write
+a function with the results and arguments of `mdpo_loss`, and `batch`, for `train.main(argv, loss)`, or one like
+`data.random_crop`, for `data.STRATEGIES`, and enter it at the end.
 """
 
 import argparse
