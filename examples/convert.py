@@ -129,7 +129,8 @@ def convert(record, number, folder, embedded):
     own = [path for part in parts if (path := part.pop("image", None))]
     example = {"id": id, "images": find_images({"images": own} if own else record, "image", folder, embedded)}
     example["prompt"] = question if parts or question[1:] else question[0]["content"]
-    pair = data.parse_record(example | {"chosen": chosen[-1:], "rejected": rejected[-1:]}, id, "", None, REFUSED)
+    last = {"prompt": question, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    pair = data.parse_record(last, id, "", None, REFUSED)
     example |= {"chosen": pair.chosen, "rejected": pair.rejected}
     if first(record, NAMES["rejected image"]):
         images = find_images(record, "rejected image", folder, embedded)

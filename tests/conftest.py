@@ -1,5 +1,8 @@
 """Fixtures that several files share, and those of test_mdpo.py."""
 
+import pytest
+import torch
+
 from test_mdpo import (  # noqa: F401
     bunny,
     family,
@@ -10,4 +13,17 @@ from test_mdpo import (  # noqa: F401
     signals_are_heard,
     six_epochs,
     small,
+    with_lora,
 )
+
+
+@pytest.fixture(scope="session")
+def adapted(bunny, tmp_path_factory):  # noqa: F811
+    """An adapter of random weights, in a run's folder: it changes every answer's log-probability by more than a nat."""
+    model, _ = with_lora(bunny)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(out := tmp_path_factory.mktemp("runs") / "adapted")
+    return out

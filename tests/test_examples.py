@@ -22,6 +22,7 @@ import weakref
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import peft
 import pytest
@@ -945,7 +946,7 @@ def test_answer_command_shows_both_answers(finished, bunny, tmp_path, capsys):
     ]
     assert run_command(answering.run, [*arguments, "--adapter", str(finished)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("base:") and "\ntuned:" in out
+    assert out.startswith("base:") and f"\n{finished}:" in out
     assert (
         run_command(answering.run, [*arguments, "--adapter", str(tmp_path)]) == 2
         and "holds no adapter: no adapter_config.json" in capsys.readouterr().err
@@ -963,9 +964,10 @@ def test_answer_command_asks_the_base_without_the_adapter(finished, bunny, tmp_p
 
     monkeypatch.setattr(answering, "generate_answers", say)
     arguments = f"--model {bunny} --image {tmp_path / 'x.png'} --question What? --max-new-tokens 4".split()
-    assert run_command(answering.run, arguments) == 0 and capsys.readouterr().out == "base:  What? bare 4\n"
+    assert run_command(answering.run, arguments) == 0 and capsys.readouterr().out == "base: What? bare 4\n"
     assert run_command(answering.run, [*arguments, "--adapter", str(finished)]) == 0
-    assert capsys.readouterr().out == "base:  What? bare 4\ntuned: What? adapted 4\n"
+    said = [line.split(": ")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert said == ["What? bare 4", "What? adapted 4"]
 
 
 @pytest.mark.parametrize("family", ["bunny", "llava"])
@@ -1044,20 +1046,6 @@ def test_the_image_processor_is_not_torchvisions(family, tmp_path, request, monk
 
     monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", by_default)
     assert type(train.load_processor(str(base)).image_processor).__name__.endswith("Pil")
-
-
-@pytest.fixture(scope="session")
-def adapted(bunny, tmp_path_factory):
-    """An adapter of random weights, in a run's folder: it changes every answer's log-probability by more than
-    a nat."""
-    model, _ = with_lora(bunny)
-    torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp("runs") / "adapted"
-    model.save_pretrained(folder)
-    return folder
 
 
 def spoiled(model, value):
@@ -1284,12 +1272,12 @@ def grey(level):
     return Image.new("RGB", (8, 8), (level, level, level))
 
 
-def without_a_model(monkeypatch, ask, load=lambda *arguments: (None, None)):
+def without_a_model(monkeypatch, ask, load=lambda *arguments: (MagicMock(), None)):
     """`benchmarks.py` with a processor that has no token of its own, and other answers."""
     processor = SimpleNamespace(tokenizer=SimpleNamespace(added_tokens_decoder={}, eos_token=None))
     monkeypatch.setattr(benchmarks, "load_processor", lambda name: processor)
-    monkeypatch.setattr(benchmarks, "load_tuned", load)
-    monkeypatch.setattr(benchmarks, "generate_answers", ask)
+    monkeypatch.setattr(answering, "load_tuned", load)
+    monkeypatch.setattr(answering, "generate_answers", ask)
 
 
 def echo(model, processor, questions, max_new_tokens=256, batch_size=8, system=""):
@@ -1428,7 +1416,7 @@ def test_benchmark_flags_reach_the_model_and_the_partial_file(adapted, tmp_path,
         calls.append((len(questions), max_new_tokens, batch_size))
         return ["yes"] * len(questions)
 
-    without_a_model(monkeypatch, ask, lambda *arguments: loaded_from.append(arguments) or (None, None))
+    without_a_model(monkeypatch, ask, lambda *arguments: loaded_from.append(arguments) or (MagicMock(), None))
     monkeypatch.chdir(tmp_path)
     grey(0).save(tmp_path / "a.png")
     items = [{"id": i, "image": "a.png", "query": "What?"} for i in range(3)]
@@ -1438,7 +1426,7 @@ def test_benchmark_flags_reach_the_model_and_the_partial_file(adapted, tmp_path,
         benchmarks.run, ["amber", *(f"--{n}={v}" for n, v in (flags | changes).items())]
     )
     assert run() == 130
-    assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", str(out), "cpu")]
+    assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", [str(out)], "cpu")]
     assert len((tmp_path / "to.json.partial").read_text().splitlines()) == 1 + 2
 
     def refused(belongs, **changes):

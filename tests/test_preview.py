@@ -18,17 +18,17 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
-import torch
 import transformers
 from PIL import Image
 
 import train
 from data import CROP, Pairs, read_examples, run_command
-from examples import benchmarks, curves, families, merge, miniature, minimal, preview, words
+from examples import answer, benchmarks, curves, families, merge, miniature, minimal, preview, words
 from mdpo import mdpo_loss
-from test_mdpo import ROOT, authors, command, noise, small, write
+from test_mdpo import ROOT, authors, command, noise, write
 from tests.helpers import one_line_of
 
 SYSTEM = train.BUNNY_SYSTEM
@@ -76,29 +76,16 @@ def show(models, folder, capsys):
 
 # ------------------------------------------------------------------------------------------------------- rows
 
-ROWS = {  # model, what the record has -> rows of y_w and y_l, by hand
+ROWS = {  # model, what the record has -> the row of y_w, by hand; that of y_l has "dog" for "cat", "Tail" for "Fur"
     # 32 pixels in patches of 8: 4 x 4 image tokens. Bunny's template and the authors' prompt agree.
-    ("bunny", "authors"): [
-        f"{SYSTEM} USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.<|endoftext|>]",
-        f"{SYSTEM} USER: <image> x 16\nWhat is it? ASSISTANT:[ A dog.<|endoftext|>]",
-    ],
-    ("llava", "plain"): [
-        "<s> USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.</s>]",
-        "<s> USER: <image> x 16\nWhat is it? ASSISTANT:[ A dog.</s>]",
-    ],
+    ("bunny", "authors"): f"{SYSTEM} USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.<|endoftext|>]",
+    ("llava", "plain"): "<s> USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.</s>]",
     # 48 x 32 pixels are scaled to 56 x 28, of which 28 x 28 are a token
-    ("qwen2_5_vl", "plain"): [
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        "<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n"
-        f"<|im_start|>assistant\n[{answer}<|im_end|>]"
-        for answer in ("A cat.", "A dog.")
-    ],
+    ("qwen2_5_vl", "plain"): "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n[A cat.<|im_end|>]",
     # the block is the template's own: each row has one, and where both answers reason it opens unscored
-    ("thinking", "reasons"): [
-        "<|im_start|>user\n<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n"
-        f"<|im_start|>assistant\n<think>\n[{why}.\n</think>\n\n{answer}<|im_end|>]"
-        for why, answer in (("Fur", "A cat."), ("Tail", "A dog."))
-    ],
+    ("thinking", "reasons"): "<|im_start|>user\n<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n[Fur.\n</think>\n\nA cat.<|im_end|>]",
 }  # fmt: skip
 
 
@@ -107,7 +94,8 @@ def test_rows_are_shown_as_the_model_is_given_them(model, kind, show):
     """A wrong template, a second think block, a lost end or a scored prompt is seen here, or by nobody."""
     record = {"authors": authors(), "plain": RECORD, "reasons": RECORD | BOTH_REASON}[kind]
     printed = show(model, [record]).replace("\n  ", "\n")
-    chosen, rejected = ROWS[model, kind]
+    chosen = ROWS[model, kind]
+    rejected = chosen.replace("cat", "dog").replace("Fur", "Tail")
     assert f"scored\n{chosen}\ny_l with m_w" in printed and f"scored\n{rejected}\ny_w with m_l" in printed
     assert "note:" not in printed and printed.count("[") == printed.count("]") == 2
 
@@ -136,11 +124,12 @@ def test_only_rows_that_are_trained_are_shown(flags, third, show):
 
 def test_a_row_that_is_cut_is_shown_cut(show):
     """Without its end-of-sequence the model learns never to stop."""
-    whole = show("bunny", [authors(chosen="A cat on a mat. " * 9)])
-    assert whole.count("<|endoftext|>]") == 2
+    record = authors(chosen="A cat on a mat. " * 9)
+    whole = show("bunny", [record])
     n_tokens = int(whole.split("y_w with m_w: ")[1].split()[0])
-    cut = show("bunny", [authors(chosen="A cat on a mat. " * 9)], "--max-length", n_tokens - 1)
-    assert cut.count("<|endoftext|>]") == 1 and f"y_w with m_w: {n_tokens - 1} tokens" in cut
+    cut = show("bunny", [record], "--max-length", n_tokens - 1)
+    assert (whole.count("<|endoftext|>]"), cut.count("<|endoftext|>]")) == (2, 1)
+    assert f"y_w with m_w: {n_tokens - 1} tokens" in cut
 
 
 NOTES = {  # what the model is asked with, and what the rows have there
@@ -171,9 +160,13 @@ def test_data_do_not_command_the_terminal(show):
     assert not {*"\x1b\x9b\r\t"} & {*printed} and r"[ A \x1b[2J\x9b2Jcat.\r\tx<|endoftext|>]" in printed
 
 
-def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, capsys):  # noqa: F811
-    """Rows of other examples than the run's would say nothing about it. Here the run's loss notes what it
-    sees: 5 of 7 examples, one of them held out."""
+def ids_shown(printed):
+    return [line.split()[-1] for line in printed.splitlines() if line.startswith("---")]
+
+
+def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, capsys):
+    """Rows of other examples than the run's would say nothing about it. Here the run's loss notes what it sees: 5 of
+    7 examples, one of them held out."""
     seen, flags = [], ["--epochs", 1, "--seed", 3, "--limit", 5, "--eval-size", 1, "--batch-size", 2]
 
     def loss(*logps, batch, **options):
@@ -182,33 +175,33 @@ def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, ca
         return mdpo_loss(*logps, **options)
 
     argv = command(bunny, small, tmp_path / "out", *flags)
-    capsys.readouterr()
     assert run_command(preview.run, [*argv, "--rows", "3"]) == 0
-    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
-    assert train.main(argv, loss) == 0 and len(seen) == 4 and shown == seen[:3]
-    capsys.readouterr()
+    first = ids_shown(capsys.readouterr().out)
+    assert train.main(argv, loss) == 0 and len(seen) == 4 and first == seen[:3]
     assert run_command(preview.run, ["--resume", str(tmp_path / "out"), "--rows", "99"]) == 0
-    shown = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
-    assert shown == seen
+    assert ids_shown(capsys.readouterr().out) == seen
 
 
-def test_a_preview_refuses_what_train_py_refuses_and_keeps_files(models, folder, capsys):
+NO_PREVIEW = {  # flags: what is said
+    "--row 2": "--row",
+    "--crop 0.5 0.2": "--crop: its minimum is above its maximum",
+    "--data none.json": "no such file",
+    "--to mine.png": "mine.png: already exists",
+    "--to gone.png": "gone.png: already exists",
+    "--to x.odd": "x.odd: must end in .png",
+    "--to no/x.png": "cannot be written to",
+}
+
+
+@pytest.mark.parametrize("flags", NO_PREVIEW)
+def test_a_preview_refuses_what_train_py_refuses_and_keeps_files(flags, models, folder, monkeypatch, capsys):
     """A mistyped flag must not show rows of other settings, nor a picture replace one of the user's."""
+    monkeypatch.chdir(folder)
+    Path("mine.png").write_text("mine")
+    Path("gone.png").symlink_to("nowhere")
     base = ["--model", str(models["bunny"]), "--data", write(folder / "x.json", [authors()])]
-    (folder / "mine.png").write_text("mine")
-    (folder / "gone.png").symlink_to(folder / "nowhere")
-    for more, message in [
-        (["--row", "2"], "--row"),
-        (["--rows", "0"], "--rows: must be within 1 to"),
-        (["--crop", "0.5", "0.2"], "--crop: its minimum is above its maximum"),
-        (["--data", str(folder / "none.json")], "no such file"),
-        (["--to", str(folder / "mine.png")], "mine.png: already exists"),
-        (["--to", str(folder / "gone.png")], "gone.png: already exists"),
-        (["--to", str(folder / "x.odd")], "x.odd: must end in .png"),
-        (["--to", str(folder / "no" / "x.png")], "cannot be written to"),
-    ]:
-        assert message in one_line_of(capsys, run_command(preview.run, [*base, *more]))
-    assert (folder / "mine.png").read_text() == "mine" and not (folder / "nowhere").exists()
+    assert NO_PREVIEW[flags] in one_line_of(capsys, run_command(preview.run, [*base, *flags.split()]))
+    assert Path("mine.png").read_text() == "mine" and not Path("nowhere").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ sheet
@@ -216,111 +209,70 @@ def test_a_preview_refuses_what_train_py_refuses_and_keeps_files(models, folder,
 COLUMNS = [10 + 250 * column + 60 for column in range(6)]  # a pixel inside each panel of the first row
 
 
+def plain(colour):
+    return Image.new("RGB", (64, 48), colour)
+
+
 def test_each_strategy_is_drawn_under_its_title(monkeypatch, folder):
-    """A user judges a strategy by its panel. Here every strategy makes a plain colour. An example's own
-    rejected image is the run's, not the strategies'; `random` needs the images of the whole file."""
+    """A user judges a strategy by its panel. Here every strategy makes a plain colour. An example's own rejected image
+    is the run's, not the strategies'; `random` needs the images of the whole file."""
     noise(5).save(folder / "own.png")
     records = [authors(id=str(i)) for i in range(2)]
     records[1] |= {"rejected_images": ["own.png"]}
     examples = read_examples(write(folder / "x.json", records))
-    colours = {
-        ("crop", CROP): "lime",
-        ("crop", (0.2, 0.5)): "blue",
-        ("random", CROP): "yellow",
-        ("moco", CROP): "purple",
-    }
+    colours = {("crop", CROP): "lime", ("crop", (0.2, 0.5)): "blue"}
+    colours |= {("random", CROP): "yellow", ("moco", CROP): "purple"}
     made = []
 
     def pairs(all_examples, strategy, crop, seed, max_pixels):
         made.append((len(all_examples), seed, max_pixels))
         assert not any(example.images_rejected for example in all_examples)
-        plain = Image.new("RGB", (64, 48), colours[strategy, crop])
-        return {(0, 1): SimpleNamespace(images_rejected=(plain,))}
+        return {(0, 1): SimpleNamespace(images_rejected=(plain(colours[strategy, crop]),))}
 
-    plain = lambda colour: (Image.new("RGB", (64, 48), colour),)
-    pair = examples[1]._replace(images=plain("red"), images_rejected=plain("cyan"), key=(0, 1))
+    pair = examples[1]._replace(images=(plain("red"),), images_rejected=(plain("cyan"),), key=(0, 1))
     run = type("Run", (dict,), {"examples": examples})({(0, 1): pair})
     monkeypatch.setattr(preview, "Pairs", pairs)
     sheet = preview.contact_sheet(SimpleNamespace(seed=7, max_pixels=9), run, [(0, 1)])
-    found = [sheet.getpixel((x, 100)) for x in COLUMNS]
-    expected = ["red", "cyan", "lime", "blue", "yellow", "purple"]
-    assert found == [Image.new("RGB", (1, 1), colour).getpixel((0, 0)) for colour in expected]
-    assert made == [(2, 7, 9)] * 4
+    expected = [plain(colour).getpixel((0, 0)) for colour in ("red", "cyan", *colours.values())]
+    assert [sheet.getpixel((x, 100)) for x in COLUMNS] == expected and made == [(2, 7, 9)] * 4
 
 
-def test_the_sheet_holds_the_runs_own_rejected_images(models, folder, capsys):
+def test_the_sheet_holds_the_runs_own_rejected_images(show, folder):
     """The crop of another seed, index or area would be another picture than the one that is trained on."""
     for i in range(3):
         noise(i, (238, 178)).save(folder / f"{i}.png")
-    path = write(folder / "x.json", [authors(img_path=f"{i}.png") for i in range(3)])
-    flags = [
-        "--model",
-        str(models["bunny"]),
-        "--data",
-        path,
-        "--seed",
-        "5",
-        "--crop",
-        "0.1",
-        "0.3",
-        "--rows",
-        "2",
-    ]
-    assert run_command(preview.run, [*flags, "--to", str(folder / "sheet.png")]) == 0
-    printed = capsys.readouterr().out
+    flags = "--seed 5 --crop 0.1 0.3 --rows 2 --to".split()
+    printed = show("bunny", [authors(img_path=f"{i}.png") for i in range(3)], *flags, folder / "sheet.png")
     assert "m_l of this run: --reject crop" in printed and "sheet.png: 2 examples" in printed
-    order = [int(line.split()[-1]) - 1 for line in printed.splitlines() if line.startswith("---")]
-    pairs = Pairs(read_examples(path), "crop", [0.1, 0.3], seed=5)
-    sheet = Image.open(folder / "sheet.png")
-    for row, index in enumerate(order):
-        left, top = 10 + 250 + 1, 10 + 320 * row + 20 + 1  # within the frame of the second panel
-        shown = sheet.crop((left, top, left + 238, top + 178))
-        assert shown.tobytes() == pairs[0, index].images_rejected[0].tobytes()
+    pairs = Pairs(read_examples(str(folder / "x.json")), "crop", [0.1, 0.3], seed=5)
+    sheet, (left, top) = (
+        Image.open(folder / "sheet.png"),
+        (10 + 250 + 1, 10 + 20 + 1),
+    )  # within the second frame
+    for row, id in enumerate(ids_shown(printed)):
+        shown = sheet.crop((left, top + 320 * row, left + 238, top + 320 * row + 178))
+        assert shown.tobytes() == pairs[0, int(id) - 1].images_rejected[0].tobytes()
 
 
 def test_several_images_chat_messages_and_texts_alone_can_be_looked_at(show, folder, monkeypatch):
-    """Such data can be trained on. Of several images the first is drawn; a text has no panel; the only image
-    has no other for `random`."""
-    grey = lambda level: Image.new("RGB", (48, 32), (level, level, level))
+    """Such data can be trained on. Of several images the first is drawn; a text has no panel; the only image has no
+    other for `random`."""
     for level in (10, 20):
-        grey(level).save(folder / f"{level}.png")
+        plain((level, level, level)).save(folder / f"{level}.png")
     said = [("system", "Be brief."), ("user", "Which?"), ("assistant", "The first."), ("user", "Why?")]
-    prompt = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+    prompt = [{"role": role, "content": text} for role, text in said]
     record = {"prompt": prompt, "images": ["10.png", "20.png"], "chosen": "A.", "rejected": "B."}
-    drawn, draw = [], preview.ImageDraw.ImageDraw.multiline_text
-    note = lambda pen, at, lines, *rest: drawn.append(lines) or draw(pen, at, lines, *rest)
-    monkeypatch.setattr(preview.ImageDraw.ImageDraw, "multiline_text", note)
+    drawn = []
+    monkeypatch.setattr(preview.ImageDraw.ImageDraw, "multiline_text", lambda *given: drawn.append(given[2]))
     printed = show("bunny", [record], "--to", folder / "two.png")
     assert drawn == ["q: Which? / The first. / Why?\ny_w: A.\ny_l: B."] and printed.count("<image> x 16") == 4
     sheet = Image.open(folder / "two.png")
-    assert [sheet.getpixel((x, 100))[0] for x in COLUMNS] == [
-        10,
-        10,
-        10,
-        10,
-        255,
-        sheet.getpixel((COLUMNS[5], 100))[0],
-    ]
+    assert [sheet.getpixel((x, 100))[0] for x in COLUMNS[:5]] == [10] * 4 + [255]
     show("bunny", [record], "--no-image", "--to", folder / "none.png")
-    assert Image.open(folder / "none.png").crop((0, 0, 1510, 200)).getcolors() == [
-        (1510 * 200, (255, 255, 255))
-    ]
+    assert Image.open(folder / "none.png").crop((0, 0, 1510, 200)).getcolors() == [(1510 * 200, (255,) * 3)]
 
 
 # ----------------------------------------------------------------------------------------------- nothing lost
-
-
-@pytest.fixture(scope="session")
-def adapted(bunny, tmp_path_factory):
-    """An adapter of random weights in a run's folder."""
-    torch.manual_seed(3)
-    model = train.add_lora(train.load_model(str(bunny))[0], rank=4, alpha=8)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    folder = tmp_path_factory.mktemp("runs") / "adapted"
-    model.save_pretrained(folder)
-    return folder
 
 
 def full_disk(*arguments, **options):
@@ -410,11 +362,11 @@ def write_words(to, model, path):
     return run_command(words.run, argv)
 
 
-def draw_curves(to, model, path):
+def draw_curves(to):
     return run_command(curves.run, ["a run", "--to", str(to)])
 
 
-def draw_figure(to, model, path):
+def draw_figure(to):
     curve = {"chosen_curve": [0, 1], "image_accuracy_curve": [0, 1], "grounding": 1}
     study = {"0": dict.fromkeys(["base", *miniature.QUICK], curve)}
     return run_command(lambda argv: miniature.draw(study, to), [])
@@ -431,7 +383,7 @@ def pyplot(monkeypatch):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_half_a_page_never_stays(name, bunny, small, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_half_a_page_never_stays(name, bunny, small, tmp_path, monkeypatch, capsys):
     """A disk that is full in the middle of a file: half a page, under a name that is then taken."""
     save = Image.Image.save
 
@@ -450,12 +402,10 @@ def test_a_figure_is_replaced_when_the_new_one_is_whole(name, pyplot, tmp_path, 
     (to := tmp_path / name).write_text("the old one")
     with monkeypatch.context() as patch:
         patch.setattr(pyplot.Figure, "savefig", lambda figure, file, **options: half_written(file))
-        message = one_line_of(capsys, FIGURES[name](to, None, None))
+        message = one_line_of(capsys, FIGURES[name](to))
     assert "cannot be written to" in message and "No space left" in message
     assert to.read_text() == "the old one" and [*tmp_path.iterdir()] == [to]
-    assert (
-        not FIGURES[name](to, None, None) and Image.open(to).format == "PNG" and [*tmp_path.iterdir()] == [to]
-    )
+    assert not FIGURES[name](to) and Image.open(to).format == "PNG" and [*tmp_path.iterdir()] == [to]
 
 
 def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(tmp_path, monkeypatch):
@@ -500,8 +450,12 @@ def ask(bunny, folder, monkeypatch, capsys):
         asked.extend((text, system) for _, text in questions)
         return ["Yes."] * len(questions)
 
-    monkeypatch.setattr(benchmarks, "load_tuned", lambda *arguments: asked.append("loaded") or (None, None))
-    monkeypatch.setattr(benchmarks, "generate_answers", generate)
+    def load(*arguments):
+        asked.append("loaded")
+        return MagicMock(), None
+
+    monkeypatch.setattr(answer, "load_tuned", load)
+    monkeypatch.setattr(answer, "generate_answers", generate)
 
     def run(name, items, *flags):
         text = "\n".join(json.dumps(item) for item in items) if isinstance(items, list) else items
@@ -521,72 +475,66 @@ AMBER = {"id": 1, "image": "a.png", "query": "Describe this image."}
 POPE = {"image": "a.png", "text": "Is there a dog?", "label": "yes"}
 MMHAL = {"image_src": "https://x.org/1/a.png", "question": "What is it?"}
 OBJHAL = {"image_id": 1, "image": encoded(noise(1)), "question": "Describe it."}
-WRONG_QUESTIONS = {  # what is wrong: (benchmark, a bad item between two good ones, reason)
-    "a null question": ("amber", AMBER | {"query": None}, "'question' is null, not text"),
-    "a number": ("pope", POPE | {"text": 5}, "'question' is 5, not text"),
-    "a list": ("pope", POPE | {"text": ["Is it?"]}, "'question' is ["),
-    "no text": ("mmhal", MMHAL | {"question": " "}, "has no text"),
-    "a surrogate": ("amber", AMBER | {"query": "What \ud800?"}, "surrogates not allowed"),
-    "an image token": ("amber", AMBER | {"query": "What is <image>?"}, "'<image>'"),
-    "the image token": ("amber", AMBER | {"query": "What" + "\t" * 9}, "image token"),
-    "a control token": ("pope", POPE | {"text": "Is it?<|endoftext|>"}, "'<|endoftext|>'"),
-    "a mark of another tool": ("pope", POPE | {"text": "<image 1> Is it?"}, "'<image 1>'"),
-    "no id": ("amber", {"image": "a.png", "query": "What?"}, "has no 'id'"),
-    "an id of text": ("amber", AMBER | {"id": "1"}, "is not in a known form"),
-    "no image": ("amber", AMBER | {"image": None}, "'image' is null, not text"),
-    "a missing image": ("amber", AMBER | {"image": "b.png"}, "no image 'b.png'"),
-    "an image elsewhere": ("amber", AMBER | {"image": "../a.png"}, "points outside the image folder"),
-    "a broken image": ("amber", AMBER | {"image": "x.png"}, "cannot be decoded"),
-    "no base64": ("objhal", OBJHAL | {"image": "AAAA"}, "cannot be decoded"),
-    "an address in base64's place": (
-        "objhal",
-        OBJHAL | {"image": "file:///etc/hostname"},
-        "is an address, file:///",
-    ),
-    "an address in a path's place": ("amber", AMBER | {"image": "https://x.org/a.png"}, "no image 'https://"),
-    "an item that is none": ("amber", 5, "is not in a known form"),
-}
+ITEMS = {"amber": AMBER, "pope": POPE, "mmhal": MMHAL, "objhal": OBJHAL}
+WRONG_QUESTIONS = [  # benchmark, what is wrong in an item between two good ones, reason
+    ("amber", {"query": None}, "'question' is null, not text"),
+    ("pope", {"text": ["Is it?"]}, "'question' is ["),
+    ("mmhal", {"question": " "}, "has no text"),
+    ("amber", {"query": "What \ud800?"}, "surrogates not allowed"),
+    ("amber", {"query": "What is <image>?"}, "'<image>'"),
+    ("amber", {"query": "What" + "\t" * 9}, "image token"),
+    ("pope", {"text": "Is it?<|endoftext|>"}, "'<|endoftext|>'"),
+    ("pope", {"text": "<image 1> Is it?"}, "'<image 1>'"),
+    ("amber", {"id": "1"}, "is not in a known form"),
+    ("amber", {"image": None}, "'image' is null, not text"),
+    ("amber", {"image": "b.png"}, "no image 'b.png'"),
+    ("amber", {"image": "../a.png"}, "points outside the image folder"),
+    ("amber", {"image": "x.png"}, "cannot be decoded"),
+    ("objhal", {"image": "AAAA"}, "cannot be decoded"),
+    ("objhal", {"image": "file:///etc/hostname"}, "is an address, file:///"),
+    ("amber", {"image": "https://x.org/a.png"}, "no image 'https://"),
+    ("amber", 5, "is not in a known form"),
+]
 
 
-@pytest.mark.parametrize("kind", WRONG_QUESTIONS)
-def test_questions_that_cannot_be_asked_are_named_before_the_model_is_read(kind, ask, folder, capsys):
+@pytest.mark.parametrize("name, wrong, reason", WRONG_QUESTIONS)
+def test_questions_that_cannot_be_asked_are_named_before_the_model_is_read(
+    name, wrong, reason, ask, folder, capsys
+):
     """An internal error after an hour of answers, or an empty answer that counts as free of hallucination."""
-    name, item, reason = WRONG_QUESTIONS[kind]
-    good = {"amber": AMBER, "pope": POPE, "mmhal": MMHAL, "objhal": OBJHAL}[name]
     (folder / "x.png").write_text("no picture")
-    assert ask(name, [good, item, good], "--images", folder) == 2
+    good = ITEMS[name]
+    bad = good | wrong if isinstance(wrong, dict) else wrong
+    assert ask(name, [good, bad, good], "--images", folder) == 2
     printed = capsys.readouterr().err
     assert "q.jsonl: 1 of 3 questions cannot be asked:\n" in printed and "internal" not in printed
     assert f"question 2 of {name}: " in printed and reason in printed and not ask.asked
     assert not (folder / "to.partial").exists() and printed.count("\n") == 2
 
 
-@pytest.mark.parametrize("name, item", [("mmhal", MMHAL), ("mmhal", MMHAL | {"image_src": "file:///a.png"})])
-def test_nothing_is_fetched(name, item, ask, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("address", [MMHAL["image_src"], "file:///a.png"])
+def test_nothing_is_fetched(address, ask, folder, monkeypatch, capsys):
     """Questions are data from the net: they must not make a machine open addresses, or files of its own."""
     monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("a connection"))
     monkeypatch.setattr("urllib.request.urlopen", lambda *arguments, **options: pytest.fail("an address"))
     monkeypatch.chdir(folder)
-    assert ask(name, [item]) == 2 and not ask.asked
-    assert f"is an address, {item['image_src']}: download all, and give --images" in capsys.readouterr().err
-    assert ask(name, [item], "--images", folder) == 0
+    assert ask("mmhal", [MMHAL | {"image_src": address}]) == 2 and not ask.asked
+    assert f"is an address, {address}: download all, and give --images" in capsys.readouterr().err
+    assert ask("mmhal", [MMHAL | {"image_src": address}], "--images", folder) == 0
 
 
-WRONG_TRUTHS = {
-    "a missing label": ("pope", [POPE, {"image": "a.png", "text": "Is it?"}], None, "has no 'label'"),
-    "a label of null": ("pope", [POPE, POPE | {"label": None}], None, "null is neither"),
-    "another label": ("pope", [POPE | {"label": "Yes"}], None, '"Yes" is neither "yes" nor "no"'),
-    "no annotation": ("amber-discriminative", [AMBER], [{"id": 2, "truth": "yes"}], "has no 1"),
-    "another truth": ("amber-discriminative", [AMBER], [{"id": 1, "truth": ["sky"]}], '["sky"] is neither'),
-    "no truth": ("amber-discriminative", [AMBER], [{"id": 1}], "has no 'truth'"),
-    "an annotation of null": ("amber-discriminative", [AMBER], [None], "is not in a known form"),
-}  # fmt: skip
+WRONG_TRUTHS = [  # benchmark, items, annotations, reason
+    ("pope", [POPE, {"image": "a.png", "text": "Is it?"}], None, "has no 'label'"),
+    ("pope", [POPE | {"label": "Yes"}], None, '"Yes" is neither "yes" nor "no"'),
+    ("amber-discriminative", [AMBER], [{"id": 2, "truth": "yes"}], "has no 1"),
+    ("amber-discriminative", [AMBER], [{"id": 1, "truth": ["sky"]}], '["sky"] is neither'),
+    ("amber-discriminative", [AMBER], [None], "is not in a known form"),
+]
 
 
-@pytest.mark.parametrize("kind", WRONG_TRUTHS)
-def test_truths_are_checked_before_the_model_is_read(kind, ask, folder, capsys):
+@pytest.mark.parametrize("name, items, annotations, reason", WRONG_TRUTHS)
+def test_truths_are_checked_before_the_model_is_read(name, items, annotations, reason, ask, folder, capsys):
     """They are looked up when all answers are there: the crash would cost these."""
-    name, items, annotations, reason = WRONG_TRUTHS[kind]
     flags = ["--annotations", write(folder / "notes.json", annotations)] if annotations else []
     message = one_line_of(capsys, ask(name, items, "--images", folder, *flags))
     assert "no annotations for these questions: " in message and reason in message and not ask.asked
@@ -607,24 +555,24 @@ def test_questions_are_asked_with_the_system_text_of_the_run(ask, adapted, folde
     assert not ask.asked and not (folder / "to.partial").exists()
 
 
-def test_answers_are_kept_as_they_come_and_files_of_others_stay(ask, folder, monkeypatch, capsys):
-    """A kill, or a full disk, costs a batch. The user's own files of these names are not touched."""
-    generate, batches = benchmarks.generate_answers, []
+def test_a_full_disk_costs_a_batch_and_files_of_others_stay(ask, folder, monkeypatch, capsys):
+    """Hours of answers would be lost, or the user's own files of these names."""
+    generate, batches, to = answer.generate_answers, [], folder / "to"
 
     def stopped(*arguments, **options):
         batches.append(len((folder / "to.partial").read_text().splitlines()))
         return full_disk() if len(batches) == 3 else generate(*arguments, **options)
 
-    monkeypatch.setattr(benchmarks, "generate_answers", stopped)
+    monkeypatch.setattr(answer, "generate_answers", stopped)
     items = [OBJHAL | {"question": f"Which, {i}?"} for i in range(5)]
+    asked = [item["question"] for item in items]
     assert "No space left" in one_line_of(capsys, ask("objhal", items, "--batch-size", 2))
-    assert batches == [1, 3, 5] and not (folder / "to").exists()
+    assert batches == [1, 3, 5] and not to.exists()
     assert ask("objhal", items, "--batch-size", 2) == 0
-    assert [asked[0] for asked in ask.asked if asked != "loaded"] == [item["question"] for item in items]
-    answers = [json.loads(line) for line in (folder / "to").read_text().splitlines()]
-    assert [answer["prompt"] for answer in answers] == [item["question"] for item in items]
+    assert [text for text, _ in filter("loaded".__ne__, ask.asked)] == asked
+    assert [json.loads(line)["prompt"] for line in to.read_text().splitlines()] == asked
     assert "already exists" in one_line_of(capsys, ask("objhal", items))
-    (folder / "to").unlink()
+    to.unlink()
     (folder / "to.partial").write_text("my notes\n")
     assert "cannot go on" in one_line_of(capsys, ask("objhal", items))
     assert (folder / "to.partial").read_text() == "my notes\n"
@@ -658,11 +606,10 @@ OF_WINDOWS = "SIGABRT,SIGBREAK,SIGFPE,SIGILL,SIGINT,SIGSEGV,SIGTERM"
 @pytest.mark.skipif(os.name != "posix", reason="takes away what others have not")
 def test_all_modules_import_without_what_only_unix_has():
     """On Windows a command that imports `fcntl` or names SIGHUP dies before its first line."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")]
     files = [
-        file.relative_to(ROOT).with_suffix("") for file in files if not file.name.startswith(("test_", "__"))
+        file.relative_to(ROOT).with_suffix("") for file in [*ROOT.glob("*.py"), *ROOT.glob("examples/*.py")]
     ]
-    names = [".".join(file.parts) for file in files]
+    names = [".".join(file.parts) for file in files if not file.name.startswith(("test_", "__"))]
     if find_spec("trl") is None:  # which two of them need
         names = [name for name in names if not name.startswith("examples.trl_")]
     assert {"train", "examples.preview", "examples.throughput"} <= {*names}
