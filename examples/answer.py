@@ -23,14 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, chat_messages, encode, first, load_records, open_image, render, run_command, texts_of
 from train import Parser, best_device, load_model, load_processor, split, whole
 
-# ------------------------------------------------------------------------------------------------ the model
-
 
 def load_tuned(name_or_path, adapters=None, device=None):
     """Model and processor, with the adapter of a run's folder or of several, on the GPU if there is one.
 
-    The first adapter is on; `speaking_as` chooses among them.
-    Raises BadInput, also where peft would go on: if weights are missing or have no place in the model.
+    The first adapter is on; `speaking_as` chooses among them. Raises BadInput, also where peft would go on: if weights
+    are missing or have no place in the model.
     """
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters or []
     configs = [*map(read_adapter, adapters)]  # before the model, which takes minutes
@@ -62,9 +60,6 @@ def speaking_as(model, number):
     bare = number is None and hasattr(model, "disable_adapter")
     with model.disable_adapter() if bare else nullcontext():
         yield
-
-
-# ------------------------------------------------------------------------------------------------- answers
 
 
 def system_of(adapters):
@@ -118,8 +113,6 @@ def text_of(question):
     return "\n".join(texts_of([message for message in question if message["role"] != "system"]))
 
 
-# ---------------------------------------------------------------------------------------- files of answers
-#
 # JSON lines: first what the answers belong to (`identity`), then {"question", "answer"} for each question.
 # A question is (paths of images, or bytes of image files; text or chat messages).
 
@@ -156,8 +149,8 @@ def refuse_others(found, belongs):
 def answer_all(path, belongs, questions, ask, batch_size=8):
     """Answers of `ask` to all questions, in order. Each batch is written to the file as it comes.
 
-    ask: [(PIL images, question)] -> answers. Answers that the file holds are not asked for again.
-    Raises BadInput if the file belongs to anything but `belongs`, an `identity`.
+    ask: [(PIL images, question)] -> answers. Answers that the file holds are not asked for again. Raises BadInput if
+    the file belongs to anything but `belongs`, an `identity`.
     """
     path, texts = Path(path), [text_of(question) for _, question in questions]
     with about(f"{path}: cannot be written to"):
@@ -214,11 +207,16 @@ def files_in(folder, names):
     return {name: Path(folder, re.sub(r"[^\w.-]+", "-", name).strip("-.")[-100:] + ".jsonl") for name in names}
 
 
+def read_items(path):
+    """A JSON list or JSON lines."""
+    with about(f"{path}: cannot be read"):
+        return [json.loads(item) if isinstance(item, str) else item for _, item in load_records(path)]
+
+
 def read_answers(path, questions):
     """The answers in a file of `answer_all`, or in one that a benchmark's scorer reads. Raises BadInput."""
-    fields, answers = ("answer", "response", "model_answer", "text"), []
+    fields, answers, records = ("answer", "response", "model_answer", "text"), [], read_items(path)
     with about(f"{path}: cannot be compared"):
-        records = [json.loads(r) if isinstance(r, str) else r for _, r in load_records(path)]
         if records and "max_new_tokens" in records[0]:
             belongs = identity(questions, path)
             refuse_others(records.pop(0), {name: belongs[name] for name in ("questions", "images")})
@@ -232,9 +230,6 @@ def read_answers(path, questions):
                 raise BadInput(f"answer {number} is one to another question")
             answers.append(answer.strip())
     return answers
-
-
-# --------------------------------------------------------------------------------------------- command line
 
 
 def make_parser(doc, needs_adapter=False, needs_model=True, **adapter):

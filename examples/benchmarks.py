@@ -3,12 +3,12 @@
     python examples/benchmarks.py amber --questions query_generative.json --images AMBER/image \
         --model M --adapter OUT --to amber.json
 
-Greedy and batched, with the system text that the adapter's run was trained with. Answers are kept in TO.partial as they
-come. The same command goes on where a killed one was, but only with the same questions, images, model and adapter.
-Questions are checked as data are, before the model is read: an empty answer to a missing image would count as free of
-hallucination. Nothing is fetched: MMHal's questions hold URLs, so download its images first.
-Where an answer's first word is yes or no, it becomes Yes or No for POPE and AMBER's discriminative questions. Any other
-is written as it is: AMBER's scorer counts it as wrong, POPE's as yes, unless its first sentence has a no or a not.
+Greedy and batched, with the system text that the adapter's run was trained with. Answers are kept in TO.partial as
+they come. The same command goes on where a killed one was, but only with the same questions, images, model and
+adapter. Questions are checked as data are, before the model is read: an empty answer to a missing image would count as
+free of hallucination. Nothing is fetched: MMHal's questions hold URLs, so download its images first. Where an answer's
+first word is yes or no, it becomes Yes or No for POPE and AMBER's discriminative questions. Any other is written as it
+is: AMBER's scorer counts it as wrong, POPE's as yes, unless its first sentence has a no or a not.
 AMBER's script rounds before it computes F1, so its last digit may differ from the one printed here.
 
 The public scripts of prior work decode at temperature 0 (LLaVA-RLHF's for MMHal-Bench), or at temperature 0 with
@@ -25,8 +25,8 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, about, find_images, load_records, parse_record, run_command, shown, special_tokens, text_of
-from examples.answer import answer_as, make_parser, opened, refuse_image_tokens
+from data import BadInput, about, find_images, parse_record, run_command, shown, special_tokens, text_of
+from examples.answer import answer_as, make_parser, opened, read_items, refuse_image_tokens
 from train import load_processor, replacing, whole
 
 # A benchmark is a function: number, item of its file, image folder, answer -> image, question, the record
@@ -99,12 +99,6 @@ def report(answers, truths, positive):
               "recall": hits / max(1, n_true), "F1": 2 * hits / max(1, n_said + n_true),
               "yes": said.count("yes") / len(said)}  # fmt: skip
     print(", ".join(f"{name} {100 * value:.1f}" for name, value in values.items()))
-
-
-def read_items(path):
-    """A JSON list or JSON lines."""
-    with about(f"{path}: cannot be read"):
-        return [json.loads(item) if isinstance(item, str) else item for _, item in load_records(path)]
 
 
 def read_questions(name, path, folder, processor=None):

@@ -5,8 +5,8 @@
     python examples/compare.py --votes votes.json ...
 
 ANSWERS is a file of answers, of an earlier page or of a benchmark. FILE holds pairs as for training, or is the
-benchmark's own. The page is one file, without network or library. With --blind it shows two models at a time, in random
-order, takes votes, keeps and downloads them. Its source holds their names, encoded.
+benchmark's own. The page is one file, without network or library. With --blind it shows two models at a time, in
+random order, takes votes, keeps and downloads them. Its source holds their names, encoded.
 """
 
 import base64

@@ -3,8 +3,8 @@
     python examples/convert.py IN OUT [--images DIR]
 
 IN is JSON, JSON lines, parquet or a data set of the hub; the last two need `pip install datasets`. Embedded images are
-written untouched, named by their hash. Image files stay where they are, by absolute paths. OUT/convert.jsonl notes what
-became of each record, so that the same command goes on. `python data.py OUT/data.jsonl` checks the result.
+written untouched, named by their hash. Image files stay where they are, by absolute paths. OUT/convert.jsonl notes
+what became of each record, so that the same command goes on. `python data.py OUT/data.jsonl` checks the result.
 """
 
 import base64

@@ -61,8 +61,8 @@ def write_held_out(data, out):
 def report(model, processor, folder, names=("after",), n_scenes=60, seed=0):
     """The base and each adapter answer held-out questions -> a text: metrics, three questions about one image.
 
-    names: of the adapters of `answer.load_tuned`. The image is the first of those about which the last of them is right
-    most often where the one before is wrong.
+    names: of the adapters of `answer.load_tuned`. The image is the first of those about which the last of them is
+    right most often where the one before is wrong.
     """
     exam = shapes.make_exam(n_scenes, seed)
     asked, said = [(image, shapes.question_text(question)) for _, image, question in exam], {}

@@ -8,7 +8,8 @@ and adapters also answer the questions, each into a file of DIR that goes on whe
 how many answers are equal. A refusal is told by its words: right where a question's premise is false, wrong elsewhere.
 
 The margin r(m,q,y_w) - r(m,q,y_l) is what DPO's loss sees. A preference that looks at the image should lose its margin
-when the image is taken away; what is left was learned from the words alone. Intervals are bootstrap intervals of means.
+when the image is taken away; what is left was learned from the words alone. Intervals are bootstrap intervals of
+means.
 """
 
 import json
@@ -32,8 +33,8 @@ from mdpo import mdpo_loss, mdpo_step
 
 LEVEL = 0.95  # of the intervals
 # What scoring takes of a run, as flags of train.py.
-VALUES = ("beta", "delta", "anchors", "reject", "crop", "seed", "max-length", "max-pixels")
-SWITCHES = ("no-image", "no-conditional")
+VALUES = ("beta", "delta", "anchors", "reject", "crop", "seed", "max_length", "max_pixels")
+SWITCHES = ("no_image", "no_conditional")
 MARGINS = {"image": "margin, image", "no_image": "margin, no image", "other_image": "margin, other image"}
 REFUSAL = re.compile(
     r"\b(there (is|are) (no|not)|there (isn't|aren't)|(is|are) not (visible|shown|depicted|present)|"
@@ -120,13 +121,13 @@ def read_run(adapter):
     with about(f"{path}: cannot be read"):
         if adapter and path.is_file():
             began = json.loads(path.read_text())
-        given = {name: began.get(name.replace("-", "_")) for name in (*VALUES, *SWITCHES)}
-        given["no-conditional"] = given["no-conditional"] or began.get("conditional") is False
-        for name, value in given.items():
+        began["no_conditional"] = began.get("no_conditional") or began.get("conditional") is False
+        for name in (*VALUES, *SWITCHES):
+            flag, value = f"--{name.replace('_', '-')}", began.get(name)
             if name in SWITCHES:
-                flags += [f"--{name}"] * bool(value)
+                flags += [flag] * bool(value)
             elif value is not None:
-                flags += [f"--{name}", *value] if isinstance(value, list) else [f"--{name}={value}"]
+                flags += [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
         trained = train.parse_args(["--model", "?", "--data", "?", *map(str, flags)])
     trained.loss = began.get("loss", "mdpo_loss")
     return trained
@@ -169,22 +170,16 @@ def measure(answers):
     return {"answers, words": [*map(float, words)], "answers, refusals": [*map(float, refused)]}
 
 
-def note_differences(adapters):
-    """Say how the runs of further adapters differ from the first in what scoring takes of a run."""
-    names = [*VALUES, *SWITCHES, "loss"]
-    first, *others = [[vars(read_run(a))[name.replace("-", "_")] for name in names] for a in adapters]
-    for adapter, values in zip(adapters[1:], others):
-        if differ := [name for name, a, b in zip(names, values, first) if a != b]:
-            print(f"{adapter}: trained with other {', '.join(differ)}; scored as {adapters[0]} is")
-
-
 def run(argv):
     parser = make_parser(__doc__, nargs="+")
     parser.add_argument("--answers", metavar="DIR", help="also answer the questions, into this folder")
     parser.add_argument("--max-new-tokens", type=train.whole, default=256, help="of an answer (default: 256)")
     args = parser.parse_args(argv)
     trained, examples, pairs, model, processor = load(args)
-    note_differences(args.adapter)
+    for adapter in args.adapter[1:]:
+        other = vars(read_run(adapter))
+        if differ := [name for name in (*VALUES, *SWITCHES, "loss") if other[name] != vars(trained)[name]]:
+            print(f"{adapter}: trained with other {', '.join(differ)}; scored as {args.adapter[0]} is")
     names, anchors, conditional = tuple(SCORED), set(trained.anchors) - {"none"}, trained.conditional
     if args.no_image:  # less the terms that need a rejected image
         names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False

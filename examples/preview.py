@@ -3,8 +3,8 @@
     python examples/preview.py --model M --data FILE [--rows 3] [--to preview.png]
     python examples/preview.py --resume RUN     # what a run was trained on
 
-It takes train.py's flags, so that these are the very rows of that run, in its order. Image tokens are folded:
-<image> x 729. What is scored stands in [brackets], on a terminal in green. --to draws m_w, the run's m_l and what every
+It takes train.py's flags, so that these are the very rows of that run, in its order. Image tokens are folded: <image>
+x 729. What is scored stands in [brackets], on a terminal in green. --to draws m_w, the run's m_l and what every
 strategy of Table 3 makes of m_w.
 """
 

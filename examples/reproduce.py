@@ -1,8 +1,8 @@
 """The paper's tables and figures: a shell script that makes each, and its cells beside the paper's.
 
-python examples/reproduce.py --list                              # runs, questions, scorers and cells
-python examples/reproduce.py table2 > table2.sh; bash table2.sh  # again, to go on where it stopped
-python examples/reproduce.py --collect table2                    # the paper's values, and what was found
+python examples/reproduce.py --list                              # runs, questions, scorers and cells python
+examples/reproduce.py table2 > table2.sh; bash table2.sh  # again, to go on where it stopped python
+examples/reproduce.py --collect table2                    # the paper's values, and what was found
 """
 
 import json
@@ -29,14 +29,15 @@ BENCHMARKS = {  # name: heading, questions, scorer, calls of the judge for one m
 }
 JUDGE = "gpt-4.1-2025-04-14"  # OpenAI serves it until 14 January 2027
 JUDGES_NOTE = """\
-MMHalBench and Object HalBench are judged by a model. The judges that their scorers name, gpt-4-0314 and gpt-3.5-turbo-0613,
-are retired. Another judge's scores are not on the scale of the paper's: compare rows of one judge, and have the base and
-DPO judged by the one that judges mDPO."""
+MMHalBench and Object HalBench are judged by a model. The judges that their scorers name, gpt-4-0314 and
+gpt-3.5-turbo-0613, are retired. Another judge's scores are not on the scale of the paper's: compare rows of one judge,
+and have the base and DPO judged by the one that judges mDPO."""
 TYPES = ["attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other"]
 METRICS = {  # name: benchmark, heading, decimals
     "score": ("mmhal", "Score", 2), "halrate": ("mmhal", "HalRate", 2),
     "chair_s": ("objhal", "CHAIRs", 1), "chair_i": ("objhal", "CHAIRi", 1),
-    "chair": ("amber", "CHAIRs", 1), "cover": ("amber", "Cover", 1), "hal": ("amber", "HalRate", 1), "cog": ("amber", "Cog", 1),
+    "chair": ("amber", "CHAIRs", 1), "cover": ("amber", "Cover", 1),
+    "hal": ("amber", "HalRate", 1), "cog": ("amber", "Cog", 1),
     **{kind: ("mmhal", kind, 2) for kind in TYPES}, "answers": ("mmhal", "answers", 0),
 }  # fmt: skip
 MAIN, ABLATION = [*METRICS][:8], [*METRICS][:4]
@@ -85,8 +86,8 @@ TABLES = {
     "table1": Table("Table 1, main results", BUNNY | LLAVA, MAIN),
     "table2": Table("Table 2, ablation of the loss", {"mDPO": "bunny-mdpo", "- conditional": "bunny-no-conditional",
         "- anchored": "bunny-no-anchor", "- both (DPO)": "bunny-dpo"}, ABLATION),
-    "table3": Table("Table 3, rejected images", {"random image": "bunny-random-image", "crop 0-20% (mDPO)": "bunny-mdpo",
-        "crop 20-50%": "bunny-crop-20-50", "MoCo v2": "bunny-moco"}, ABLATION),
+    "table3": Table("Table 3, rejected images", {"random image": "bunny-random-image",
+        "crop 0-20% (mDPO)": "bunny-mdpo", "crop 20-50%": "bunny-crop-20-50", "MoCo v2": "bunny-moco"}, ABLATION),
     "table4": Table("Table 4, anchors", {"y_w (mDPO)": "bunny-mdpo", "y_w, y_l": "bunny-anchors-2",
         "y_w, y_l, m_l": "bunny-anchors-3"}, ABLATION),
     "table5": Table("Table 5, types of questions", BUNNY, ["score", *TYPES]),
@@ -100,8 +101,6 @@ TABLES = {
         {f"{label}, {n}": f"{run}-{n}" for n in SIZES for label, run in PAIR.items()} | PAIR, ["score", "halrate"],
         "The paper draws it without numbers: 2,500 and 5,000 are sizes of our choice."),
 }  # fmt: skip
-
-# ----------------------------------------------------------------------------------------------------- script
 
 
 def script(names, work, judge, models):
@@ -140,9 +139,6 @@ def script(names, work, judge, models):
     lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in comments), "set -Eeuo pipefail"]
     lines += [f"ROOT={shlex.quote(str(ROOT))} W={shlex.quote(str(work))} JUDGE={judge}", ""]
     return "\n".join([*lines, Path(__file__).with_suffix(".sh").read_text(), *steps])
-
-
-# ---------------------------------------------------------------------------------------------------- collect
 
 
 def read_amber(path, answers):

@@ -7,8 +7,8 @@
     opa-dpo   OPA-DPO, arXiv:2501.09695: CoPO counts 0.2; m_l is m_w without 30% of its patches
     rpo       DPO with a negative log-likelihood of y_w (SFT) in place of the conditional term and the anchor
 
-Each changes what its paper changes in mDPO's loss and rejected image, and nothing else of that paper. To add one, write
-a function with the results and arguments of `mdpo_loss`, and `batch`, for `train.main(argv, loss)`, or one like
+Each changes what its paper changes in mDPO's loss and rejected image, and nothing else of that paper. To add one,
+write a function with the results and arguments of `mdpo_loss`, and `batch`, for `train.main(argv, loss)`, or one like
 `data.random_crop`, for `data.STRATEGIES`, and enter it at the end.
 """
 
@@ -26,14 +26,12 @@ import train
 from data import STRATEGIES, BadInput, run_command
 from mdpo import LogPs, mdpo_loss, rewards
 
-# ---------------------------------------------------------------------------------------------------- losses
-
 
 def chip_loss(policy_logps, ref_logps, beta=0.1, **fixed):
     """CHiP's joint sigmoid: -log sigmoid[(r_w - r_l) + (r_w - r_img)].
 
-    So the authors' code has it (`use_cross_modal_loss`), where token and segment weights come on top of it.
-    mDPO's two terms stop pulling one by one; this one stops when the sum of the margins is large.
+    So the authors' code has it (`use_cross_modal_loss`), where token and segment weights come on top of it. mDPO's two
+    terms stop pulling one by one; this one stops when the sum of the margins is large.
     """
     r = rewards(policy_logps, ref_logps, beta, LogPs._fields, ())
     margins = (r["chosen"] - r["rejected"]) + (r["chosen"] - r["image_rejected"])
@@ -43,8 +41,8 @@ def chip_loss(policy_logps, ref_logps, beta=0.1, **fixed):
 def opa_dpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, **fixed):
     """OPA-DPO's weights: DPO + 0.2 CoPO + AncPO.
 
-    CoPO_coef 0.2 and Anchor_coef 1 are those of the authors' script. What OPA-DPO does before, fine-tuning on
-    revised answers so that they are on-policy, and its second pair of answers are not part of this.
+    CoPO_coef 0.2 and Anchor_coef 1 are those of the authors' script. What OPA-DPO does before, fine-tuning on revised
+    answers so that they are on-policy, and its second pair of answers are not part of this.
     """
     r = rewards(policy_logps, ref_logps, beta, LogPs._fields, ())
     terms = {"dpo": -F.logsigmoid(r["chosen"] - r["rejected"])}
@@ -56,8 +54,8 @@ def opa_dpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, **fixed):
 def rpo_loss(policy_logps, ref_logps, beta=0.1, alpha=1.0, *, batch, **fixed):
     """DPO + alpha * NLL of y_w per token: -log sigmoid(r_w - r_l) - alpha * log pi(y_w | m_w, q) / |y_w|.
 
-    The SFT term of RPO (arXiv:2405.16436) keeps the chosen answer likely, as mDPO's anchor does. alpha is
-    TRL's `rpo_alpha`. batch: of `make_batch`, whose first rows are those of y_w.
+    The SFT term of RPO (arXiv:2405.16436) keeps the chosen answer likely, as mDPO's anchor does. alpha is TRL's
+    `rpo_alpha`. batch: of `make_batch`, whose first rows are those of y_w.
     """
     r = rewards(policy_logps, ref_logps, beta, ("chosen", "rejected"), ())
     terms = {"dpo": -F.logsigmoid(r["chosen"] - r["rejected"])}
@@ -72,8 +70,6 @@ def with_metrics(terms, policy_logps, ref_logps, beta):
     del metrics["loss/dpo"]
     return sum(terms.values()), {f"loss/{name}": term.detach() for name, term in terms.items()} | metrics
 
-
-# ------------------------------------------------------------------------------------------- rejected images
 
 # a_t = (1 - b_0) ... (1 - b_t), where b_t rises from 1e-5 to 5e-3 as a sigmoid over -6 to 6: CHiP's code.
 A = (1 - (1e-5 + (5e-3 - 1e-5) * torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid())).cumprod(0)
@@ -99,8 +95,6 @@ def mask_patches(image, rng, area=None, other=None, share=0.3, grid=24):
     grey = Image.new("RGB", image.size, (round(statistics.fmean(ImageStat.Stat(image).mean)),) * 3)
     return Image.composite(grey, image, mask.resize(image.size, Image.Resampling.NEAREST))
 
-
-# ---------------------------------------------------------------------------------------------- command line
 
 STRATEGIES |= {"noise": diffusion_noise, "mask": mask_patches}  # also in a DataLoader worker that was not forked
 VARIANTS = {  # name: (loss, flags that come before the user's)

@@ -300,7 +300,7 @@ def test_further_adapters_are_scored_as_the_first(adapters, evaluated, tmp_path)
     write(dpo / "args.json", vars(arguments))
     out, found = evaluated(dpo, mdpo, flags=("--limit", 2))
     said = [line for line in out.splitlines() if "trained with" in line]
-    assert said == [f"{mdpo}: trained with other beta, no-conditional; scored as {dpo} is"]
+    assert said == [f"{mdpo}: trained with other beta, no_conditional; scored as {dpo} is"]
     assert not any("loss/conditional" in section for section in found.values())
     assert "loss/conditional" in evaluated(mdpo, dpo, flags=("--limit", 2))[1][str(dpo)]
 
