@@ -112,9 +112,8 @@ def read_questions(name, path, folder, processor=None):
         try:
             with about(f"question {number} of {name}"):
                 image, text, _ = BENCHMARKS[name](number, item, folder, "")
-                parse_record(
-                    {"prompt": text_of(text, "question"), "chosen": "Y", "rejected": "N"}, "", "", None, tokens
-                )
+                record = {"prompt": text_of(text, "question"), "chosen": "Yes.", "rejected": "No."}
+                parse_record(record, "", "", None, tokens)
                 refuse_image_tokens(processor, text)
                 if not isinstance(image, Path):
                     if "://" in text_of(image, "image"):
