@@ -1,6 +1,5 @@
-# A function makes one output, or nothing if the output is there. An output gets its name when it is complete:
-# a script that was killed leaves none that is cut short.
-#
+# A function makes one output, or nothing if the output is there. An output gets its name when it is complete: a script
+# that was killed leaves none that is cut short.
 # TRAIN_FLAGS='--micro-batch-size 8' and ANSWER_FLAGS='--batch-size 32' add flags to the commands.
 # OPENAI_API_BASE may name a server that speaks OpenAI's protocol, with `temperature` and `max_tokens`.
 
@@ -36,8 +35,7 @@ clone() { # clone OWNER/NAME COMMIT OUTPUT
 
 pairs() {
     if todo "$W/data/silkie.json"; then
-        hf download fwnlp/mDPO-preference-data vlfeedback_llava_10k.json --repo-type dataset \
-            --local-dir "$W/data"
+        hf download fwnlp/mDPO-preference-data vlfeedback_llava_10k.json --repo-type dataset --local-dir "$W/data"
         mv "$W/data/vlfeedback_llava_10k.json" "$W/data/silkie.json"
     fi
     todo "$W/data/merged_images" || return 0
@@ -77,8 +75,7 @@ scorers() { # an environment of their own: they need openai<1
     "$SCORER" -m pip install -q "openai<1" spacy nltk jsonlines tqdm
     "$SCORER" -m spacy download en_core_web_lg
     "$SCORER" -m spacy download en_core_web_trf
-    "$SCORER" -m nltk.downloader punkt punkt_tab wordnet averaged_perceptron_tagger \
-        averaged_perceptron_tagger_eng
+    "$SCORER" -m nltk.downloader punkt punkt_tab wordnet averaged_perceptron_tagger averaged_perceptron_tagger_eng
     touch "$W/scorers/ready"
 }
 
@@ -103,8 +100,7 @@ answer() { # answer BENCHMARK RUN MODEL [--adapter FOLDER]
         objhal) from=("$W/data/RLAIF-V/eval/data/obj_halbench_300_with_image.jsonl") to="${to}l" ;;
     esac
     todo "$to" || return 0
-    "$PYTHON" examples/benchmarks.py "$1" --questions "${from[@]}" --to "$to" --model "${@:3}" \
-        ${ANSWER_FLAGS:-}
+    "$PYTHON" examples/benchmarks.py "$1" --questions "${from[@]}" --to "$to" --model "${@:3}" ${ANSWER_FLAGS:-}
 }
 
 # ----------------------------------------------------------------------------------------------------- scores

@@ -19,7 +19,8 @@ from test_mdpo import (  # noqa: F401
 
 @pytest.fixture(scope="session")
 def adapted(bunny, tmp_path_factory):  # noqa: F811
-    """An adapter of random weights, in a run's folder: it changes every answer's log-probability by more than a nat."""
+    """An adapter of random weights, in a run's folder: it changes every answer's log-probability by more than
+    a nat."""
     model, _ = with_lora(bunny)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():

@@ -1,7 +1,7 @@
 """Tests of comparing models: `pytest tests/test_compare.py`. Each says what breaks if it fails.
 
-They protect who said what: an answer, a number or a vote under another model's name is worse than none. The page is
-tried in a headless Chromium where one is installed.
+They protect who said what: an answer, a number or a vote under another model's name is worse than none. The
+page is tried in a headless Chromium where one is installed.
 """
 
 import base64
@@ -132,7 +132,8 @@ def test_each_adapter_of_several_speaks_as_if_it_were_alone(adapters):
 
 
 def test_answer_command_asks_each_model_each_question(stub, adapters, tmp_path, capsys):
-    """The paper's Figure 3: a question, then the base's answer and each adapter's, about all images at once."""
+    """The paper's Figure 3: a question, then the base's answer and each adapter's, about all images at
+    once."""
     images = [grey(tmp_path / f"{name}.png") for name in "xy"]
     arguments = "--model", BASE, "--image", *images, "--question", "Why?", "Where?", "--adapter", *adapters
     rows = [re.split(r": +", row, maxsplit=1) for row in printed(capsys, answer, *arguments).splitlines()]
@@ -173,8 +174,8 @@ def upper(batch):
 
 
 def test_answers_are_kept_as_they_come_and_gone_on_with(keep, tmp_path):
-    """A kill after three hours must not cost three hours. Batches of two; the second ends in a kill. The file ends
-    in half a line, as of a full disk."""
+    """A kill after three hours must not cost three hours. Batches of two; the second ends in a kill. The file
+    ends in half a line, as of a full disk."""
     path, asked, expected = tmp_path / "new" / "a.jsonl", [], [f"WHY {i}?" for i in range(5)]
 
     def ask(batch):
@@ -257,8 +258,9 @@ def evaluated(pairs, capsys):
 
 
 def test_differences_are_taken_example_by_example(stub, adapters, evaluated, monkeypatch):
-    """Unpaired, the spread of the examples drowns a difference that each of them shows: here the second adapter's
-    loss is 0.5 lower on each of six, which differ by 10: 0, 10, ..., 50. Its margin is half of the first's."""
+    """Unpaired, the spread of the examples drowns a difference that each of them shows: here the second
+    adapter's loss is 0.5 lower on each of six, which differ by 10: 0, 10, ..., 50. Its margin is half of the
+    first's."""
     values, (a, b) = [10.0 * i for i in range(6)], adapters
 
     def score(*given, **options):
@@ -339,8 +341,8 @@ def test_refusals_are_told_by_their_words():
 
 
 def test_answers_of_base_and_adapters_are_compared(stub, adapters, evaluated, tmp_path, monkeypatch, capsys):
-    """Length is how a model that says less hallucinates less. By hand, of six answers: the first adapter says three
-    words once more than the base on three, refuses one; the second equals the first on four."""
+    """Length is how a model that says less hallucinates less. By hand, of six answers: the first adapter says
+    three words once more than the base on three, refuses one; the second equals the first on four."""
     said = {
         "base": ["red"] * 6,
         "first": ["red"] * 3 + ["it is all red"] * 2 + ["there is no ring"],
@@ -531,8 +533,8 @@ def make(tmp_path):
 
 
 def test_no_text_can_end_the_script_that_holds_it(make):
-    """A model that answers in HTML would write into the page. The id changes with each text: votes of one page must
-    not show up in another."""
+    """A model that answers in HTML would write into the page. The id changes with each text: votes of one
+    page must not show up in another."""
     page = make([NASTY], {NASTY: [NASTY], "b": ["x"]}).read_text()
     assert page.count("</script>") == 2 and page.count("<script") == 2 and "<img" not in page
     assert not re.search(r"https?:|//", page.partition("<script type")[0]), "the page needs no network"
@@ -559,9 +561,9 @@ def pair_of(item):
 
 
 def test_blind_pages_shuffle_and_hide_names(make):
-    """A rater who sees the name, or who finds that the better one stands on the right, votes for it. Of 60 questions
-    30 -+ 15 stand on either side (four standard deviations), and not in the order of the file. Three models meet in
-    pairs."""
+    """A rater who sees the name, or who finds that the better one stands on the right, votes for it. Of 60
+    questions 30 -+ 15 stand on either side (four standard deviations), and not in the order of the file.
+    Three models meet in pairs."""
     said = {name: [f"{name[0]} says {i}" for i in range(60)] for name in ("the tuned", "our base")}
     page = make([f"Why {i}?" for i in range(60)], said, blind=True)
     assert "the tuned" not in page.read_text() and "our base" not in page.read_text()
@@ -596,9 +598,10 @@ def votes(tmp_path):
 
 
 def test_votes_are_counted_by_hand(votes, capsys):
-    """Fig. 4 upside down, or the votes of many raters of one question taken for many questions. By hand, for A:
-    question 0 is won by rater 1 and lost by rater 2, 1 and 2 are won, 3 is a tie, and question 0 of another page,
-    which names the models in the other order, is lost. Win (.5 + 1 + 1) / 5, tie 1 / 5, lose 1.5 / 5."""
+    """Fig. 4 upside down, or the votes of many raters of one question taken for many questions. By hand, for
+    A: question 0 is won by rater 1 and lost by rater 2, 1 and 2 are won, 3 is a tie, and question 0 of
+    another page, which names the models in the other order, is lost. Win (.5 + 1 + 1) / 5, tie 1 / 5, lose
+    1.5 / 5."""
     files = [
         votes("p", "1", [(0, "A", "left"), (1, "B", "right"), (2, "A", "left"), (3, "B", "same")]),
         votes("p", "2", [(0, "A", "right")]),
@@ -613,8 +616,8 @@ def test_votes_are_counted_by_hand(votes, capsys):
 
 
 def test_wilsons_interval_by_hand():
-    """Of no vote in ten the interval is not empty: 0 to z^2 / (n + z^2) = 3.8415 / 13.8415. In the middle it is
-    .5 -+ .5 sqrt(z^2 / (n + z^2))."""
+    """Of no vote in ten the interval is not empty: 0 to z^2 / (n + z^2) = 3.8415 / 13.8415. In the middle it
+    is .5 -+ .5 sqrt(z^2 / (n + z^2))."""
     assert evaluate.wilson(0, 10) == pytest.approx((0, 0.27753), abs=1e-4)
     assert evaluate.wilson(1, 10) == pytest.approx((0.72247, 1), abs=1e-4)
     assert evaluate.wilson(0.5, 10) == pytest.approx((0.5 - 0.26341, 0.5 + 0.26341), abs=1e-4)
@@ -640,7 +643,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 class Browser:
-    """Headless Chromium, spoken to through two pipes in its DevTools protocol: JSON messages that end in 0."""
+    """Headless Chromium, spoken to through two pipes in its DevTools protocol: JSON messages that end in
+    0."""
 
     def __init__(self, profile):
         (read, self.write), (self.read, write) = os.pipe(), os.pipe()
@@ -693,7 +697,8 @@ class Browser:
         )
 
     def click(self, selector):
-        """A click of the mouse in the middle of what the selector finds, once no image will move it any more."""
+        """A click of the mouse in the middle of what the selector finds, once no image will move it any
+        more."""
         box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
         code = f"""Promise.all(Array.from(document.images, image => image.decode()))
             .then(() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 50))))
@@ -734,9 +739,10 @@ def downloaded(folder):
 
 
 def test_votes_are_cast_kept_downloaded_and_counted(browser, make, tmp_path, capsys):
-    """A rater's hour is lost, or counts for the other model. The rater here prefers the longer answer, which is
-    always the tuned model's, calls the third the same, and corrects the first vote; by keys and buttons, with the
-    page left and opened again in between. A key that is held down, or that is the browser's, is no vote."""
+    """A rater's hour is lost, or counts for the other model. The rater here prefers the longer answer, which
+    is always the tuned model's, calls the third the same, and corrects the first vote; by keys and buttons,
+    with the page left and opened again in between. A key that is held down, or that is the browser's, is no
+    vote."""
     said = {"tunéd": [f"{NASTY} and more {i}" for i in range(4)], "base": ["", "b", "c", "d"]}
     browser.open(page := make([f"{i}: {NASTY}" for i in range(4)], said, blind=True))
 

@@ -12,29 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 
 import train
 from data import run_command
-from examples import (
-    answer,
-    benchmarks,
-    evaluate,
-    miniature,
-    shapes,
-    throughput,
-    tiny_bunny,
-)
+from examples import answer, evaluate, miniature, shapes, throughput, tiny_bunny
 from test_mdpo import TEXTS, log_of, noise, write
 
 # ruff: noqa: F811 (fixtures)
-
-
-def printed(out):
-    """{title: the first number after it} of a command's lines."""
-    return {
-        name: float(value) for name, value in re.findall(r"^  (\S.*?) {2,}(-?\d+\.\d+)", out, re.MULTILINE)
-    }
 
 
 @pytest.fixture
@@ -50,92 +34,69 @@ def changed(finished, tmp_path):
     return change
 
 
-def scored(bunny, run, data, capsys, *flags):
-    """What evaluate.py prints -> {metric: its mean}."""
-    capsys.readouterr()
-    argv = ["--model", str(bunny), "--adapter", str(run), "--data", str(data), *flags]
-    assert run_command(evaluate.run, argv) == 0
-    return printed(capsys.readouterr().out)
+@pytest.fixture
+def scored(bunny, small, capsys):
+    """A function: a run and flags -> what evaluate.py prints, {metric: its mean}."""
+
+    def scored(run, *flags):
+        capsys.readouterr()
+        argv = ["--model", str(bunny), "--adapter", str(run), "--data", str(small), *flags]
+        assert run_command(evaluate.run, argv) == 0
+        rows = re.findall(r"^  (\S.*?) {2,}(-?\d+\.\d+)", capsys.readouterr().out, re.MULTILINE)
+        return {name: float(value) for name, value in rows}
+
+    return scored
 
 
 # ---------------------------------------------------------------------------------------------------- answers
 
 
-def test_an_answer_may_be_about_several_images(bunny, tmp_path, capsys):
+@pytest.fixture
+def asks(tmp_path, capsys):
+    """A function: a model and names of images -> what answer.py prints of it."""
+
+    def asks(model, *names):
+        for name in names:
+            noise(ord(name)).save(tmp_path / f"{name}.png")
+        argv = ["--model", str(model), "--image", *(str(tmp_path / f"{name}.png") for name in names)]
+        assert run_command(answer.run, [*argv, "--question", "What?", "--max-new-tokens", "12"]) == 0
+        return capsys.readouterr().out
+
+    return asks
+
+
+def test_an_answer_may_be_about_several_images(bunny, asks):
     """One placeholder for all of them: the model stops, or sees the first alone."""
-    for name in "ab":
-        noise(ord(name)).save(tmp_path / f"{name}.png")
-    argv = ["--model", str(bunny), "--image", str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-    assert run_command(answer.run, [*argv, "--question", "Which?", "--max-new-tokens", "2"]) == 0
-    assert capsys.readouterr().out.startswith("base:")
+    assert asks(bunny, "a", "b").startswith("base:")
 
 
-def test_answers_are_greedy_whatever_the_models_own_settings(bunny, tmp_path, capsys):
+def test_answers_are_greedy_whatever_the_models_own_settings(bunny, asks, tmp_path):
     """Some models ask to be sampled. Two commands would disagree, and benchmarks measure chance."""
     sampled = shutil.copytree(bunny, tmp_path / "sampled")
     write(sampled / "generation_config.json", {"do_sample": True, "temperature": 100.0, "top_k": 0})
-    noise(1).save(tmp_path / "a.png")
-    said = []
-    for model in bunny, sampled:
-        argv = ["--model", str(model), "--image", str(tmp_path / "a.png"), "--question", "What?"]
-        assert run_command(answer.run, [*argv, "--max-new-tokens", "12"]) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
-
-
-@pytest.fixture
-def disk(tmp_path, monkeypatch):
-    """A list of how many bytes are in this test's folder each time that the model is asked for answers."""
-    generate, sizes = transformers.GenerationMixin.generate, []
-
-    def note(self, *args, **kwargs):
-        sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()))
-        return generate(self, *args, **kwargs)
-
-    monkeypatch.setattr(transformers.GenerationMixin, "generate", note)
-    return sizes
-
-
-def test_a_benchmarks_answers_are_on_the_disk_before_the_next_are_asked(bunny, tmp_path, disk):
-    """A kill would cost hours of answers."""
-    noise(1).save(tmp_path / "a.png")
-    questions = write(
-        tmp_path / "q.json", [{"id": i, "image": "a.png", "query": f"Is it {i}?"} for i in range(3)]
-    )
-    argv = f"amber --questions {questions} --images {tmp_path} --model {bunny} --to {tmp_path / 'to.json'}"
-    assert run_command(benchmarks.run, f"{argv} --batch-size 1 --max-new-tokens 3".split()) == 0
-    assert len(disk) == 3 and disk[0] < disk[1] < disk[2]
-
-
-def test_an_evaluations_answers_are_on_the_disk_before_the_next_are_asked(bunny, finished, tmp_path, disk):
-    """Base and adapter answer 17 questions each, at most 8 at a time."""
-    noise(1).save(tmp_path / "a.png")
-    record = {"image": "a.png", "chosen": "A circle.", "rejected": "No."}
-    data = write(tmp_path / "x.json", [record | {"prompt": f"Is it {i}?"} for i in range(17)])
-    argv = (
-        f"--model {bunny} --adapter {finished} --data {data} --answers {tmp_path / 'said'} --max-new-tokens 3"
-    )
-    assert run_command(evaluate.run, argv.split()) == 0
-    assert len(disk) == 6 and disk == sorted({*disk})
+    assert asks(bunny, "a") == asks(sampled, "a")
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_evaluation_has_the_beta_of_the_run(bunny, changed, small, capsys):
+def test_evaluation_has_the_beta_of_the_run(changed, scored):
     """By another beta an adapter's margins would be other multiples of the same nats than its log's."""
-    by_beta = {beta: scored(bunny, changed(beta=beta), small, capsys) for beta in (0.1, 10.0)}
+    low, high = (scored(changed(beta=beta)) for beta in (0.1, 10.0))
     for name in "rewards/margins", "rewards/chosen", "margin, image":
-        assert by_beta[10.0][name] == pytest.approx(100 * by_beta[0.1][name], abs=0.006) != 0
-    for found in by_beta.values():
+        assert high[name] == pytest.approx(100 * low[name], abs=0.006) != 0
+    for found in low, high:
         assert found["margin, image"] == pytest.approx(found["rewards/margins"], abs=2e-4)
 
 
-def test_evaluation_without_images_keeps_the_anchors_that_need_none(bunny, changed, small, capsys):
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+def test_evaluation_without_images_keeps_the_anchors_that_need_none(changed, scored):
     """The loss would be another than the run's. Of one example, delta 0: softplus(-r_w) + softplus(r_l)."""
     run = changed(anchors=["chosen", "rejected", "image_rejected"], beta=10.0)
-    found = scored(bunny, run, small, capsys, "--no-image", "--limit", "1")
-    softplus = lambda x: math.log1p(math.exp(x))
+    found = scored(run, "--no-image", "--limit", "1")
     anchor = softplus(-found["rewards/chosen"]) + softplus(found["rewards/rejected"])
     assert found["loss/anchor"] == pytest.approx(anchor, abs=3e-4)
     assert found["loss"] == pytest.approx(anchor + softplus(-found["rewards/margins"]), abs=5e-4)
@@ -183,28 +144,28 @@ def test_labels_of_the_base_lie_under_their_shapes(tmp_path, monkeypatch):
     """A base that learned from mirrored pictures does not look when asked, and all methods look alike. Under
     each label there is its colour, and where there is none the background, a grey of 45."""
     folder = tiny_bunny.write_bunny(tmp_path / "m", TEXTS, tower_hidden=64, vision_tower="x-patch8-32")
-    model, _ = train.load_model(str(folder))
-    pictures, labels = [], []
+    pictures, labels, draw, loss = [], [], tiny_bunny.pixels, torch.nn.functional.cross_entropy
 
-    def draw(*args, draw=tiny_bunny.pixels, **kwargs):
+    def note_picture(*args, **kwargs):
         pictures.append(draw(*args, **kwargs))
         return pictures[-1]
 
-    def cross_entropy(logits, targets, *args, of=torch.nn.functional.cross_entropy, **kwargs):
-        labels.append(targets.view(8, 4, 4))
-        return of(logits, targets, *args, **kwargs)
+    def note_labels(logits, targets, *args, **kwargs):
+        labels.append(targets.view(8, 2, 2, 2, 2)[:, :, 0, :, 0])  # a cell has 2 x 2 tokens of one label
+        assert (targets.view(8, 2, 2, 2, 2) == labels[-1][:, :, None, :, None]).all()
+        return loss(logits, targets, *args, **kwargs)
 
-    monkeypatch.setattr(tiny_bunny, "pixels", draw)
-    monkeypatch.setattr(tiny_bunny, "F", SimpleNamespace(cross_entropy=cross_entropy))
+    monkeypatch.setattr(tiny_bunny, "pixels", note_picture)
+    monkeypatch.setattr(tiny_bunny, "F", SimpleNamespace(cross_entropy=note_labels))
+    model, _ = train.load_model(str(folder))
     tiny_bunny.learn_to_see(model, random.Random(0), False, shapes.SMALL, steps=1, batch_size=8)
-    (picture,), (shape, colour) = pictures, labels
+    shape, colour = labels
     assert torch.equal(shape > 0, colour > 0) and 0 < (shape > 0).sum() < shape.numel()
     rgb = torch.tensor([(45, 45, 45), *shapes.COLOURS.values()])
-    levels = ((picture + 1) * 127.5).round()  # (8, 3, 32, 32)
+    levels = ((pictures[0] + 1) * 127.5).round().view(8, 3, 2, 16, 2, 16)
     for i, row, column in torch.cartesian_prod(torch.arange(8), torch.arange(2), torch.arange(2)).tolist():
-        cell = levels[i, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].flatten(1)
-        label = colour[i, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].unique().item()
-        distance = (cell - rgb[label][:, None]).abs().amax(0)
+        label = colour[i, row, column].item()
+        distance = (levels[i, :, row, :, column] - rgb[label][:, None, None]).abs().amax(0)
         assert distance.min() < 3
         assert label or distance.max() < 60  # a neighbour's edge may shine in
 
@@ -230,11 +191,9 @@ def test_order_in_trl_is_train_pys_for_every_seed(seed):
 def test_memory_of_throughput_is_in_gib(monkeypatch):
     """Off by a factor, a model is said to fit that does not. /proc counts pages; the device says 3 * 1024^3
     bytes now, and 5 at its peak."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    assert throughput.memory_now("cpu") == pytest.approx(
-        pages * os.sysconf("SC_PAGE_SIZE") / 1024**3, rel=0.02
-    )
-    assert throughput.memory_now("cpu", peak=True) >= 0.98 * throughput.memory_now("cpu")
+    pages, now = int(Path("/proc/self/statm").read_text().split()[1]), throughput.memory_now("cpu")
+    assert now == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE") / 1024**3, rel=0.02)
+    assert throughput.memory_now("cpu", peak=True) >= 0.98 * now
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *args, **kwargs: 3 * 1024**3)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *args, **kwargs: 5 * 1024**3)
     assert (throughput.memory_now("cuda"), throughput.memory_now("cuda", peak=True)) == (3, 5)

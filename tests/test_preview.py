@@ -76,15 +76,17 @@ def show(models, folder, capsys):
 
 # ------------------------------------------------------------------------------------------------------- rows
 
-ROWS = {  # model, what the record has -> the row of y_w, by hand; that of y_l has "dog" for "cat", "Tail" for "Fur"
+ROWS = {  # model, what the record has -> the row of y_w, by hand; y_l's has "dog" for "cat", "Tail" for "Fur"
     # 32 pixels in patches of 8: 4 x 4 image tokens. Bunny's template and the authors' prompt agree.
     ("bunny", "authors"): f"{SYSTEM} USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.<|endoftext|>]",
     ("llava", "plain"): "<s> USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.</s>]",
     # 48 x 32 pixels are scaled to 56 x 28, of which 28 x 28 are a token
-    ("qwen2_5_vl", "plain"): "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        "<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n[A cat.<|im_end|>]",
+    ("qwen2_5_vl", "plain"): "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n"
+        "<|im_start|>assistant\n[A cat.<|im_end|>]",
     # the block is the template's own: each row has one, and where both answers reason it opens unscored
-    ("thinking", "reasons"): "<|im_start|>user\n<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n"
+    ("thinking", "reasons"):
+        "<|im_start|>user\n<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n"
         "<|im_start|>assistant\n<think>\n[Fur.\n</think>\n\nA cat.<|im_end|>]",
 }  # fmt: skip
 
@@ -165,8 +167,8 @@ def ids_shown(printed):
 
 
 def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, capsys):
-    """Rows of other examples than the run's would say nothing about it. Here the run's loss notes what it sees: 5 of
-    7 examples, one of them held out."""
+    """Rows of other examples than the run's would say nothing about it. Here the run's loss notes what it
+    sees: 5 of 7 examples, one of them held out."""
     seen, flags = [], ["--epochs", 1, "--seed", 3, "--limit", 5, "--eval-size", 1, "--batch-size", 2]
 
     def loss(*logps, batch, **options):
@@ -214,8 +216,8 @@ def plain(colour):
 
 
 def test_each_strategy_is_drawn_under_its_title(monkeypatch, folder):
-    """A user judges a strategy by its panel. Here every strategy makes a plain colour. An example's own rejected image
-    is the run's, not the strategies'; `random` needs the images of the whole file."""
+    """A user judges a strategy by its panel. Here every strategy makes a plain colour. An example's own
+    rejected image is the run's, not the strategies'; `random` needs the images of the whole file."""
     noise(5).save(folder / "own.png")
     records = [authors(id=str(i)) for i in range(2)]
     records[1] |= {"rejected_images": ["own.png"]}
@@ -252,24 +254,6 @@ def test_the_sheet_holds_the_runs_own_rejected_images(show, folder):
     for row, id in enumerate(ids_shown(printed)):
         shown = sheet.crop((left, top + 320 * row, left + 238, top + 320 * row + 178))
         assert shown.tobytes() == pairs[0, int(id) - 1].images_rejected[0].tobytes()
-
-
-def test_several_images_chat_messages_and_texts_alone_can_be_looked_at(show, folder, monkeypatch):
-    """Such data can be trained on. Of several images the first is drawn; a text has no panel; the only image has no
-    other for `random`."""
-    for level in (10, 20):
-        plain((level, level, level)).save(folder / f"{level}.png")
-    said = [("system", "Be brief."), ("user", "Which?"), ("assistant", "The first."), ("user", "Why?")]
-    prompt = [{"role": role, "content": text} for role, text in said]
-    record = {"prompt": prompt, "images": ["10.png", "20.png"], "chosen": "A.", "rejected": "B."}
-    drawn = []
-    monkeypatch.setattr(preview.ImageDraw.ImageDraw, "multiline_text", lambda *given: drawn.append(given[2]))
-    printed = show("bunny", [record], "--to", folder / "two.png")
-    assert drawn == ["q: Which? / The first. / Why?\ny_w: A.\ny_l: B."] and printed.count("<image> x 16") == 4
-    sheet = Image.open(folder / "two.png")
-    assert [sheet.getpixel((x, 100))[0] for x in COLUMNS[:5]] == [10] * 4 + [255]
-    show("bunny", [record], "--no-image", "--to", folder / "none.png")
-    assert Image.open(folder / "none.png").crop((0, 0, 1510, 200)).getcolors() == [(1510 * 200, (255,) * 3)]
 
 
 # ----------------------------------------------------------------------------------------------- nothing lost
