@@ -223,13 +223,16 @@ def test_a_file_of_answers_goes_on_only_with_what_it_belongs_to(keep, tmp_path):
     keep(pytest.fail, model=model, adapter=adapter)
 
 
-def test_answers_that_two_commands_wrote_into_one_file_are_refused(keep, tmp_path):
-    """Each answer would stand at another's question."""
+def test_a_file_that_others_wrote_into_is_refused_and_left_as_it_is(keep, tmp_path):
+    """The user's own file of this name; or one of two commands at once, where each answer would stand at another's
+    question."""
     keep(upper)
     lines = (path := tmp_path / "new" / "a.jsonl").read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:2], *lines[1:3]]))
-    with pytest.raises(BadInput, match="two commands wrote into it"):
-        keep(pytest.fail)
+    for content in "my notes", "my notes\nof today\n", '{"a": 1}\n', "".join([*lines[:2], *lines[1:3]]):
+        path.write_text(content)
+        with pytest.raises(BadInput, match="a.jsonl: cannot go on: "):
+            keep(pytest.fail)
+        assert path.read_text() == content
 
 
 # ---------------------------------------------------------------------------------- did it get better?

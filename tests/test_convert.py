@@ -183,19 +183,17 @@ def test_published_record(folder, name):
     assert [*example.images_rejected] == [str(folder / "img/1.png")] * ("rejected_images" in changes)
 
 
-def test_marks_stay_where_they_are(folder):
+@pytest.mark.parametrize("mark", [IMG, "<image-placeholder>"])
+def test_marks_stay_where_they_are(folder, mark):
     """MMPR and MIA-DPO name their images in the text: moved marks would show the wrong one first."""
-    text = "Image-1: <image>\nImage-2: <image>\nWhich is red?"
-    record = {"image": ["img/1.png", "img/0.png"]} | PAIR
-    theirs = text.replace(IMG, "<image-placeholder>")
-    write_json([record | {"question": text}, record | {"prompt": theirs}])
+    text, images = "Image-1: {0}\nImage-2: {0}\nWhich is red?", ["img/1.png", "img/0.png"]
+    write_json([{"image": images, "question": text.format(mark)} | PAIR])
     assert run("in.jsonl", "out") == 0
-    images = [str(folder / "img/1.png"), str(folder / "img/0.png")]
-    assert [example["prompt"] for example in converted()] == [text, text]
-    assert [example["images"] for example in converted()] == [images, images]
-    for example in read_examples("out/data.jsonl"):
-        assert [part.get("text", "") for part in example.question[0]["content"]] == [
-            "Image-1: ", "", "\nImage-2: ", "", "\nWhich is red?"]  # fmt: skip
+    assert converted()[0]["prompt"] == text.format(IMG)
+    (example,) = read_examples("out/data.jsonl")
+    assert example.images == tuple(str(folder / image) for image in images)
+    said = [part.get("text", "") for part in example.question[0]["content"]]
+    assert said == ["Image-1: ", "", "\nImage-2: ", "", "\nWhich is red?"]
 
 
 RATED = [

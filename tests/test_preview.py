@@ -25,7 +25,7 @@ import transformers
 from PIL import Image
 
 import train
-from data import CROP, Pairs, read_examples, run_command
+from data import CROP, read_examples, run_command
 from examples import answer, benchmarks, curves, families, merge, miniature, minimal, preview, words
 from mdpo import mdpo_loss
 from test_mdpo import ROOT, authors, command, noise, write
@@ -237,23 +237,6 @@ def test_each_strategy_is_drawn_under_its_title(monkeypatch, folder):
     sheet = preview.contact_sheet(SimpleNamespace(seed=7, max_pixels=9), run, [(0, 1)])
     expected = [plain(colour).getpixel((0, 0)) for colour in ("red", "cyan", *colours.values())]
     assert [sheet.getpixel((x, 100)) for x in COLUMNS] == expected and made == [(2, 7, 9)] * 4
-
-
-def test_the_sheet_holds_the_runs_own_rejected_images(show, folder):
-    """The crop of another seed, index or area would be another picture than the one that is trained on."""
-    for i in range(3):
-        noise(i, (238, 178)).save(folder / f"{i}.png")
-    flags = "--seed 5 --crop 0.1 0.3 --rows 2 --to".split()
-    printed = show("bunny", [authors(img_path=f"{i}.png") for i in range(3)], *flags, folder / "sheet.png")
-    assert "m_l of this run: --reject crop" in printed and "sheet.png: 2 examples" in printed
-    pairs = Pairs(read_examples(str(folder / "x.json")), "crop", [0.1, 0.3], seed=5)
-    sheet, (left, top) = (
-        Image.open(folder / "sheet.png"),
-        (10 + 250 + 1, 10 + 20 + 1),
-    )  # within the second frame
-    for row, id in enumerate(ids_shown(printed)):
-        shown = sheet.crop((left, top + 320 * row, left + 238, top + 320 * row + 178))
-        assert shown.tobytes() == pairs[0, int(id) - 1].images_rejected[0].tobytes()
 
 
 # ----------------------------------------------------------------------------------------------- nothing lost
@@ -537,29 +520,6 @@ def test_questions_are_asked_with_the_system_text_of_the_run(ask, adapted, folde
     assert "args.json: cannot be read" in one_line_of(capsys, ask("objhal", [OBJHAL], "--adapter", run))
     assert "holds no adapter" in one_line_of(capsys, ask("objhal", [OBJHAL], "--adapter", folder))
     assert not ask.asked and not (folder / "to.partial").exists()
-
-
-def test_a_full_disk_costs_a_batch_and_files_of_others_stay(ask, folder, monkeypatch, capsys):
-    """Hours of answers would be lost, or the user's own files of these names."""
-    generate, batches, to = answer.generate_answers, [], folder / "to"
-
-    def stopped(*arguments, **options):
-        batches.append(len((folder / "to.partial").read_text().splitlines()))
-        return full_disk() if len(batches) == 3 else generate(*arguments, **options)
-
-    monkeypatch.setattr(answer, "generate_answers", stopped)
-    items = [OBJHAL | {"question": f"Which, {i}?"} for i in range(5)]
-    asked = [item["question"] for item in items]
-    assert "No space left" in one_line_of(capsys, ask("objhal", items, "--batch-size", 2))
-    assert batches == [1, 3, 5] and not to.exists()
-    assert ask("objhal", items, "--batch-size", 2) == 0
-    assert [text for text, _ in filter("loaded".__ne__, ask.asked)] == asked
-    assert [json.loads(line)["prompt"] for line in to.read_text().splitlines()] == asked
-    assert "already exists" in one_line_of(capsys, ask("objhal", items))
-    to.unlink()
-    (folder / "to.partial").write_text("my notes\n")
-    assert "cannot go on" in one_line_of(capsys, ask("objhal", items))
-    assert (folder / "to.partial").read_text() == "my notes\n"
 
 
 # ----------------------------------------------------------------------------------------------- without Unix
