@@ -93,8 +93,7 @@ def generate_answers(model, processor, questions, max_new_tokens=256, batch_size
     """
     model.eval()  # under gradient checkpointing, a model in training mode forgets its cache and babbles
     answers = []
-    for at in range(0, len(questions), batch_size):
-        batch = questions[at : at + batch_size]
+    for batch in split(questions, batch_size):
         images = [image if isinstance(image, (list, tuple)) else [image] for image, _ in batch]
         texts = [text for _, text in batch]
         prompts = [chat_prompt(processor, text, len(of), system) for text, of in zip(texts, images)]
@@ -180,31 +179,31 @@ def answer_all(path, belongs, questions, ask, batch_size=8):
 
 
 def answer_as(files, name_or_path, questions, max_new_tokens, batch_size=8, device=None, loaded=None):
-    """-> {speaker: answers}, kept in a file each. files: {"base" or a run's folder: the file}.
+    """-> {speaker: answers}, kept in a file each. files: {a run's folder, or None for the base: the file}.
 
     loaded: model and processor of `load_tuned`; without, they are read if there is something to ask.
     """
-    adapters = [name for name in files if name != "base"]
+    adapters = [name for name in files if name]
     for name in adapters:
         read_adapter(name)
     load, system, said = cache(lambda: loaded or load_tuned(name_or_path, adapters, device)), system_of(adapters), {}
     for name, file in files.items():
-        number = adapters.index(name) if name in adapters else None
+        number = adapters.index(name) if name else None
 
         def ask(batch, number=number):
             model, processor = load()
             with speaking_as(model, number):
                 return generate_answers(model, processor, batch, max_new_tokens, batch_size, system)
 
-        of_adapter = None if number is None else name
-        belongs = identity(questions, name_or_path, of_adapter, max_new_tokens=max_new_tokens, system=system)
+        belongs = identity(questions, name_or_path, name, max_new_tokens=max_new_tokens, system=system)
         said[name] = answer_all(file, belongs, questions, ask, batch_size)
     return said
 
 
 def files_in(folder, names):
-    """{a model's name: the file of its answers in a folder of such files}"""
-    return {name: Path(folder, re.sub(r"[^\w.-]+", "-", name).strip("-.")[-100:] + ".jsonl") for name in names}
+    """{a model, as in `answer_as`: the file of its answers in a folder of such files}"""
+    file_of = lambda name: re.sub(r"[^\w.-]+", "-", name or "base").strip("-.")[-100:] + ".jsonl"
+    return {name: Path(folder, file_of(name)) for name in names}
 
 
 def read_items(path):

@@ -29,8 +29,8 @@ from data import BadInput, about, find_images, parse_record, run_command, shown,
 from examples.answer import answer_as, make_parser, opened, read_items, refuse_image_tokens
 from train import load_processor, replacing, whole
 
-# A benchmark is a function: number, item of its file, image folder, answer -> image, question, the record
-# that its scorer reads. The image is the path of a file, or a file in base64.
+# A benchmark is a function: number, item of its file, image folder, answer -> image, question, the record that its
+# scorer reads. The image is the path of a file, or a file in base64.
 
 
 def local(name, folder):
@@ -163,8 +163,8 @@ def run(argv):
     if apply in (pope, amber_discriminative):
         with about(f"{args.annotations or args.questions}: no annotations for these questions"):
             truths = read_truths(items, args.annotations)
-    partial, speaker, limits = f"{to}.partial", args.adapter or "base", (args.max_new_tokens, args.batch_size)
-    answers = answer_as({speaker: partial}, args.model, questions, *limits, args.device)[speaker]
+    partial, limits = f"{to}.partial", (args.max_new_tokens, args.batch_size)
+    answers = answer_as({args.adapter: partial}, args.model, questions, *limits, args.device)[args.adapter]
     records = [apply(i, item, args.images, answer)[2] for i, (item, answer) in enumerate(zip(items, answers))]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     with replacing(to.parent) as new:

@@ -222,7 +222,7 @@ def run(argv):
     add("--to", required=True, metavar="PAGE", help="the page to write, .html")
     args = parser.parse_args(argv)
     files = [name for name in args.adapter if name != "base" and Path(name).is_file()]
-    models = [name for name in args.adapter if name not in files]
+    models = [None if name == "base" else name for name in args.adapter if name not in files]
     if len({*args.adapter}) < max(2, len(args.adapter)):
         raise BadInput(f"--adapter takes {text}, all different")
     if models and not args.model:
@@ -234,7 +234,7 @@ def run(argv):
     said = {file: answer.read_answers(file, asked) for file in files}
     kept = answer.files_in(args.answers or f"{args.to.removesuffix('.html')}-answers", models)
     said |= answer.answer_as(kept, args.model, asked, args.max_new_tokens, args.batch_size, args.device)
-    said = {name: said[name] for name in args.adapter}  # in the order of the command
+    said = {name: said[None if name == "base" else name] for name in args.adapter}  # in the order of the command
     Path(args.to).write_text(make_page(questions, said, args.blind), "utf-8")
     n_equal = sum(len({*answers}) == 1 for answers in zip(*said.values()))
     print(f"{args.to}: {len(questions)} questions, {n_equal} of them with equal answers")

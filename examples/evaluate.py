@@ -189,13 +189,13 @@ def run(argv):
     said = {}
     if args.answers:
         questions = [(example.images, example.question) for example in examples]
-        files = answer.files_in(args.answers, ["base", *args.adapter])
+        files = answer.files_in(args.answers, [None, *args.adapter])
         said = answer.answer_as(files, args.model, questions, args.max_new_tokens, loaded=(model, processor))
     print(f"{len(examples)} examples: means, and bootstrap intervals of level {LEVEL:.0%}")
     metrics = {name: measure(answers) for name, answers in said.items()}
     if said:
         print("base")
-        print_metrics(metrics["base"])
+        print_metrics(metrics[None])
     for number, name in enumerate(args.adapter):
         with answer.speaking_as(model, number):
             with about(f"the run's loss, {trained.loss} of mdpo.py or variants.py"):
@@ -209,8 +209,8 @@ def run(argv):
             print(name)
         print_metrics(metrics[name], diagnose(margins))
     first, *others = args.adapter
-    for name, other in [(name, "base") for name in args.adapter if said] + [(name, first) for name in others]:
-        print(f"{name} minus {other}")
+    for name, other in [(name, None) for name in args.adapter if said] + [(name, first) for name in others]:
+        print(f"{name} minus {other or 'base'}")
         for title in filter(metrics[other].__contains__, metrics[name]):
             values = zip(metrics[name][title], metrics[other][title], strict=True)
             print_line(title, [a - b for a, b in values])
