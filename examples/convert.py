@@ -45,17 +45,17 @@ REFUSED = {name: tokens | TEMPLATES for name, tokens in data.special_tokens(None
 
 def open_records(source, split):
     """A file, or the name of a data set of the hub -> its records. Embedded images of parquet stay bytes."""
-    content = Path(source).read_bytes() if os.path.isfile(source) else b"PAR1"
-    if not content.startswith(b"PAR1"):
+    is_file = os.path.isfile(source)
+    if is_file and Path(source).open("rb").read(4) != b"PAR1":
         with suppress(ValueError):
-            found = json.loads(content.decode("utf-8-sig"))
+            found = json.loads(Path(source).read_bytes().decode("utf-8-sig"))
             return found if isinstance(found, list) else found.get("data", [found])
         return [record for _, record in data.load_records(source)]  # JSON lines, or it says what else this is
-    with about("cannot be read as parquet" if os.path.isfile(source) else "no such file, nor a data set of the hub"):
+    with about("cannot be read as parquet" if is_file else "no such file, nor a data set of the hub"):
         with about("`pip install datasets`"):
             import datasets
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        what = {"path": "parquet", "data_files": source} if os.path.isfile(source) else {"path": source}
+        what = {"path": "parquet", "data_files": source} if is_file else {"path": source}
         records = datasets.load_dataset(**what, split=split, streaming=True)
     return records.decode(False) if records.features else records
 
@@ -151,7 +151,7 @@ def convert_all(records, log, folder):
     """Note of each record that is not in the log yet: the example, or why it is left out."""
     n_done = log.read_bytes().count(b"\n") - 1
     bar = tqdm(islice(records, n_done, None), "converting", initial=n_done, unit=" records")
-    with open(log, "a", encoding="utf-8") as file:
+    with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
         for number, record in enumerate(bar, n_done + 1):
             embedded = {}
             try:
