@@ -3,7 +3,7 @@
     python examples/convert.py IN OUT [--images DIR]
 
 IN is JSON, JSON lines, parquet or a data set of the hub; the last two need `pip install datasets`. Embedded images are
-written untouched, named by their hash. Image files stay where they are, by absolute paths. OUT/convert.jsonl notes
+written untouched, named by their hash. Image files stay where they are, by absolute paths. OUT/records-*.jsonl notes
 what became of each record, so that the same command goes on. `python data.py OUT/data.jsonl` checks the result.
 """
 
@@ -147,12 +147,11 @@ def find_images(record, kind, folder, embedded):
     raise BadInput(f"no such image in {folder} (--images names its folder): {first(record, NAMES[kind])!r:.80}")
 
 
-def convert_all(records, log, folder):
-    """Note of each record that is not in the log yet: the example, or why it is left out."""
-    n_done = log.read_bytes().count(b"\n") - 1
-    bar = tqdm(islice(records, n_done, None), "converting", initial=n_done, unit=" records")
-    with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
-        for number, record in enumerate(bar, n_done + 1):
+def convert_all(records, lines, log, folder):
+    """Add a line for each record that has none yet, to the log, too: the example, or why it is left out."""
+    bar = tqdm(islice(records, len(lines), None), "converting", initial=len(lines), unit=" records")
+    with open(log, "a", encoding="utf-8") as file:
+        for number, record in enumerate(bar, len(lines) + 1):
             embedded = {}
             try:
                 result = convert(record, number, folder, embedded)
@@ -162,7 +161,8 @@ def convert_all(records, log, folder):
                 for path in {*result["images"], *result.get("rejected_images", ())} & {*embedded}:
                     (log.parent / "images").mkdir(exist_ok=True)
                     (log.parent / path).write_bytes(embedded[path])
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            lines.append(json.dumps(result, ensure_ascii=False).encode(errors="backslashreplace").decode())
+            file.write(lines[-1] + "\n")
             file.flush()
 
 
@@ -173,20 +173,20 @@ def run(argv):
     parser.add_argument("--images", metavar="DIR", help="where relative paths begin (default: IN's folder)")
     parser.add_argument("--split", default="train", help="of a data set of the hub (default: train)")
     args = parser.parse_args(argv)
-    log, made = args.out / "convert.jsonl", args.out / "data.jsonl"
-    folder = os.path.abspath(args.images or os.path.dirname(args.source))
+    made, folder = args.out / "data.jsonl", os.path.abspath(args.images or os.path.dirname(args.source))
     size = os.path.getsize(args.source) if os.path.isfile(args.source) else 0
-    head = json.dumps([args.source, size, folder, args.split])
-    *lines, _ = log.read_text("utf-8").split("\n") if log.exists() else [head, ""]  # _: cut by a kill, or empty
-    if lines[:1] != [head] or args.out.exists() and any(args.out.iterdir()) and not log.exists():
+    what = json.dumps([args.source, size, folder, args.split]).encode()
+    log = args.out / f"records-{hashlib.sha256(what).hexdigest()[:16]}.jsonl"
+    if args.out.exists() and any(args.out.iterdir()) and not log.exists():
         raise BadInput(f"{args.out}: is there already, and is not what this command makes")
+    *lines, _ = log.read_text("utf-8").split("\n") if log.exists() else [""]  # _: cut by a kill, or empty
     if not made.exists():
         with about(args.source):
             records = open_records(args.source, args.split)
             args.out.mkdir(parents=True, exist_ok=True)
-            log.write_text("\n".join([*lines, ""]), "utf-8")
-            convert_all(records, log, folder)
-    lines, left_out = log.read_text("utf-8").split("\n")[1:-1], {}
+            log.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+            convert_all(records, lines, log, folder)
+    left_out = {}
     examples = [line for line in lines if line.startswith("{")]
     for number, reason in enumerate(map(json.loads, lines), 1):
         if isinstance(reason, str):

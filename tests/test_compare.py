@@ -224,8 +224,8 @@ def test_a_file_of_answers_goes_on_only_with_what_it_belongs_to(keep, tmp_path):
 
 
 def test_a_file_that_others_wrote_into_is_refused_and_left_as_it_is(keep, tmp_path):
-    """The user's own file of this name; or one of two commands at once, where each answer would stand at another's
-    question."""
+    """The user's own file of this name; or one of two commands at once, where each answer would stand at
+    another's question."""
     keep(upper)
     lines = (path := tmp_path / "new" / "a.jsonl").read_text().splitlines(keepends=True)
     for content in "my notes", "my notes\nof today\n", '{"a": 1}\n', "".join([*lines[:2], *lines[1:3]]):

@@ -410,13 +410,14 @@ def test_continues_where_it_was_stopped(folder, monkeypatch, source, stop):
 
     monkeypatch.setattr(convert, "convert", stopping)
     assert run(source, "out") == 130 and not Path("out/data.jsonl").exists()
-    with open("out/convert.jsonl", "a") as file:
+    (log,) = Path("out").glob("records-*.jsonl")
+    with log.open("a") as file:
         file.write('{"id": "cut sho')
     assert run(source, "out") == 0
     assert seen == [*range(1, stop + 1), *range(stop, 6)]
     Path("out/data.jsonl").unlink()
     assert run(source, "out") == run(source, "out") == 0 and len(seen) == 6  # all is there
-    for name in ("data.jsonl", "convert.jsonl"):
+    for name in ("data.jsonl", log.name):
         assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
 
 
