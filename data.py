@@ -64,7 +64,7 @@ def another_image(image, rng, area, other):
     return ImageOps.fit(other(), image.size)
 
 
-def moco_augment(image, rng, area=None, other=None):
+def moco_augment(image, rng, area, other):
     """MoCo v2's augmentation (arXiv:2003.04297): crop of 20-100%, colour jitter, grey, blur, flip"""
     image = random_crop(image, rng, (0.2, 1.0))
     if rng.random() < 0.8:
@@ -88,7 +88,7 @@ def shift_hue(image, turn):
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-# How a rejected image is made (section 3.1, Table 3): functions of an image, a `random.Random`, the area of
+# How a rejected image is made (section 3.1, Table 3; --help shows the docstrings): functions of an image, a `random.Random`, the area of
 # --crop and a function that opens another image of the data. They return an image of the same size.
 STRATEGIES = {"crop": random_crop, "random": another_image, "moco": moco_augment}
 
@@ -189,7 +189,7 @@ class Batch:
         2    image_rejected    7 7 5 6 1 2 0        -100 -100 -100 -100 1 2    0     2
 
     `mdpo.sequence_logps(model(**batch.inputs).logits, batch.labels)` are the R = 3B log-probabilities, if
-    each row is its own owner. Otherwise it shares an image with one, which `mdpo.pack` makes use of.
+    each row is its own owner. Otherwise it shares its owner's prefix, which `mdpo.pack` makes use of.
     """
 
     inputs: dict[str, torch.Tensor]  # of the processor: input_ids, attention_mask (R, T); the owners' images
@@ -226,13 +226,14 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
         raise BadInput("make_batch takes a list of pairs with open images: [Pairs(examples)[epoch, i], ...]")
     texts = [tokenize(processor, pair) for pair in pairs]
     rows = [(i, *SCORED[name]) for name in names for i in range(len(pairs))]  # (pair, images, response)
-    wholes = [texts[i].wholes[answer] for i, _, answer in rows]
     responses = [texts[i].responses[answer] for i, _, answer in rows]
-    images = [getattr(pairs[i], field) for i, field, _ in rows]
     shows = [row[:2] for row in rows]
     owner = [shows.index(row) for row in shows] if share else [*range(len(rows))]
     owners = sorted({*owner})
-    inputs = dict(encode(processor, [wholes[n] for n in owners], [images[n] for n in owners], "right"))
+    encoded = [rows[n] for n in owners]
+    wholes = [texts[i].wholes[answer] for i, _, answer in encoded]
+    images = [getattr(pairs[i], field) for i, field, _ in encoded]
+    inputs = dict(encode(processor, wholes, images, "right"))
 
     lengths = dict(zip(owners, inputs["attention_mask"].sum(1).tolist()))
     starts = [lengths[n] - len(responses[n]) for n in owner]  # of each row's response
@@ -246,8 +247,8 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
     is_prompt = torch.arange(labels.shape[1]) < torch.tensor(starts)[:, None]
     shape = inputs["input_ids"].shape
     for name, values in inputs.items():
-        if values.shape[:2] == shape:  # the prompts', and 0 for a response: the type of text
-            if values.ndim > 2 or name == "labels":  # as of Mllama's cross-attention, of PaliGemma
+        if values.shape[:2] == shape:  # a value per token: the prompt's, and for a response 0, that of text
+            if values.ndim > 2 or name == "labels":  # Mllama's cross-attention, PaliGemma's labels
                 raise BadInput(f"its processor returns {name}, which a response cannot extend")
             values = F.pad(values, (0, labels.shape[1] - shape[1]))
             inputs[name] = values[[owners.index(n) for n in owner]] * is_prompt
@@ -302,7 +303,7 @@ def tokenize(processor, pair):
         n_before = len(os.path.commonprefix([before, whole]))
         response = whole[n_before:].removesuffix(after) + (after.strip() or eos)
         response, end, _ = response.partition(eos)  # the first end-of-sequence ends the response
-        if not response.strip():
+        if not response:
             raise BadInput(f"'{name}' is empty before its end-of-sequence")
         wholes[name] = whole[:n_before] + response + end
     prompt = before.rstrip(" ")  # tabs are not stripped: they are Bunny's image token
@@ -382,11 +383,9 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 
     records = load_records(path)
     names = {n: f" (id {r['id']})" if isinstance(r, dict) and "id" in r else "" for n, r in records}
-    found = {
-        n: attempt(n, parse_record, record, str(n), subset or "", roots, tokens) for n, record in records
-    }
-    n_left_out = sum(example is None for example in found.values()) - len(problems)
-    found = {n: example for n, example in found.items() if example}
+    parse = lambda n, record: attempt(n, parse_record, record, str(n), subset or "", roots, tokens)
+    found = {n: example for n, record in records if (example := parse(n, record))}
+    n_left_out = len(records) - len(found) - len(problems)
     if limit is not None and limit < len(found):
         found = {n: found[n] for n in sorted(random.Random(seed).sample([*found], limit))}
     wrapped = [n for n, example in found.items() if "wrapped" in example.question[0]]
@@ -396,13 +395,13 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
         )
         found |= {n: found[n]._replace(question=found[n].question[1:]) for n in wrapped}
 
-    examples, lengths = [*found.values()], []
+    lengths = []
     if check:
         check_one = partial(check_example, processor and knowing_sizes(processor), max_length, max_pixels)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             checked = pool.map(lambda n: attempt(n, check_one, found[n]), found)
             lengths = [*progress(checked, "checking data", len(found), leave=False, delay=1)]
-        examples = [example for n, example in found.items() if n not in problems]
+    examples = [example for n, example in found.items() if n not in problems]
     if problems:
         what = "dropped" if skip_bad else "--skip-bad would drop"
         lines = [problems[n] for n in sorted(problems)][:20]
@@ -424,7 +423,7 @@ ONE_AT_A_TIME = threading.Lock()
 
 
 def check_example(processor, max_length, max_pixels, example):
-    """Use an example as training will, so that whatever fails there fails here -> its lengths in tokens."""
+    """Use an example as training will, and fail if it would -> tokens of prompt and responses, ends inside."""
     images, images_rejected = (tuple(open_image(path, max_pixels) for path in of) for of in example[3:5])
     if images and [*map(Image.Image.tobytes, images)] == [*map(Image.Image.tobytes, images_rejected)]:
         raise BadInput("the rejected image is the image")  # in another file format, too
@@ -442,7 +441,7 @@ def check_example(processor, max_length, max_pixels, example):
 
 
 def speaks_vicuna(processor):
-    """Is the model asked as Bunny and LLaVA-1.5 are, USER: ... ASSISTANT:, with a system text before it?"""
+    """Do the model's prompts end in ASSISTANT:, as Bunny's and LLaVA-1.5's do, which begin with a system text?"""
     return render(processor, chat_messages("?", 0), add_generation_prompt=True).endswith("ASSISTANT:")
 
 
@@ -454,9 +453,8 @@ def knowing_sizes(processor):
         def __call__(self, images, **options):
             sizes = re.sub(" at 0x[0-9a-fA-F]+", "", str(images))
             if sizes not in known:
-                known[sizes] = super().__call__(images, **options)
-                pixels = known[sizes]["pixel_values"]
-                known[sizes]["pixel_values"] = pixels.new_zeros(()).expand(pixels.shape)  # takes no memory
+                known[sizes] = made = super().__call__(images, **options)
+                made["pixel_values"] = made["pixel_values"].new_zeros(()).expand(made["pixel_values"].shape)
             return copy.copy(known[sizes])
 
     processor.image_processor = copy.copy(processor.image_processor)
@@ -476,8 +474,8 @@ def describe(examples, lengths, max_length):
         n_cut = sum(prompt + n > max_length for prompt, pair in zip(prompts, pairs) for n in pair)
         for name, values in ("prompts", prompts), ("responses", responses):
             lines.append(f"{name}: {statistics.median(values):.0f} tokens, the longest {max(values)}")
-        lines.append(f"{n_cut} responses are cut at --max-length {max_length}")
-        lines.append(f"{sum(ended)} responses end at an end-of-sequence inside")
+        lines += [f"{n_cut} responses are cut at --max-length {max_length}",
+                  f"{sum(ended)} responses end at an end-of-sequence inside"]  # fmt: skip
     return "\n  ".join(lines)
 
 
@@ -598,9 +596,8 @@ def best_and_worst(completions):
             rated.append((statistics.mean(map(float, ratings)), completion["response"]))
     if len({rating for rating, _ in rated}) < 2:
         return None, None
-    (_, chosen), (_, rejected) = (best(rated, key=lambda pair: pair[0]) for best in (max, min))
-    citation = r"【[^【】†]*†[^【】]*】"
-    return re.sub(citation, "", chosen), re.sub(citation, "", rejected)
+    extremes = [best(rated, key=lambda pair: pair[0])[1] for best in (max, min)]
+    return [re.sub(r"【[^【】†]*†[^【】]*】", "", response) for response in extremes]  # no citations
 
 
 def first(record, names):
@@ -719,7 +716,7 @@ class BadInput(ValueError):
 
 @contextmanager
 def about(what, kind=BadInput):
-    """Convert any exception raised here, but for want of memory, to a `BadInput` that begins with `what`."""
+    """Convert any exception raised here, except out-of-memory errors, to a `BadInput` that begins with `what`."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
@@ -770,7 +767,7 @@ def progress(values, what, total, **options):
 
 
 class Unbreakable:
-    """A stream that may be closed, or that nobody reads any more: no run ends for it."""
+    """A stream that may be closed, or that nobody reads any more: a run survives it."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -788,7 +785,7 @@ class Unbreakable:
 
 
 def one_line(text, limit=1000):
-    """The text without line breaks and other control characters, and cut where nobody reads on."""
+    """The text without line breaks and other control characters, and cut at `limit`."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
 
 

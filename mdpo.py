@@ -56,16 +56,15 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     if conditional:
         terms["conditional"] = -F.logsigmoid(r["chosen"] - r["image_rejected"])  # eq. 6, CoPO
     if anchors:
-        distance = lambda name: r[name] - delta if name == "chosen" else delta - r[name]  # last: Table 4
+        distance = lambda name: r[name] - delta if name == "chosen" else delta - r[name]  # downwards: Table 4
         terms["anchor"] = sum(-F.logsigmoid(distance(name)) for name in r if name in anchors)  # eq. 7, AncPO
     losses = sum(terms.values())  # eq. 8, mDPO
 
     metrics = {f"loss/{name}": term for name, term in terms.items()}
     metrics |= {f"rewards/{name}": reward for name, reward in r.items()}
-    for kind, worse in ("", "rejected"), ("image_", "image_rejected"):
-        if worse in r:
-            margin = r["chosen"] - r[worse]
-            metrics |= {f"rewards/{kind}accuracies": (margin > 0).float(), f"rewards/{kind}margins": margin}
+    for worse in [*r][1:]:
+        margin, kind = r["chosen"] - r[worse], worse.removesuffix("rejected")
+        metrics |= {f"rewards/{kind}accuracies": (margin > 0).float(), f"rewards/{kind}margins": margin}
     return losses, {name: values.detach() for name, values in metrics.items()}
 
 
@@ -109,8 +108,8 @@ def sequence_logps(logits, labels):
 def mdpo_step(model, batch, loss=mdpo_loss, ref_model=None, **options):
     """One step's forward pass: a batch of `data.make_batch` -> losses (B,), with gradient, and metrics (B,).
 
-    model: wrapped by peft, or any if ref_model is given; its vision tower and projector are frozen.
-    ref_model: by default `model` without its adapter, which shares the features of the images.
+    model: wrapped by peft, or any if ref_model is given; its vision tower and projector must be frozen.
+    ref_model: by default `model` without its adapter. Then both passes share the features of the images.
     loss: `mdpo_loss`, or a function of (policy_logps, ref_logps, batch=batch, **options) -> losses, metrics.
     """
     if ref_model is None and not hasattr(model, "disable_adapter"):
@@ -174,11 +173,15 @@ def encode_images(model, inputs):
 
     Raises ValueError if vision tower or projector are trained: the reference would change with them.
     """
-    known = signature(model.get_image_features).parameters
-    features = model.get_image_features(**{name: inputs[name] for name in known if name in inputs})
+    features = call(model.get_image_features, inputs)
     if any(image.requires_grad for image in features.pooler_output):
         raise ValueError("vision tower and projector must be frozen: policy and reference share their output")
     return features
+
+
+def call(function, inputs):
+    """The function's result for those of the inputs that it takes."""
+    return function(**{name: inputs[name] for name in signature(function).parameters if name in inputs})
 
 
 def to_device(batch, device):
@@ -195,7 +198,7 @@ def unwrapped(model):
 # 1. Policy and reference share the features of each image, since vision tower and projector are frozen.
 # 2. Logits are computed only where they predict a response.
 # 3. Most tokens are image tokens. y_w and y_l share one prefix: an example has two prefixes, not three.
-# 4. All rows of a batch lie end to end in one, without padding. Attention runs block by block, as for a pair:
+# 4. All rows of a batch lie end to end in one, without padding. Attention runs block by block. One pair:
 #
 #        token     m_w m_w q   q   y_w y_w y_w | y_l y_l | m_l m_l q   q   y_w y_w y_w
 #        position  0   1   2   3   4   5   6   | 4   5   | 0   1   2   3   4   5   6
@@ -204,7 +207,7 @@ def unwrapped(model):
 
 
 def pack(batch):
-    """Index the rows of a batch as one row in which no prefix comes twice -> the batch with these filled in.
+    """Turn the rows into one row that holds each shared prefix once -> the batch with these filled in.
 
     take (N,): where each token of the packed row stands in the flattened rows (R * T,)
     answers (K,): where each token of the responses stands there
@@ -226,7 +229,7 @@ def packed_inputs(model, batch):
     """The packed row, with logits at its predictors; sets the model's attention to `packed_attention`."""
     if not hasattr(model, "attends_in_blocks"):
         use_packed_attention(model)
-    positions = row_positions(model, batch)  # before the batch is moved: the library counts on the CPU
+    positions = row_positions(model, batch)  # before the batch is moved: a Python loop in the library
     batch = to_device(batch, model.device)
     inputs = batch.inputs | {"position_ids": positions}  # (R, T), or (3, R, T) in space
     del inputs["attention_mask"]
@@ -245,12 +248,10 @@ def row_positions(model, batch):
     rope_index = getattr(model.base_model, "get_rope_index", None)
     if rope_index is None or "pixel_values" not in batch.inputs:
         return torch.arange(batch.labels.shape[1], device=model.device).expand(batch.labels.shape)
-    owners = sorted({*batch.owner})  # whose images it gets; other rows take their positions
+    owners = sorted({*batch.owner})  # only these rows have images; the others take their owner's positions
     inputs = batch.inputs | {"attention_mask": torch.ones_like(batch.labels)}
-    for name in {*inputs} - {*signature(rope_index).parameters}:
-        del inputs[name]
-    of_owners = {name: v[owners] if v.shape == batch.labels.shape else v for name, v in inputs.items()}
-    return rope_index(**of_owners)[0][:, [owners.index(row) for row in batch.owner]].to(model.device)
+    inputs = {name: v[owners] if v.shape == batch.labels.shape else v for name, v in inputs.items()}
+    return call(rope_index, inputs)[0][:, [owners.index(row) for row in batch.owner]].to(model.device)
 
 
 def use_packed_attention(model):
@@ -265,7 +266,7 @@ def use_packed_attention(model):
 
 
 def attention_blocks(blocks, device=None, dtype=torch.float32):
-    """`blocks` of `pack` -> the same with a mask each: None for a row with its own prefix, a causal block.
+    """`blocks` of `pack` -> the same with a mask each: None, plain causal, for a row with its own prefix.
 
     Any other row has n tokens. They see its owner's prefix and, causally, each other. The mask
     (1, 1, n, prefix + n) is added to the scores. Its rows begin at multiples of 16 numbers, or CUDA's kernels
@@ -288,7 +289,7 @@ def packed_attention(module, query, key, value, attention_mask, blocks=None, **o
 
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    # Split once: the backward of a split is one concatenation. That of each slice would fill a whole row.
+    # Split once: the backward of a split is one concatenation. That of each slice would make a row of zeros.
     queries, keys, values = (tensor.split([n for n, *_ in blocks], dim=2) for tensor in (query, key, value))
     outputs = []
     for q, k, v, (_, owner, prefix, mask) in zip(queries, keys, values, blocks):

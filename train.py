@@ -63,8 +63,8 @@ from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps
 
 def main(argv=None, loss=mdpo_loss):
     """The command line -> exit status. loss: `mdpo_loss`, or one of your own as `mdpo_step` takes it."""
-    saves_memory = "a lower --micro-batch-size or --max-length, or --device cpu"
-    return run_command(lambda argv: run(parse_args(argv), loss), argv, saves_memory)
+    return run_command(lambda argv: run(parse_args(argv), loss), argv,
+                       saves_memory="a lower --micro-batch-size or --max-length, or --device cpu")  # fmt: skip
 
 
 def run(args, loss):
@@ -97,7 +97,9 @@ def run(args, loss):
                     bar.write(f"epoch {record['epoch']:.0f}, {held_out_table([*records, record])}")
                 log(out, records, record)
                 bar.set_postfix(loss=record["loss"], refresh=False)
-                stopping = [*stop] if record["step"] < len(plan) else []  # read once: one may come between
+                stopping = (
+                    [*stop] if record["step"] < len(plan) else []
+                )  # copied: a signal may come between two looks
                 if end_of_epoch or stopping or record["step"] % (args.save_every or len(plan)) == 0:
                     save()
                 if stopping:
@@ -121,9 +123,9 @@ def make_optimizer(model, args):
     """AdamW on the adapter alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     print(f"training {sum(map(torch.numel, parameters)):,} parameters")
-    groups = [{"params": parameters, "initial_lr": args.lr}]  # of the schedule's peak, also when resumed
-    on_cuda = parameters[0].is_cuda
-    return torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay, fused=on_cuda)
+    groups = [{"params": parameters, "initial_lr": args.lr}]  # a resumed schedule needs its peak
+    fused = parameters[0].is_cuda
+    return torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay, fused=fused)
 
 
 def make_schedule(optimizer, n_steps, warmup, done):
@@ -152,7 +154,7 @@ def train(objective, plan, batches, optimizer, schedule, args):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         record = {"step": step, "epoch": step / (len(plan) // args.epochs), "lr": schedule.get_last_lr()[0]}
         record |= means(metrics, grad_norm=grad_norm)  # the one place that waits for the device
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+        if not math.isfinite(record["loss"] + record["grad_norm"]):
             raise BadInput(f"step {step}: loss or gradient is not finite; examples: {', '.join(ids)}")
         optimizer.step()
         schedule.step()
@@ -203,7 +205,7 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 @contextmanager
 def stop_signals():
-    """Yield a list that collects signals to stop, for a step to end first. A second one stops at once."""
+    """Yield a list that collects signals to stop, so that the running step can end. A second one stops at once."""
     stop = []
 
     def note(number, frame):
@@ -223,7 +225,7 @@ def stop_signals():
 
 
 class LostBatch(BadInput):
-    """A batch could not be made: the model stands between two steps."""
+    """A batch could not be made; no step is half done."""
 
 
 def load_batches(pairs, micro_batches, names, processor, args):
@@ -277,7 +279,8 @@ def read_pairs(args, processor):
     )
     examples = read(args.data, subset=args.subset, limit=args.limit, seed=args.seed)
     training, held_out = hold_out(examples, args.eval_size, args.seed)
-    held_out += read(args.eval_data) if args.eval_data else []
+    if args.eval_data:
+        held_out += read(args.eval_data)
     if args.reject != "crop" and all(example.images_rejected for example in training):
         raise BadInput(f"--reject {args.reject} does nothing: every record has rejected images of its own")
     options = args.reject, args.crop, args.seed
@@ -587,8 +590,7 @@ def parse_args(argv):
     refused = {
         "--model and --data are required (--help lists the arguments)": None in (args.model, args.data),
         f"{args.out}: already exists; choose another --out, or --resume {args.out}": taken,
-        "--anchors none cannot be combined with other anchors": "none"
-        in args.anchors[1:] + args.anchors[:-1],
+        "--anchors none cannot be combined with other anchors": "none" in args.anchors and args.anchors[1:],
         "--no-image leaves no rejected image to anchor": args.no_image and "image_rejected" in args.anchors,
         "--crop: its minimum is above its maximum": args.crop[0] > args.crop[1],
         "--crop does nothing with another --reject": args.crop != [*CROP] and args.reject != "crop",
@@ -783,8 +785,9 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
 @torch.no_grad()
 def packing_error(model, processor, pairs, layout="packed"):
     """The largest distance of rows in this layout from plain ones, computed in float32, as in TOLERANCE."""
-    # Long responses would take time and memory, and show nothing more.
-    pairs = [pair._replace(chosen=pair.chosen[:1000], rejected=pair.rejected[:1000]) for pair in pairs]
+    # Long responses would take time and memory, and show nothing more. Cut, two may be equal: they end apart.
+    short = lambda pair: {"chosen": pair.chosen[:1000] + " Yes.", "rejected": pair.rejected[:1000] + " No."}
+    pairs = [pair._replace(**short(pair)) for pair in pairs]
     make = partial(make_batch, pairs, processor, max_length=sys.maxsize)
     rows = make()
     with InFloat32():
