@@ -168,11 +168,16 @@ def summarize(by_seed):
     return summary
 
 
-def table(summary):
-    lines = [f"{'':20}" + "".join(f"{name.removeprefix('margin_'):>20}" for name in COLUMNS)]
-    for method, metrics in summary.items():
-        cells = ("{:.3f} +-{:.3f}".format(*metrics[name]) if name in metrics else "" for name in COLUMNS)
-        lines.append(f"{method:20}" + "".join(f"{cell:>20}" for cell in cells))
+def tables(summary):
+    """The summary in two parts of at most 100 columns."""
+    lines = []
+    for names in (COLUMNS[:5], COLUMNS[5:]):
+        heads = (name.removeprefix("margin_").removesuffix("_rate") for name in names)
+        lines.append(f"{'':20}" + "".join(f"{head:>16}" for head in heads))
+        for method, metrics in summary.items():
+            cells = ("{:.3f} +-{:.3f}".format(*metrics[name]) if name in metrics else "" for name in names)
+            lines.append(f"{method:20}" + "".join(f"{cell:>16}" for cell in cells).rstrip())
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -257,7 +262,7 @@ def run(argv):
     if args.figure and load_pyplot() and not QUICK.keys() <= {*methods}:
         raise BadInput(f"--figure needs the methods {', '.join(QUICK)}")
     world = {"small": shapes.SMALL, "large": shapes.LARGE}[args.world]
-    args.out = args.out or Path("runs", "miniature" + "-large" * (args.world == "large"))  # what is there is used again
+    args.out = args.out or Path("runs", "miniature" + "-large" * (args.world == "large"))
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(prepare_seed, *zip(*[(args.out, seed, world) for seed in seeds])))  # raises what a worker raised
         tasks = [(args.out, seed, method, args.scenes, world, args.device) for seed in seeds for method in methods]
@@ -271,7 +276,7 @@ def run(argv):
     arguments = {"seeds": seeds, "methods": methods, "scenes": args.scenes, "world": args.world}
     record = {"commit": commit, "arguments": arguments, "common": COMMON, "methods": METHODS}
     write_json(args.out / "results.json", record | {"summary": summary, "seeds": by_seed})
-    print(f"{table(summary)}\n\n{verdicts(by_seed, summary)}\n\n{args.out / 'results.json'}")
+    print(f"{tables(summary)}\n{verdicts(by_seed, summary)}\n\n{args.out / 'results.json'}")
     if args.figure:
         draw(by_seed, args.figure)
     return 0

@@ -35,7 +35,6 @@ from unittest import mock
 
 import peft
 import torch
-import torch.utils.benchmark
 import transformers
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,10 +43,9 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import Batch, Example, Parser, about, make_batch, run_command
+from data import Example, Parser, about, make_batch, run_command
 from examples import tiny_bunny
-from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps, sequence_logps, unwrapped
-from mdpo import to_device as batch_to_device
+from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps, sequence_logps, to_device, unwrapped
 
 WORDS = "there is a red circle and blue square here the picture of on in with small large near left right".split()
 LEARNING_RATE = 1e-4
@@ -108,12 +106,6 @@ def make_pairs(n, seed=0):
     return [Example(words(40), words(110), words(90), images(), images()) for _ in range(n)]
 
 
-def to_device(batch, device):
-    if isinstance(batch, Batch):
-        return batch_to_device(batch, device)
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
 # ----------------------------------------------------------------------------------------------------- three schemes
 #
 # A scheme is a function that makes a batch of (pairs, processor), and one of a model and a batch -> losses (B,).
@@ -128,33 +120,22 @@ def our_losses(model, batch):
     return mdpo_step(model, batch)[0]
 
 
-def in_two_passes(logps):
-    """The losses of a scheme whose passes share nothing. logps: a function of model and batch -> `LogPs`."""
-
-    def losses(model, batch):
-        with torch.no_grad(), model.disable_adapter():
-            ref_logps = logps(model, batch)
-        return mdpo_loss(logps(model, batch), ref_logps)[0]
-
-    return losses
+def authors_losses(model, batch):
+    """Two passes that share nothing over three padded rows an example, a batch of `make_batch`."""
+    batch = to_device(batch, model.device)
+    with torch.no_grad(), model.disable_adapter():
+        ref_logps = authors_logps(model, batch)
+    return mdpo_loss(authors_logps(model, batch), ref_logps)[0]
 
 
 def authors_logps(model, batch):
-    """The library's own call on three padded rows an example, and logits of every position.
+    """The library's own call, with logits of every position.
 
     Rows are padded on the right, where no token of a response looks: without a mask, attention is fastest.
     """
     inputs = dict(batch.inputs)
     del inputs["attention_mask"]
     return LogPs(*sequence_logps(model(**inputs, use_cache=False).logits, batch.labels).chunk(3))
-
-
-def plain_batch(pairs, processor):
-    """Three rows an example, padded to the longest."""
-    return make_batch(pairs, processor)
-
-
-authors_losses = in_two_passes(authors_logps)
 
 
 def trl_rival(model, processor, pairs):
@@ -174,28 +155,21 @@ def trl_rival(model, processor, pairs):
     )  # fmt: skip
     dataset = Dataset.from_list(rows(pairs))
     trainer = DPOTrainer(model, args=config, train_dataset=dataset, processing_class=processor)
-    losses = lambda model, batch: trainer.compute_loss(trainer.model, batch)
+    losses = lambda model, batch: trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
     return lambda pairs, processor: trainer.data_collator(rows(pairs)), losses
 
 
-def as_released(model):
-    """The model with peft's own LoRA layers, which need `autocast`, and the activation that a Bunny's config names."""
+def as_released(model, losses):
+    """Give the model peft's own LoRA layers and the activation that a Bunny's config names -> losses under autocast.
+
+    The weights of these layers are float32: in a bf16 model they need autocast.
+    """
     for module in model.modules():
         if isinstance(module, train.LoraLinear):
             module.__class__ = peft.tuners.lora.Linear
         if isinstance(module, transformers.models.phi.modeling_phi.PhiMLP):
             module.activation_fn = transformers.activations.ACT2FN["gelu_new"]
-    return model
-
-
-def autocast(losses):
-    """bf16 for peft's own layers, whose weights are float32."""
-
-    def under_autocast(model, batch):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-            return losses(model, batch)
-
-    return under_autocast
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)(losses)
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -222,43 +196,21 @@ class Stepper:
         self.name, self.model, self.losses = name, model, losses
         self.batches = (make(pairs, processor) for pairs in groups)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.device = self.parameters[0].device
-        self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, fused=self.device.type == "cuda")
-        self.synchronize = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
+        on_cuda = self.parameters[0].is_cuda
+        self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, fused=on_cuda)
+        self.synchronize = torch.cuda.synchronize if on_cuda else lambda: None
         self.times = []
 
     def step(self):
         batch = next(self.batches)
         self.synchronize()
         started = time.perf_counter()
-        self.losses(self.model, to_device(batch, self.device)).mean().backward()
+        self.losses(self.model, batch).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.synchronize()
         return time.perf_counter() - started
-
-
-def useful_flops(model, tokens, targets, images):
-    """2 x parameters x tokens for three passes: the reference's forward, the policy's forward and backward.
-
-    A backward pass costs as much as a forward pass, as frozen weights need no gradient. Counted are the layers over
-    real tokens, the head over response tokens, and the tower over patches; not attention's products of queries and
-    keys, LoRA, padding and what checkpointing recomputes.
-    """
-    model = unwrapped(model)
-    count = lambda module: sum(p.numel() for name, p in module.named_parameters() if "lora_" not in name)
-    layers, head, tower = count(model.get_decoder().layers), count(model.lm_head), count(model.model.vision_tower)
-    patches = images * model.config.image_seq_length
-    return 2 * (3 * layers * tokens + 3 * head * targets + tower * patches)
-
-
-def matmul_rate(device, dtype):
-    """FLOP/s that this device reaches on a large product of matrices."""
-    size = 8192 if device == "cuda" else 1024
-    matrices = {name: torch.randn(size, size, device=device, dtype=dtype) for name in "ab"}
-    timer = torch.utils.benchmark.Timer("a @ b", globals=matrices, num_threads=torch.get_num_threads())
-    return 2 * size**3 / timer.timeit(30).mean  # after a warm-up
 
 
 def prepare(args, checkpointing):
@@ -270,16 +222,9 @@ def prepare(args, checkpointing):
     return model.train(), processor
 
 
-def micro_batches(args):
-    """-> (pairs of each step of a scheme, of which two come before the clock starts; steps in a turn)."""
-    in_turn = -(-args.items // args.micro_batch_size)
-    pairs = make_pairs((2 + args.rounds * in_turn) * args.micro_batch_size)
-    return train.split(pairs, args.micro_batch_size), in_turn
-
-
 MEMORY = {  # whose peak is measured: losses, how a batch is made, checkpointing
     "ours": (our_losses, packed_batch, True),
-    "authors": (authors_losses, plain_batch, True),
+    "authors": (authors_losses, make_batch, True),
     "ours, no checkpointing": (our_losses, packed_batch, False),
 }
 
@@ -288,19 +233,14 @@ def measure_memory(args, name):
     """GiB before the first step and, above that, at the peak of two, of which the second has the longest texts."""
     losses, make, checkpointing = MEMORY[name]
     model, processor = prepare(args, checkpointing)
-    groups = heaviest(make_pairs(max(args.items, 2 * args.micro_batch_size)), args.micro_batch_size)
+    groups = train.split(make_pairs(max(args.items, 2 * args.micro_batch_size)), args.micro_batch_size)
+    groups = sorted(groups, key=lambda group: sum(len(text) for pair in group for text in pair[:3]))[-2:]
     stepper = Stepper(name, model, processor, groups, losses, make)
     gc.collect()
     before = memory_now(args.device)
     for _ in groups:
         stepper.step()
     return record(args, memory_gib={name: {"before": before, "above": memory_now(args.device, peak=True) - before}})
-
-
-def heaviest(pairs, size):
-    """The two micro-batches with the longest texts, in rising order."""
-    length = lambda group: sum(len(text) for pair in group for text in pair[:3])
-    return sorted(train.split(pairs, size), key=length)[-2:]
 
 
 def memory_now(device, peak=False):
@@ -325,39 +265,30 @@ def in_turns(steppers, n_batches, rounds):
 
 def compare(args, identical):
     """Time ours against the others: at identical settings, or ours at its best and theirs as released."""
-    (model, processor), (groups, in_turn) = prepare(args, identical), micro_batches(args)
+    model, processor = prepare(args, identical)
+    in_turn = -(-args.items // args.micro_batch_size)
+    pairs = make_pairs((2 + args.rounds * in_turn) * args.micro_batch_size)  # two steps come before the clock starts
+    groups = train.split(pairs, args.micro_batch_size)
     check_equal(model, processor, groups[0])
     steppers = [Stepper("ours", model, processor, groups, our_losses)]
     for name in ("authors", "trl") if args.trl else ("authors",):
         theirs, _ = prepare(args, True)  # a model each: TRL's constructor changes the one that it gets
         theirs.load_state_dict(model.state_dict())
-        make, losses = (plain_batch, authors_losses) if name == "authors" else trl_rival(theirs, processor, groups[0])
-        if not identical:
-            losses = autocast(losses)
-            as_released(theirs)
+        make, losses = (make_batch, authors_losses) if name == "authors" else trl_rival(theirs, processor, groups[0])
+        losses = losses if identical else as_released(theirs, losses)
         steppers.append(Stepper(name, theirs, processor, groups, losses, make))
     speedup = in_turns(steppers, in_turn, args.rounds)
-    seconds = statistics.median(steppers[0].times) / args.micro_batch_size
-    batches = [packed_batch(group, processor) for group in groups[2:]]
-    n = len(batches) * args.micro_batch_size
-    tokens, targets = (sum(len(getattr(batch, name)) for batch in batches) for name in ("take", "answers"))
-    flops = useful_flops(model, tokens, targets, 2 * n) / n
-    return record(
-        args,
-        settings="identical" if identical else "ours at its best, theirs as released",
-        speedup=speedup,
-        examples_per_second={s.name: args.micro_batch_size / statistics.median(s.times) for s in steppers},
-        real_tokens_per_second=tokens / n / seconds,
-        useful_share_of_matmul_rate=flops / seconds / args.matmul_rate,
-        hours_for_10k_x_3=30_000 * seconds / 3600,
-    )
+    rates = {stepper.name: args.micro_batch_size / statistics.median(stepper.times) for stepper in steppers}
+    settings = "identical" if identical else "ours at its best, theirs as released"
+    hours = 30_000 / rates["ours"] / 3600
+    return record(args, settings=settings, speedup=speedup, examples_per_second=rates, hours_for_10k_x_3=hours)
 
 
 @torch.no_grad()
 def check_equal(model, processor, pairs):
     """Both schemes on the same model and examples. Raises AssertionError if they do not compute the same."""
     ours = response_logps(model, packed_batch(pairs, processor))
-    theirs = authors_logps(model, to_device(plain_batch(pairs, processor), model.device))
+    theirs = authors_logps(model, to_device(make_batch(pairs, processor), model.device))
     for name, a, b in zip(LogPs._fields, ours, theirs):
         difference = ((a - b).abs() / b.abs()).max().item()
         assert difference < (1e-5 if model.dtype == torch.float32 else 1e-2), f"{name}: {difference:.1e} apart"
@@ -391,10 +322,10 @@ def memory_terms(model):
     }
 
 
-def predicted_peak(terms, tokens, targets, checkpointing, gradient=True):
-    """GiB at the peak of a step. gradient=False: of the first micro-batch, before the adapter has one."""
+def predicted_peak(terms, tokens, targets, checkpointing):
+    """GiB at the peak of a step."""
     weights, adapter, state, grads, kept, layer, all_kept, cast, logit = terms.values()
-    held = weights + adapter + state + gradient * grads
+    held = weights + adapter + state + grads
     if checkpointing:
         return (held + kept * tokens + max(layer * tokens, logit * targets)) / 2**30
     return (held + cast + all_kept * tokens + logit * targets) / 2**30
@@ -416,11 +347,6 @@ def print_formula(shape):
         groups = [total(group) for group in train.split(sizes, n)]
         peaks = [max(predicted_peak(terms, *group, checkpointing) for group in groups) for checkpointing in (1, 0)]
         print(f"{n:8}: {peaks[0]:6.1f} with checkpointing, {peaks[1]:6.1f} without")
-    for n in (1, 2, 4):
-        batch = packed_batch(heaviest(make_pairs(16), n)[-1], processor)
-        measured = predicted_peak(terms, len(batch.take), len(batch.answers), True, gradient=False)
-        above = measured - (terms["weights in bf16"] + terms["adapter in float32"]) / 2**30
-        print(f"  `--only ours --micro-batch-size {n}`, above what is there before: {above:.1f} GiB")
     print_hours(model, processor)
 
 
@@ -509,7 +435,7 @@ def print_hours(model, processor):
                   f"{hours:5.2f} h{waits}")  # fmt: skip
 
 
-def main(argv=None):
+def run(argv):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--shape", choices=SHAPES, help="(default: bunny-3b on a GPU, else tiny)")
@@ -526,23 +452,25 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"
-    args.dtype_name = args.dtype or ("bfloat16" if cuda else "float32")
-    args.dtype = getattr(torch, args.dtype_name)
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
     args.device_name = torch.cuda.get_device_name() if cuda else f"CPU, {args.threads} thread(s)"
     args.shape = args.shape or ("bunny-3b" if cuda else "tiny")
     if args.only == "memory-formula":
-        return [*map(print_formula, ("bunny-3b", "llava-7b"))]
-    if args.only in MEMORY:
-        return measure_memory(args, args.only)
-    args.matmul_rate = matmul_rate(args.device, args.dtype)
-    if args.only == "speed":
-        return compare(args, True)
-    for name in MEMORY:  # each in a fresh process, while this one holds nothing on the GPU; what is freed goes back
-        with about(f"memory of {name}"):
-            subprocess.run([sys.executable, __file__, *(sys.argv[1:] if argv is None else argv), "--only", name],
-                           env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, check=True)  # fmt: skip
-    return [compare(args, identical) for identical in (True, False)]
+        print_formula("bunny-3b")
+        print_formula("llava-7b")
+    elif args.only in MEMORY:
+        measure_memory(args, args.only)
+    elif args.only == "speed":
+        compare(args, identical=True)
+    else:
+        for name in MEMORY:  # in a fresh process each, and while this one holds nothing on the GPU
+            with about(f"memory of {name}"):
+                subprocess.run([sys.executable, __file__, *argv, "--only", name],
+                               env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, check=True)  # fmt: skip
+        compare(args, identical=True)
+        compare(args, identical=False)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda argv: main(argv) and None, saves_memory="a lower --micro-batch-size"))
+    sys.exit(run_command(run, saves_memory="a lower --micro-batch-size"))

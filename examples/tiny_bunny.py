@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 import torch
 import transformers
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -72,7 +72,7 @@ def write_tokenizer(folder, texts):
 
 
 def write_weights(folder, model):
-    """A Llava's weights under Bunny's names, as two shards of safetensors."""
+    """A Llava's weights under Bunny's names, in shards of safetensors."""
     renames = {
         "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
         "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
@@ -83,13 +83,8 @@ def write_weights(folder, model):
     for name, tensor in model.state_dict().items():
         ours = next(filter(name.startswith, renames), "")
         weights[renames.get(ours, "") + name.removeprefix(ours)] = tensor.half().contiguous()
-    file_of = {}
-    for number, late in (1, False), (2, True):
-        names = [name for name in weights if name.startswith(("lm_head", "model.mm_projector")) is late]
-        file_of |= dict.fromkeys(names, file := f"model-0000{number}-of-00002.safetensors")
-        save_file({name: weights[name] for name in names}, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": sum(t.numel() * 2 for t in weights.values())}, "weight_map": file_of}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    n_bytes = sum(tensor.nbytes for tensor in weights.values())
+    save_torch_state_dict(weights, folder, max_shard_size=2 * n_bytes // 3)  # two, and an index
 
 
 # ------------------------------------------------------------------------------------------------------ the base model
@@ -139,8 +134,8 @@ def learn_to_see(model, rng, progress, world, steps=400, batch_size=64):
                 for label, kinds, kind in zip(labels, names, (shape, colour)):
                     label[b, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2] = kinds.index(kind)
         features = tower_features(model, pixels(scenes, rng, world))
-        loss = sum(F.cross_entropy(head(features).flatten(0, 1), label.flatten()) for head, label in zip(heads, labels))
-        loss.backward()
+        logits = [head(features).flatten(0, 1) for head in heads]
+        sum(F.cross_entropy(*pair) for pair in zip(logits, labels.flatten(1))).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.model.vision_tower.requires_grad_(False)

@@ -3,7 +3,8 @@
     python examples/words.py --model M --adapter RUN --data FILE --to words.html   # words.png: one example
     python examples/words.py study 0 1 2                                           # seeds of miniature.py
 
-Blue: likelier with the image; red: likelier with the rejected one. Without --adapter: the base model alone.
+Blue: likelier with the image; red: likelier with the rejected one. Without --adapter: the base model alone. The page
+begins with the examples that training changed most.
 
 The study asks this in the world of `shapes.py`. For the base, DPO and mDPO of `miniature.py --quick`, it
 takes the tokens of y_w of 200 held-out pairs: mean difference of colour and shape words, and of all other
@@ -41,21 +42,25 @@ from mdpo import forward_inputs
 from train import replacing, whole
 
 SCALE = 3  # nats, of the fullest colour
-SIZE, WIDTH, LINE = (240, 180), 1000, 42  # of an image; of the drawing, and of a line of words in it
+SIZE, WIDTH, LEFT, LINE = (240, 180), 1000, 230, 42  # of an image; of the drawing; where words begin; of a line
+TITLE = "Words that look at the image"
+LEGEND = "of each token: log p(token | image) - log p(token | rejected image), in nats", [
+    ("likelier with the rejected image", -SCALE), *[("\u00a0", value) for value in range(1 - SCALE, SCALE)],
+    ("likelier with the image", SCALE),
+]  # fmt: skip
 
 
 @torch.no_grad()
 def differences(model, processor, pair, max_length=2048):
-    """-> {"y_w": [(text of a token, log p(token | m_w) - log p(token | m_l))], "y_l": ...}"""
-    logps = []
+    """-> {"chosen": [(text of a token, log p(token | m_w) - log p(token | m_l))], "rejected": ...}"""
+    names, logps = ("chosen", "rejected"), []
     for images in (pair.images, pair.images_rejected):
-        pairs, names = [pair._replace(images=images)], ("chosen", "rejected")
-        batch = make_batch(pairs, processor, names, max_length)
+        batch = make_batch([pair._replace(images=images)], processor, names, max_length)
         logits = model(**forward_inputs(model, batch)).logits[:, :-1].float().cpu()  # (2, K, V)
         targets = batch.labels[:, -logits.shape[1] :]  # (2, K)
         logps.append(-F.cross_entropy(logits.mT, targets, reduction="none"))  # (2, K), 0 outside the response
     words = {}
-    for name, values, of_row in zip(("y_w", "y_l"), logps[0] - logps[1], targets):
+    for name, values, of_row in zip(names, logps[0] - logps[1], targets):
         real = of_row >= 0
         words[name] = [*zip(token_texts(processor.tokenizer, of_row[real].tolist()), values[real].tolist())]
     return words
@@ -68,7 +73,7 @@ def token_texts(tokenizer, ids):
 
 
 def rows_of(model, processor, pair, max_length=2048):
-    """-> [(title with the sum, words)]: y_w, the base above the tuned model, then y_l."""
+    """-> [(title with the sum, words)]: the chosen answer, the base above the tuned model, then the rejected one."""
     rows, tuned = [], hasattr(model, "disable_adapter")
     sides = {"base": model.disable_adapter, "tuned": nullcontext} if tuned else {"base": nullcontext}
     for side, context in sides.items():
@@ -76,6 +81,12 @@ def rows_of(model, processor, pair, max_length=2048):
             for name, words in differences(model, processor, pair, max_length).items():
                 rows.append((f"{name}, {side}: {sum(value for _, value in words):+.2f}", words))
     return rows[::2] + rows[1::2]
+
+
+def change(rows):
+    """How far base and tuned model are apart, summed over all tokens of `rows_of`; 0 for a base alone."""
+    pairs = zip(rows[::2], rows[1::2]) if "tuned" in rows[1][0] else []
+    return sum(abs(a - b) for (_, before), (_, after) in pairs for (_, a), (_, b) in zip(before, after))
 
 
 def colour(value):
@@ -86,48 +97,59 @@ def colour(value):
 
 def captioned(pair):
     """-> [(caption, image)]"""
-    images = [("m_w", image) for image in pair.images] + [("m_l", image) for image in pair.images_rejected]
-    return [(caption, ImageOps.contain(image, SIZE)) for caption, image in images]
+    sides = {"image": pair.images, "rejected image": pair.images_rejected}
+    return [(caption, ImageOps.contain(image, SIZE)) for caption, images in sides.items() for image in images]
 
 
-HEAD = """<!doctype html><meta charset="utf-8"><title>Words that look at the image</title>
-<style>body {font: 16px/1.8 sans-serif; margin: 2em} span {padding: 2px 0; white-space: pre-wrap}
-b {display: inline-block; min-width: 11em} figure {display: inline-block; margin: 0 1em 0 0}</style>
-<p>log p(token | m_w) - log p(token | m_l) and its sum, in nats: blue above 0, red below.</p>"""
+def question_of(pair):
+    return " / ".join(texts_of(chat_messages(pair.question, 0)))
 
 
-def as_html(title, pair, rows):
-    parts = [f"<h2>{html.escape(' / '.join([title, *texts_of(chat_messages(pair.question, 0))]))}</h2>"]
-    for caption, image in captioned(pair):
-        image.save(file := io.BytesIO(), "PNG")
-        source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-        parts.append(f'<figure><img src="{source}"><figcaption>{caption}</figcaption></figure>')
-    for title, words in rows:
-        style = lambda value: f'style="background: rgb{colour(value)}" title="{value:+.2f}"'
-        spans = [f"<span {style(value)}>{html.escape(text)}</span>" for text, value in words]
-        parts.append(f"<div><b>{title}</b>{''.join(spans)}</div>")
+STYLE = """<style>body {font: 16px/1.8 sans-serif; margin: 2em} span {padding: 2px 0; white-space: pre-wrap}
+b {display: inline-block; min-width: 13em} figure {display: inline-block; margin: 0 1em 0 0}</style>"""
+
+
+def as_page(shown):
+    """[(id, pair, rows)] -> a page of HTML, without scripts; those that changed most come first."""
+    head = f'<!doctype html><meta charset="utf-8"><title>{TITLE}</title>\n{STYLE}\n<h1>{TITLE}</h1>'
+    parts = [head, f"<p>Colour {LEGEND[0]}. Its sum stands before an answer.</p>", as_line("", LEGEND[1])]
+    for name, pair, rows in sorted(shown, key=lambda example: -change(example[2])):
+        parts.append(f"<h2>{html.escape(f'{name} / {question_of(pair)}')}</h2>")
+        for caption, image in captioned(pair):
+            image.save(file := io.BytesIO(), "PNG")
+            source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+            parts.append(f'<figure><img src="{source}"><figcaption>{caption}</figcaption></figure>')
+        parts += [as_line(*row) for row in rows]
     return "\n".join(parts)
 
 
+def as_line(title, words):
+    style = lambda value: f'style="background: rgb{colour(value)}" title="{value:+.2f}"'
+    spans = [f"<span {style(value)}>{html.escape(text)}</span>" for text, value in words]
+    return f"<div><b>{title}</b>{''.join(spans)}</div>"
+
+
 def as_image(pair, rows):
-    """What `as_html` shows, with each token's number under it."""
+    """What `as_page` shows of an example, with each token's number under it."""
     font, small = ImageFont.load_default(18), ImageFont.load_default(11)
-    height = 300 + LINE * sum(1 + len(words) for _, words in rows)
-    sheet = Image.new("RGB", (WIDTH, height), "white")
-    draw, x, y = ImageDraw.Draw(sheet), 10, 10
+    rows = [("colour and number", LEGEND[1]), *rows]
+    sheet = Image.new("RGB", (WIDTH, 400 + LINE * sum(1 + len(words) for _, words in rows)), "white")
+    draw, x, y = ImageDraw.Draw(sheet), 10, 70
+    draw.text((10, 8), TITLE, "black", ImageFont.load_default(24))
+    draw.text((10, 42), LEGEND[0], "black", font)
     for caption, image in captioned(pair):
-        draw.text((x, 4), caption, "black", font)
-        sheet.paste(image, (x, 30))
-        x, y = x + SIZE[0] + 20, 40 + SIZE[1]
-    draw.text((10, y), " / ".join(texts_of(chat_messages(pair.question, 0))), "black", font)
+        draw.text((x, 74), caption, "black", font)
+        sheet.paste(image, (x, 100))
+        x, y = x + SIZE[0] + 20, 110 + SIZE[1]
+    draw.text((10, y), f"question: {question_of(pair)}", "black", font)
     for title, words in rows:
-        x, y = 190, y + LINE
+        x, y = LEFT, y + LINE
         draw.text((10, y), title, "black", font)
         for text, value in words:
             text, number = text.strip() or "\u00b7", f"{value:+.1f}"
             n = max(font.getlength(text), small.getlength(number))
             if x + n > WIDTH - 10:
-                x, y = 190, y + LINE
+                x, y = LEFT, y + LINE
             draw.rectangle((x - 3, y - 2, x + n + 3, y + 23), colour(value))
             draw.text((x, y), text, "black", font)
             draw.text((x, y + 24), number, "black", small)
@@ -149,7 +171,7 @@ def study(seeds, out="runs/miniature"):
             for reject in ("crop", "random"):
                 pairs, values = Pairs(examples, reject, seed=seed), {True: [], False: []}
                 for i in range(len(pairs)):
-                    for text, value in differences(model, processor, pairs["held out", i])["y_w"]:
+                    for text, value in differences(model, processor, pairs["held out", i])["chosen"]:
                         values[text.strip() in things].append(value)
                 of_things, of_others = map(statistics.fmean, values.values())
                 print(f"{seed:4}  {reject:6}  {method:5} {of_things:19.2f} {of_others:13.2f}", flush=True)
@@ -173,14 +195,12 @@ def run(argv):
         raise BadInput(f"--example {args.example}: there are {len(examples)}")
     shown = lambda i: (pair := pairs["held out", i], rows_of(model, processor, pair, trained.max_length))
     if to.suffix == ".html":
-        made = "\n".join([HEAD, *(as_html(example.id, *shown(i)) for i, example in enumerate(examples))])
+        page = as_page([(example.id, *shown(i)) for i, example in enumerate(examples)])
+        write = lambda file: file.write_text(page, "utf-8")
     else:
-        made = as_image(*shown(args.example - 1))
+        write = as_image(*shown(args.example - 1)).save
     with replacing(to.parent) as new:
-        if to.suffix == ".html":
-            (new / to.name).write_text(made, "utf-8")
-        else:
-            made.save(new / to.name)
+        write(new / to.name)
     return 0
 
 
