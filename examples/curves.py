@@ -73,7 +73,7 @@ def draw(logs):
     size = {"figsize": (18, 3.5 * n_rows), "layout": "constrained", "squeeze": False}
     figure, axes = load_pyplot().subplots(n_rows, 4, **size)
     for axis, name in zip(axes.flat, names):
-        axis.set(title=f"{name}: {METRICS[name]}", xlabel="step")
+        axis.set(title=f"{name}\n{METRICS[name]}", xlabel="step")
         for number, records in enumerate(logs.values()):
             axis.plot(*points(records, name), color=f"C{number % 10}", linewidth=1)
             axis.plot(*points(records, f"eval/{name}"), "o", color=f"C{number % 10}")

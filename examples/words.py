@@ -44,10 +44,14 @@ from train import replacing, whole
 SCALE = 3  # nats, of the fullest colour
 SIZE, WIDTH, LEFT, LINE = (240, 180), 1000, 230, 42  # of an image; of the drawing; where words begin; of a line
 TITLE = "Words that look at the image"
-LEGEND = "of each token: log p(token | image) - log p(token | rejected image), in nats", [
-    ("likelier with the rejected image", -SCALE), *[("\u00a0", value) for value in range(1 - SCALE, SCALE)],
-    ("likelier with the image", SCALE),
-]  # fmt: skip
+LEGEND = (
+    "log p(token | image) - log p(token | rejected image) in nats; before an answer, its sum",
+    [
+        (f"-{SCALE}: likelier with the rejected image ", -SCALE),
+        *[(f" {value:+} ", value) for value in range(1 - SCALE, SCALE)],
+        (f" +{SCALE}: likelier with the image", SCALE),
+    ],
+)
 
 
 @torch.no_grad()
@@ -102,7 +106,9 @@ def captioned(pair):
 
 
 def question_of(pair):
-    return " / ".join(texts_of(chat_messages(pair.question, 0)))
+    """Its turns in one line, without a system text."""
+    messages = chat_messages(pair.question, 0)
+    return " / ".join(texts_of([message for message in messages if message["role"] != "system"]))
 
 
 STYLE = """<style>body {font: 16px/1.8 sans-serif; margin: 2em} span {padding: 2px 0; white-space: pre-wrap}
@@ -112,7 +118,7 @@ b {display: inline-block; min-width: 13em} figure {display: inline-block; margin
 def as_page(shown):
     """[(id, pair, rows)] -> a page of HTML, without scripts; those that changed most come first."""
     head = f'<!doctype html><meta charset="utf-8"><title>{TITLE}</title>\n{STYLE}\n<h1>{TITLE}</h1>'
-    parts = [head, f"<p>Colour {LEGEND[0]}. Its sum stands before an answer.</p>", as_line("", LEGEND[1])]
+    parts = [head, f"<p>{LEGEND[0]}. What training changed most comes first.</p>", as_line("legend", LEGEND[1])]
     for name, pair, rows in sorted(shown, key=lambda example: -change(example[2])):
         parts.append(f"<h2>{html.escape(f'{name} / {question_of(pair)}')}</h2>")
         for caption, image in captioned(pair):
@@ -132,7 +138,7 @@ def as_line(title, words):
 def as_image(pair, rows):
     """What `as_page` shows of an example, with each token's number under it."""
     font, small = ImageFont.load_default(18), ImageFont.load_default(11)
-    rows = [("colour and number", LEGEND[1]), *rows]
+    rows = [("legend", LEGEND[1]), *rows]
     sheet = Image.new("RGB", (WIDTH, 400 + LINE * sum(1 + len(words) for _, words in rows)), "white")
     draw, x, y = ImageDraw.Draw(sheet), 10, 70
     draw.text((10, 8), TITLE, "black", ImageFont.load_default(24))
@@ -146,7 +152,7 @@ def as_image(pair, rows):
         x, y = LEFT, y + LINE
         draw.text((10, y), title, "black", font)
         for text, value in words:
-            text, number = text.strip() or "\u00b7", f"{value:+.1f}"
+            text, number = text.strip() or "\u00b7", f"{value:+z.1f}"
             n = max(font.getlength(text), small.getlength(number))
             if x + n > WIDTH - 10:
                 x, y = LEFT, y + LINE
