@@ -72,7 +72,7 @@ SHAPES = {  # language model, vision tower
 def make_model(shape, device, dtype, rank):
     """A Llava with random weights, LoRA on its language model -> (peft model, processor)."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in training: it plans anew for each shape, and ours never repeat
-    text, vision = copy.deepcopy(SHAPES[shape])  # two models must not share how they attend
+    text, vision = copy.deepcopy(SHAPES[shape])  # a config holds its model's attention: another model would change it
     side = vision.image_size // vision.patch_size
     clip = isinstance(vision, transformers.CLIPVisionConfig)
     with tempfile.TemporaryDirectory() as folder:

@@ -2088,6 +2088,9 @@ def test_throughput_compares_like_with_like_at_identical_settings(tiny, timed, m
     result = throughput.compare(tiny, identical=True)
     assert list(timed) == ["ours", "authors", "trl"] and result["settings"] == "identical"
     assert stood_on == [timed["trl"].model]
+    for stepper in timed.values():  # a model made later must not change the attention of one made before: nan
+        losses = stepper.losses(stepper.model, next(stepper.batches))
+        assert losses.tolist() == pytest.approx([3 * math.log(2)] * 2)
     assert len({stepper.model for stepper in timed.values()}) == 3
     assert what_a_step_does(timed["ours"]) == ours_at_identical_settings(*batch_sizes(timed["ours"]))
     rows = next(timed["authors"].batches).labels
