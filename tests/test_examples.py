@@ -2412,6 +2412,8 @@ def test_memory_formula_predicts_the_peak_of_a_step(kind, vocab_size, checkpoint
     predicted = throughput.predicted_peak(terms, *sizes, checkpointing) * 2**30
     before = sum([*terms.values()][:4])  # weights, adapter, AdamW's state, gradient
     assert predicted - before == pytest.approx(live.peak, rel=0.12)
+    cast = 0 if checkpointing else terms["adapter in bf16, without checkpointing"]
+    assert throughput.predicted_peak(terms, 0, 0, checkpointing) * 2**30 == pytest.approx(before + cast)
 
 
 def test_throughput_command_measures_everything(tiny, monkeypatch, tmp_path, capsys):
