@@ -2451,8 +2451,13 @@ def test_throughput_takes_the_real_shape_on_a_gpu(monkeypatch):
 
 def test_memory_formula_prints_terms_peaks_and_hours(tiny, monkeypatch, capsys):
     """For any shape: on a machine without a GPU, before one is rented. Nothing is measured."""
+    terms = throughput.memory_terms
+    monkeypatch.setattr(
+        throughput, "memory_terms", lambda model: terms(model) | {"weights in bf16": 3 * 2**30}
+    )
     throughput.print_formula("tiny")
     printed = capsys.readouterr().out
+    assert "  3.00 GiB  weights in bf16\n" in printed
     assert "tiny: predicted, not measured" in printed and len(re.findall("GiB|kB ", printed)) == 10
     assert len(re.findall(r"^ +\d+: .* with checkpointing, .* without$", printed, re.MULTILINE)) == 6
     assert printed.count(" checkpointing: ") == 8 and printed.count(" ms: ") == 8 * len(throughput.CARDS)
