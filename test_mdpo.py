@@ -1,7 +1,7 @@
 """Tests to read after mdpo.py: a lesson, rows and packing, a step, one run by hand, a resumed run.
 
-`pytest` runs them and those of tests/, which a reader need not read. Tiny random models, no network. Each test
-says what breaks if it fails. Expected values are derived by hand, or by another way than the code takes.
+`pytest` runs them and those of tests/, which a reader need not read. Tiny random models, no network. Each
+test says what breaks if it fails. Expected values are derived by hand, or by another way than the code takes.
 """
 
 import json
@@ -60,8 +60,9 @@ def softplus(x):
 
 # --------------------------------------------------------------------------------------------------- a lesson
 
-# beta 0.5: r(m_w,q,y_w) = 0.5 * (-10 + 11) = 0.5, r(m_w,q,y_l) = 0.5 * (-14 + 12) = -1, r(m_l,q,y_w) = 0.5 * (-13 + 12)
-# = -0.5; margins 0.5 + 1 = 1.5 and 0.5 + 0.5 = 1. Every expected value below follows from these three rewards.
+# beta 0.5: r(m_w,q,y_w) = 0.5 * (-10 + 11) = 0.5, r(m_w,q,y_l) = 0.5 * (-14 + 12) = -1, r(m_l,q,y_w) = 0.5 *
+# (-13 + 12) = -0.5; margins 0.5 + 1 = 1.5 and 0.5 + 0.5 = 1. Every expected value below follows from these
+# three rewards.
 POLICY = LogPs(torch.tensor([-10.0]), torch.tensor([-14.0]), torch.tensor([-13.0]))
 REF = LogPs(torch.tensor([-11.0]), torch.tensor([-12.0]), torch.tensor([-12.0]))
 DPO, CONDITIONAL, ANCHOR = softplus(-1.5), softplus(-1.0), softplus(-0.5)
@@ -71,6 +72,7 @@ DPO, CONDITIONAL, ANCHOR = softplus(-1.5), softplus(-1.0), softplus(-0.5)
     "options, expected",
     [
         ({}, DPO + CONDITIONAL + ANCHOR),  # mDPO, eq. 8
+        ({"anchors": ["chosen", "chosen"]}, DPO + CONDITIONAL + ANCHOR),  # no request for twice the weight
         ({"conditional": False}, DPO + ANCHOR),  # Table 2, minus conditional
         ({"anchors": ()}, DPO + CONDITIONAL),  # Table 2, minus anchored
         ({"conditional": False, "anchors": ()}, DPO),  # minus both
@@ -96,7 +98,8 @@ def test_loss_is_the_papers(options, expected):
 
 
 def test_gradients_push_each_logp_the_right_way():
-    """At policy = reference each term's slope is sigmoid(0) = 1/2: chosen -3 beta/2 (up), the two rejected +beta/2."""
+    """At policy = reference each term's slope is sigmoid(0) = 1/2: chosen -3 beta/2 (up), the two rejected
+    +beta/2."""
     policy = LogPs(*(torch.tensor([-5.0], requires_grad=True) for _ in range(3)))
     mdpo_loss(policy, LogPs(*(p.detach() for p in policy)), beta=0.1)[0].sum().backward()
     assert [p.grad.item() for p in policy] == pytest.approx([-0.15, 0.05, 0.05])
@@ -111,11 +114,11 @@ def test_anchor_is_what_stops_the_chosen_from_falling():
 
 
 def test_sequence_logps_by_hand():
-    """What everyone who copies the loss needs next. Two sequences of a vocabulary of three; logits are logs of weights, so
-    that probabilities are shares: positions 0, 1, 2 predict tokens 1, 2, 3.
+    """What everyone who copies the loss needs next. Two sequences of a vocabulary of three; logits are logs
+    of weights, so that probabilities are shares: positions 0, 1, 2 predict tokens 1, 2, 3.
 
-    First: the prompt is token 0; tokens 2, 0, 1 have weights 3 of 6, 2 of 8, 1 of 4. Second: only its token 2 counts, of
-    weight 5 of 10; the end is padding, and the last position predicts nothing.
+    First: the prompt is token 0; tokens 2, 0, 1 have weights 3 of 6, 2 of 8, 1 of 4. Second: only its token 2
+    counts, of weight 5 of 10; the end is padding, and the last position predicts nothing.
     """
     weights = [[[1, 2, 3], [2, 5, 1], [2, 1, 1], [9, 9, 1]], [[1, 1, 8], [2, 5, 3], [7, 1, 1], [1, 1, 1]]]
     labels = torch.tensor([[-100, 2, 0, 1], [-100, -100, 1, -100]])
@@ -131,8 +134,8 @@ def test_sequence_logps_by_hand():
 @LAYOUTS
 @pytest.mark.parametrize("family", ["bunny", "llava"])
 def test_step_0_loss_is_3_ln_2(family, layout, request):
-    """Policy and reference are the same network at step 0, so each of the three terms is ln 2: any difference of image,
-    dropout or adapter between the two passes shows here."""
+    """Policy and reference are the same network at step 0, so each of the three terms is ln 2: any difference
+    of image, dropout or adapter between the two passes shows here."""
     model, processor = with_lora(request.getfixturevalue(family))
     losses, _ = mdpo_step(model, laid_out(PAIRS, processor, layout))
     assert losses.tolist() == pytest.approx([3 * math.log(2)] * 3, abs=1e-5)
@@ -143,9 +146,7 @@ def test_reference_is_the_base_model(bunny):
     model, processor = with_lora(bunny)
     batch = make_batch(PAIRS, processor)
     base = response_logps(model, batch)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    move(model)
     moved = response_logps(model, batch)
     _, metrics = mdpo_step(model, batch)
     assert metrics["rewards/chosen"].abs().min() > 1e-3
@@ -180,15 +181,15 @@ def test_logps_are_those_of_the_librarys_own_call(loaded, layout):
 
 
 def test_the_defaults_are_the_papers():
-    """Who copies the loss and names nothing gets beta 0.1, delta 0, the conditional term and the anchor on y_w: rewards
-    0.1, -0.2 and -0.1, so margins 0.3 and 0.2."""
+    """Who copies the loss and names nothing gets beta 0.1, delta 0, the conditional term and the anchor on
+    y_w: rewards 0.1, -0.2 and -0.1, so margins 0.3 and 0.2."""
     losses, _ = mdpo_loss(POLICY, REF)
     assert losses.item() == pytest.approx(softplus(-0.3) + softplus(-0.2) + softplus(-0.1), abs=1e-6)
 
 
 def test_each_example_has_its_own_loss():
-    """A mean or a sum over the batch inside the loss would be hidden by a batch of one. Example 2 is example 1 with policy
-    and reference exchanged, so each reward changes its sign."""
+    """A mean or a sum over the batch inside the loss would be hidden by a batch of one. Example 2 is example
+    1 with policy and reference exchanged, so each reward changes its sign."""
     pair = lambda a, b: LogPs(*(torch.cat([x, y]) for x, y in zip(a, b)))
     losses, metrics = mdpo_loss(pair(POLICY, REF), pair(REF, POLICY), beta=0.5)
     assert losses.tolist() == pytest.approx(
@@ -201,8 +202,8 @@ def test_each_example_has_its_own_loss():
 
 
 def test_metrics_are_the_rewards_of_their_names():
-    """Swapped or scaled metrics mislead every reader of the log; with a graph attached, a log of them keeps every
-    activation of every step alive."""
+    """Swapped or scaled metrics mislead every reader of the log; with a graph attached, a log of them keeps
+    every activation of every step alive."""
     policy = LogPs(*(p.clone().requires_grad_() for p in POLICY))
     losses, metrics = mdpo_loss(policy, REF, beta=0.5)
     assert losses.requires_grad
@@ -256,8 +257,11 @@ def test_wrong_arguments_are_named(message):
         WRONG_ARGUMENTS[message]()
 
 
-def test_loss_copied_alone_works():
-    """The README tells people to copy mdpo.py, down to `mdpo_step`, into their own trainer."""
+def test_loss_copied_alone_works(monkeypatch):
+    """The README tells people to copy mdpo.py, down to `mdpo_step`, into a trainer that may have no other
+    package."""
+    for name in ("transformers", "peft", "PIL", "tqdm", "numpy"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises
     scope = {"__name__": "elsewhere"}
     exec(Path(mdpo.__file__).read_text().partition("def mdpo_step")[0], scope)
     losses, _ = scope["mdpo_loss"](tuple(POLICY), tuple(REF), beta=0.5)
@@ -272,7 +276,8 @@ def test_loss_copied_alone_works():
 
 @pytest.fixture(scope="session", autouse=True)
 def signals_are_heard():
-    """Whoever starts the tests in the background, or under nohup, has them ignored, and a run would do so, too."""
+    """Whoever starts the tests in the background, or under nohup, has them ignored, and a run would do so,
+    too."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -287,7 +292,8 @@ def bunny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory):
-    """A folder as llava-hf/llava-1.5-7b-hf: CLIP + Llama, sentencepiece-like tokenizer, the hub's template."""
+    """A folder as llava-hf/llava-1.5-7b-hf: CLIP + Llama, sentencepiece-like tokenizer, the hub's
+    template."""
     folder = tmp_path_factory.mktemp("models") / "llava"
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
@@ -397,7 +403,8 @@ PAIRS = [  # lengths differ every way
 
 
 def sequence_logp(model, processor, prompt, response, image):
-    """The yardstick: the library's own call on one whole sequence; the response is what follows the prompt's tokens."""
+    """The yardstick: the library's own call on one whole sequence; the response is what follows the prompt's
+    tokens."""
     whole = processor(text=[prompt + response], images=[image], return_tensors="pt")
     start = processor(text=[prompt], images=[image], return_tensors="pt")["input_ids"].shape[1]
     with torch.no_grad():
@@ -497,6 +504,13 @@ def with_lora(folder, checkpointing=True):
     return model.train(), processor
 
 
+def move(model):
+    """Make the policy another model than its reference: an adapter's B starts at 0."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
 def test_a_loss_of_ones_own_gets_the_batch(bunny):
     """Length normalisation, or weights of one's own, need more than log-probabilities."""
     model, processor = with_lora(bunny)
@@ -514,11 +528,10 @@ def test_a_loss_of_ones_own_gets_the_batch(bunny):
 
 
 def test_a_reference_of_its_own(bunny):
-    """A separate reference model is scored by itself: another adapter's model gives the rewards of one against the other."""
+    """A separate reference model is scored by itself: another adapter's model gives the rewards of one
+    against the other."""
     (model, processor), (other, _) = with_lora(bunny), with_lora(bunny)
-    for name, parameter in other.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
+    move(other)
     batch = make_batch(PAIRS, processor)
     _, metrics = mdpo_step(model, batch, ref_model=other)
     expected = 0.1 * (response_logps(model, batch).chosen - response_logps(other, batch).chosen)
@@ -669,7 +682,8 @@ class Settings(NamedTuple):
 
 
 def crop_by_hand(image, rng, low, high):
-    """An area uniform in low..high, an aspect log-uniform in 3/4..4/3, or as far as the image has room for it; a place."""
+    """An area uniform in low..high, an aspect log-uniform in 3/4..4/3, or as far as the image has room for
+    it; a place."""
     width, height = image.size
     area = width * height * (low + (high - low) * rng.random())
     widest, tallest = min(4 / 3, width * width / area), max(3 / 4, area / (height * height))
@@ -680,8 +694,8 @@ def crop_by_hand(image, rng, low, high):
 
 
 def run_by_hand(folder, data_file, a):
-    """A whole run from its arguments `a` alone: one sequence at a time, peft's own layers, no packing, no checkpointing, AdamW,
-    clipping and schedule written out. -> (a record for each step, the adapter)."""
+    """A whole run from its arguments `a` alone: one sequence at a time, peft's own layers, no packing, no
+    checkpointing, AdamW, clipping and schedule written out. -> (a record for each step, the adapter)."""
     records = list(enumerate(json.loads(Path(data_file).read_text())))
     if a.limit:
         records = [records[i] for i in sorted(random.Random(a.seed).sample(range(len(records)), a.limit))]
@@ -807,8 +821,9 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_is_what_its_arguments_say(bunny, small, tmp_path, name):
-    """An argument that is ignored, a gradient that is not clipped, a schedule that is a step late, a last batch divided by the
-    full size, one rejected image for all epochs: each trains something else than the user asked for, in silence."""
+    """An argument that is ignored, a gradient that is not clipped, a schedule that is a step late, a last
+    batch divided by the full size, one rejected image for all epochs: each trains something else than the
+    user asked for, in silence."""
     settings, out = RUNS[name], tmp_path / "out"
     arguments = [
         "--model",

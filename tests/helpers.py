@@ -20,11 +20,26 @@ def check_file(argv):
 DPO_NAMES = ("chosen", "rejected")  # no log-probability of m_l
 
 
-CHAT = (
-    "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}"
-    "{% if p.type == 'image' %}IMAGE{% else %}{{ p.text }}{% endif %}{% endfor %}END{% endfor %}"
+PARTS = "{% for p in m.content %}{% if p.type == 'image' %}IMAGE{% else %}{{ p.text }}{% endif %}{% endfor %}"
+CHAT = (  # a chat template, once IMAGE and END stand for a model's own
+    "{% for m in messages %}[{{ m.role }}]" + PARTS + "END{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+def ids_of(processor, text):
+    return processor.tokenizer(text).input_ids
+
+
+def outputs_of(module):
+    """A list that grows by the output of each call of a module."""
+    seen = []
+
+    def note(module, inputs, output):
+        seen.append(output)
+
+    module.register_forward_hook(note)
+    return seen
 
 
 def pixels_of(processor, *images):
