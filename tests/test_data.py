@@ -1,4 +1,8 @@
-"""What is trained is what was meant: records that nobody can mean are refused, and the rest is shown and counted."""
+"""Protects that what is trained is what was meant.
+
+Records that nobody can mean are refused, the rest is shown and counted. Images are opened as they look, and
+rejected images are drawn as the paper says.
+"""
 
 import colorsys
 import copy
@@ -12,6 +16,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from pathlib import Path
 
@@ -48,6 +53,7 @@ from tests.helpers import (
     as_examples,
     check_file,
     completion,
+    counted,
     one_line_of,
     pixels_of,
 )
@@ -83,6 +89,16 @@ def read(folder, *records, **options):
     return read_examples(write(folder / "x.json", [*records]), **options)
 
 
+def read_one(folder, record, **options):
+    (example,) = read(folder, record, **options)
+    return example
+
+
+def pair_of(folder, record):
+    """The pair of one record, with its images open."""
+    return Pairs([read_one(folder, record)])[0]
+
+
 def refusal(folder, record, **options):
     """Why a record is bad, as its line says."""
     with pytest.raises(BadInput, match="1 bad records") as error:
@@ -98,18 +114,28 @@ def row_text(processor, question, images=1):
     return re.sub(f"({re.escape(processor.image_token)})+", "<image>", text)
 
 
-def test_a_pair_that_is_equal_once_it_is_cut_is_bad(folder, bunny):
+@pytest.fixture(scope="session")
+def bunnys(bunny):
+    """Bunny's processor."""
+    return train.load_processor(str(bunny))
+
+
+@pytest.fixture(scope="session")
+def llavas(llava):
+    return train.load_processor(str(llava))
+
+
+def test_a_pair_that_is_equal_once_it_is_cut_is_bad(folder, bunnys):
     """DPO's margin would be 0 for ever, and AdamW would scale its rounding noise."""
-    processor, start = train.load_processor(str(bunny)), "There is a red circle and a blue square. " * 5
+    start = "There is a red circle and a blue square. " * 5
     record = authors(chosen=start + "Yes.", rejected=start + "No.")
-    room = int(re.search("prompts: ([0-9]+)", counts(folder, record, processor=processor))[1]) + 20
-    assert "equal in the tokens of --max-length" in refusal(
-        folder, record, processor=processor, max_length=room
-    )
+    room = longest("prompts", counts(folder, record, processor=bunnys)) + 20
+    line = refusal(folder, record, processor=bunnys, max_length=room)
+    assert "equal in the tokens of --max-length" in line
     ends = authors(chosen="Yes.<|endoftext|> Or no.", rejected="Yes.<|endoftext|> Or so.")
-    assert "are equal" in refusal(folder, ends, processor=processor)
+    assert "are equal" in refusal(folder, ends, processor=bunnys)
     empty = authors(chosen="<|endoftext|>Yes.")
-    assert "'chosen' is empty before its end-of-sequence" in refusal(folder, empty, processor=processor)
+    assert "'chosen' is empty before its end-of-sequence" in refusal(folder, empty, processor=bunnys)
 
 
 def counts(folder, *records, **options):
@@ -119,62 +145,42 @@ def counts(folder, *records, **options):
     return said[-1]
 
 
-def test_responses_that_are_cut_are_counted(folder, bunny):
+def longest(name, said):
+    return int(re.search(f"{name}: [0-9]+ tokens, the longest ([0-9]+)", said)[1])
+
+
+def test_responses_that_are_cut_are_counted(folder, bunnys):
     """They lose their end-of-sequence: the model would learn never to stop, and nobody was told."""
-    processor, long = train.load_processor(str(bunny)), "red circle " * 60
+    long = "red circle " * 60
     records = [
         authors(),
         authors(chosen=long),
         authors(rejected=long),
         authors(chosen=long, rejected="x" + long),
     ]
-    ended = authors(chosen="Yes.<|endoftext|> Or no.")
-    said = counts(folder, *records, ended, processor=processor, max_length=100)
+    records.append(authors(chosen="Yes.<|endoftext|> Or no."))
+    said = counts(folder, *records, processor=bunnys, max_length=100)
     assert "5 examples with 1 different images" in said and "4 responses are cut at --max-length 100" in said
     assert "1 responses end at an end-of-sequence inside" in said
-    lengths = [
-        len(ids) for e in records for ids in data.tokenize(processor, read_one(folder, e)).responses.values()
-    ]
-    assert f"the longest {max(lengths)}" in said
+    texts = [data.tokenize(bunnys, pair_of(folder, record)) for record in records]
+    lengths = [len(ids) for text in texts for ids in text.responses.values()]
+    assert longest("responses", said) == max(lengths)
 
 
-def test_a_response_that_just_fits_is_not_cut(folder, bunny):
+def test_a_response_that_just_fits_is_not_cut(folder, bunnys):
     """Who is told of cut responses makes room for them, and has to see when it is enough."""
-    record, processor = authors(rejected="No."), train.load_processor(str(bunny))
-    said = counts(folder, record, processor=processor)
-    room = sum(
-        int(re.search(f"{name}: [0-9]+ tokens, the longest ([0-9]+)", said)[1])
-        for name in ("prompts", "responses")
-    )
+    record = authors(rejected="No.")
+    said = counts(folder, record, processor=bunnys)
+    room = longest("prompts", said) + longest("responses", said)
     for max_length, n_cut in (room, 0), (room - 1, 1):
-        said = counts(folder, record, processor=processor, max_length=max_length)
+        said = counts(folder, record, processor=bunnys, max_length=max_length)
         assert f"{n_cut} responses are cut at" in said
 
 
-def read_one(folder, record):
-    return Pairs(read(folder, record, log=len))[0]
-
-
-FOREIGN = [
-    "<ImageHere>",
-    "<image_0>",
-    "<image-placeholder>",
-    "<|image_1|>",
-    "<|image|>",
-    "<|image_pad|>",
-    "<start_of_image>",
-    "<IMAGE>",
-    "[IMG]",
-    "<img>a.jpg</img>",
-    "<|im_start|>",
-    "<|vision_start|>",
-]
-
-
-@pytest.mark.parametrize("mark", [*FOREIGN, "<image 1>"])
-def test_marks_of_other_tools_in_a_question_are_bad(folder, mark):
-    """They would be trained on as text, beside an image that stands elsewhere."""
-    assert f"'prompt' holds {mark!r}" in refusal(folder, authors(prompt=f"{mark}\nWhat is it?"))
+FOREIGN = (
+    "<ImageHere> <image_0> <image-placeholder> <|image_1|> <|image|> <|image_pad|> <start_of_image>".split()
+)
+FOREIGN += ["<IMAGE>", "[IMG]", "<img>a.jpg</img>", "<|im_start|>", "<|vision_start|>", "<image 1>"]
 
 
 @pytest.mark.parametrize(
@@ -186,14 +192,14 @@ def test_code_in_a_question_is_no_image_mark(folder, code):
 
 
 def test_control_tokens_of_the_model_are_bad_but_think_tags_and_an_end_inside_a_response_are_not(
-    folder, qwen, llava
+    folder, qwen, llavas
 ):
     """A text that went through a chat template already would hold a turn inside the turn."""
     for name in "prompt", "chosen", "rejected":
         record = authors(**{name: "<|vision_start|>What?"})
         assert f"'{name}' holds '<|vision_start|>'" in refusal(folder, record, processor=qwen)
     ended = authors(prompt="What?</s>")  # which has no form of an image mark
-    assert "'prompt' holds '</s>'" in refusal(folder, ended, processor=train.load_processor(str(llava)))
+    assert "'prompt' holds '</s>'" in refusal(folder, ended, processor=llavas)
     thinking, eos = copy.deepcopy(qwen), qwen.tokenizer.eos_token
     tags = [tokenizers.AddedToken(tag, special=True) for tag in ("<think>", "</think>")]
     thinking.tokenizer.add_tokens(tags, special_tokens=True)
@@ -202,92 +208,54 @@ def test_control_tokens_of_the_model_are_bad_but_think_tags_and_an_end_inside_a_
         assert len(read(folder, good, processor=processor)) == 1
 
 
-ODD = {
-    "'chosen' is 3, not text": authors(chosen=3),
-    "'chosen' is NaN, not text": authors(chosen=math.nan),
-    "'prompt' is {\"a\": 1}, not text": authors(prompt={"a": 1}),
-    "'rejected' is [\"No.\", \"Never.\"], not text": authors(rejected=["No.", "Never."]),
-    "an image is {\"bytes\": \"/9j/4AAQ\", \"path\": null}, not a path": authors(
-        img_path={"bytes": "/9j/4AAQ", "path": None}),
-    "has the fields image_id, chosen, rejected; needed are": {"image_id": 1, "chosen": ["A"], "rejected": ["B", "C"]},
-    "has the fields conversations, image; needed are image, prompt, chosen": {"conversations": [], "image": "a.png"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("reason", ODD)
-def test_what_is_no_text_is_named_with_what_it_holds(folder, reason):
-    """A message about slices or strings that must be indexed by integers helps nobody to mend a file."""
-    line = refusal(folder, ODD[reason])
-    assert reason in line and len(line) < 400
-
-
-def test_control_characters_of_a_file_do_not_reach_the_terminal(folder):
-    """They could clear the screen, or hide the line."""
-    for changes in {"id": "\x1b[2J", "chosen": ""}, {"img_path": "\x1b[2J.png"}:
-        assert refusal(folder, authors(**changes)).isprintable()
-
-
-def test_a_field_that_is_empty_gives_way_to_one_that_is_not(folder):
-    """Exports write "" for an image that is named in another field."""
-    (example,) = read(folder, authors(img_path=None, image="", image_path="a.png"))
-    assert example.images == (str(folder / "a.png"),)
-
-
 def test_a_system_text_around_the_question_is_kept_where_the_model_was_tuned_with_one(
-    folder, bunny, llava, qwen
+    folder, bunnys, llavas, qwen
 ):
     """LLaVA-1.5 was tuned with it, and its hub template does not add it. Elsewhere it would take the place of
     the model's own, and answers are asked for without it."""
-    record, said = authors(), []
-    for model in bunny, llava:
-        processor = train.load_processor(str(model))
-        (example,) = read(folder, record, processor=processor)
-        assert example.question[0] == wrapped()
-        text = row_text(processor, example.question)
+    said = []
+    for processor in bunnys, llavas:
+        question = read_one(folder, authors(), processor=processor).question
+        assert question[0] == wrapped()
+        text = row_text(processor, question)
         assert text.replace("<s>", "").lstrip().startswith(f"{train.BUNNY_SYSTEM} USER: ")
     # To Bunny, whose template writes it by itself, the same row.
-    bunnys = train.load_processor(str(bunny))
-    assert row_text(bunnys, example.question) == row_text(bunnys, example.question[1:])
-    (example,) = read(folder, record, processor=qwen, log=said.append)
-    assert [message["role"] for message in example.question] == ["user"]
+    assert row_text(bunnys, question) == row_text(bunnys, question[1:])
+    question = read_one(folder, authors(), processor=qwen, log=said.append).question
+    assert [message["role"] for message in question] == ["user"]
     assert "left out 1 system texts around USER: ... ASSISTANT:" in said[0]
     other = authors(prompt="Be rude. USER: <image>\nWhat? ASSISTANT:")
-    (example,) = read(folder, other, processor=train.load_processor(str(llava)))
-    assert "Be rude. USER: <image>" in row_text(train.load_processor(str(llava)), example.question)
+    assert "Be rude. USER: <image>" in row_text(llavas, read_one(folder, other, processor=llavas).question)
 
 
 def test_a_system_message_is_written_once_or_the_record_is_bad(folder, qwen):
     """Some templates have no place for it, and drop it in silence."""
-    noise(2).save(folder / "b.png")
-    record = TURNS | {"images": ["a.png", "b.png"]}
-    (example,) = read(folder, record, processor=qwen)
-    assert row_text(qwen, example.question, 2).count("Be brief.") == 1
+    question, processor = read_one(folder, TURNS, processor=qwen).question, copy.copy(qwen)
+    assert row_text(qwen, question, 2).count("Be brief.") == 1
     for template in NO_SYSTEM, SYSTEM_TWICE:
-        qwen.chat_template = template
-        assert "no place for a system text" in refusal(folder, record, processor=qwen)
-    qwen.chat_template = CHATML
+        processor.chat_template = template
+        assert "no place for a system text" in refusal(folder, TURNS, processor=processor)
 
 
-def test_a_run_knows_the_system_text_of_its_data(folder, llava):
+def test_a_run_knows_the_system_text_of_its_data(folder, llavas):
     """Answers are asked for with it: without, they would be to prompts that it never saw."""
-    processor, model = train.load_processor(str(llava)), torch.nn.Linear(1, 1)
-    args = train.parse_args(["--model", str(llava), "--data", str(folder / "x.json")])
+    args = train.parse_args(["--model", "M", "--data", str(folder / "x.json")])
     rude = authors(prompt="Be rude. USER: <image>\nWhat? ASSISTANT:")
-    for records, system in (
-        ([authors()] * 2, train.BUNNY_SYSTEM),
-        ([authors(), rude], ""),
-        ([authors(prompt="?")], ""),
-    ):
-        examples = read(folder, *records, processor=processor, log=len)
-        assert train.identity(args, examples, model, mdpo.mdpo_loss)["system"] == system
+    cases = (([authors()] * 2, train.BUNNY_SYSTEM), ([authors(), rude], ""), ([authors(prompt="?")], ""))
+    for records, system in cases:
+        examples = read(folder, *records, processor=llavas, log=len)
+        known = train.identity(args, examples, torch.nn.Linear(1, 1), mdpo.mdpo_loss)
+        assert known["system"] == system
 
 
 def test_what_is_transparent_is_white(tmp_path):
     """Black ink on transparency, as formulas and charts have it, would become all black."""
     image = Image.new("RGBA", (40, 30), (0, 0, 0, 0))
     image.paste((0, 0, 0, 255), (10, 10, 20, 20))
-    for name, saved in {"a.png": image, "la.png": image.convert("LA"), "b.webp": image}.items():
-        saved.save(tmp_path / name, **({"lossless": True} if name == "b.webp" else {}))
+    image.save(tmp_path / "a.png")
+    image.convert("LA").save(tmp_path / "la.png")
+    image.save(tmp_path / "b.webp", lossless=True)
+    for name in ("a.png", "la.png", "b.webp"):
         opened = open_image(tmp_path / name)
         assert (opened.getpixel((0, 0)), opened.getpixel((15, 15))) == ((255,) * 3, (0,) * 3), name
     palette = Image.new("P", (8, 8), 1)
@@ -296,22 +264,25 @@ def test_what_is_transparent_is_white(tmp_path):
     assert open_image(tmp_path / "p.png").getpixel((0, 0)) == (255,) * 3
 
 
-def test_images_of_12_and_16_bits_and_of_floats_are_scaled_by_their_range(tmp_path):
+DEEP = {  # mode, and the levels of white, grey and black
+    "a.tif": ("I;16", 4095, 2048, 0),
+    "b.png": ("I;16", 65535, 32768, 0),
+    "c.tif": ("I;16B", 65535, 32768, 0),
+    "d.tif": ("F", 1.0, 0.5, 0.0),
+    "e.tif": ("F", 4.0, 0.0, -4.0),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_images_of_12_and_16_bits_and_of_floats_are_scaled_by_their_range(tmp_path, name):
     """Cut off at 255, or divided by 65,536, scans and depth maps would be all white or all black."""
-    half = {"a.tif": ("I;16", 2048), "b.png": ("I;16", 32768), "c.tif": ("F", 0.5), "d.tif": ("I;16B", 32768)}
-    for name, (mode, level) in half.items():
-        image = Image.new("F", (8, 8), 0.0) if mode == "F" else Image.new(mode, (8, 8))
-        for x in range(8):
-            image.putpixel((x, 0), 2 * level - 1 if mode != "F" else 1.0)
-            image.putpixel((x, 1), level)
-        image.save(tmp_path / name)
-        levels = [open_image(tmp_path / name).getpixel((0, y))[0] for y in range(3)]
-        assert levels == pytest.approx([255, 128, 0], abs=1), name
-    depth = Image.new("F", (8, 8), -4.0)
-    depth.putpixel((0, 0), 4.0)
-    depth.putpixel((0, 1), 0.0)
-    depth.save(tmp_path / "e.tif")
-    levels = [open_image(tmp_path / "e.tif").getpixel((0, y))[0] for y in range(3)]
+    mode, white, grey, black = DEEP[name]
+    image = Image.new(mode, (8, 8), black)
+    for x in range(8):
+        image.putpixel((x, 0), white)
+        image.putpixel((x, 1), grey)
+    image.save(tmp_path / name)
+    levels = [open_image(tmp_path / name).getpixel((0, y))[0] for y in range(3)]
     assert levels == pytest.approx([255, 128, 0], abs=1)
 
 
@@ -324,16 +295,13 @@ def test_postscript_is_no_picture(tmp_path):
         open_image(tmp_path / "x.png")
 
 
-def test_max_pixels_scales_large_images_down_before_all_else(tmp_path, folder, bunny):
+def test_max_pixels_scales_large_images_down_before_all_else(folder):
     """A phone's photograph takes 15,000 tokens on models that see each pixel."""
-    noise(1, (400, 100)).save(tmp_path / "wide.png")
-    image = open_image(tmp_path / "wide.png", 10_000)
-    assert image.size == (200, 50) and open_image(tmp_path / "wide.png", 40_000).size == (400, 100)
-    pairs = Pairs([Example("q", "a", "b", (str(tmp_path / "wide.png"),))], max_pixels=10_000)
-    assert (pairs[0].images[0].size, pairs[0].images_rejected[0].size) == ((200, 50), (200, 50))
-    assert (
-        pairs[0].images_rejected[0].tobytes() == Pairs.__getitem__(pairs, (0, 0)).images_rejected[0].tobytes()
-    )
+    noise(1, (400, 100)).save(folder / "a.png")
+    sizes = [open_image(folder / "a.png", max_pixels).size for max_pixels in (10_000, 40_000)]
+    assert sizes == [(200, 50), (400, 100)]
+    one = Pairs(read(folder, authors()), max_pixels=10_000)[0]
+    assert one.images[0].size == one.images_rejected[0].size == (200, 50)
 
 
 def test_max_pixels_is_of_the_check_and_of_all_pairs(folder, qwen):
@@ -359,21 +327,18 @@ def test_the_longest_prompt_of_a_pair_may_be_the_rejected_images(folder, qwen):
     assert len(read(folder, record, processor=qwen, max_length=starts[2] + 4)) == 1
 
 
-def test_the_check_processes_one_image_of_each_size(folder, bunny, monkeypatch):
+def test_the_check_processes_one_image_of_each_size(folder, bunnys, monkeypatch):
     """Resizing pixels that nobody looks at took most of the check's time, minutes for 10,000 records."""
-    processor, calls = train.load_processor(str(bunny)), []
-    call = type(processor.image_processor).__call__
-    spy = lambda self, *args, **options: calls.append(1) or call(self, *args, **options)
-    monkeypatch.setattr(type(processor.image_processor), "__call__", spy)
+    calls = counted(monkeypatch, type(bunnys.image_processor), "__call__")
     noise(3, (90, 20)).save(folder / "b.png")
-    records = [authors(id=i, img_path=("a.png", "b.png")[i % 2], rejected_image="merged_images/llava-1.jpg")
-               for i in range(20)]  # fmt: skip
-    assert len(read(folder, *records, processor=processor)) == 20 and len(calls) <= 4
+    own = "merged_images/llava-1.jpg"
+    records = [authors(id=i, img_path=("a.png", "b.png")[i % 2], rejected_image=own) for i in range(20)]
+    assert len(read(folder, *records, processor=bunnys)) == 20 and 0 < len(calls) <= 4
 
 
 def test_held_out_examples_share_no_image_with_training(folder):
-    """Four questions about one image, one of them held out, measure memory. Images link examples, own rejected ones
-    too: here 0-1-2 by a and b, 3-4 by the rejected image d, 5 alone."""
+    """Four questions about one image, one of them held out, measure memory. Images link examples, own
+    rejected ones too: here 0-1-2 by a and b, 3-4 by the rejected image d, 5 alone."""
     images = {0: ("a",), 1: ("a", "b"), 2: ("b",), 3: ("c",), 4: ("e",), 5: ("f",)}
     own = {3: ("d",), 4: ("d",)}
     examples = [Example("q", "y", "n", images[i], own.get(i, ()), id=str(i)) for i in range(6)]
@@ -395,37 +360,41 @@ def test_held_out_examples_share_no_image_with_training(folder):
     assert len({held for n, held in seen if n == 1}) == 3  # any group, by the seed
 
 
-def test_random_rejected_images_of_training_are_none_of_the_held_out(bunny, folder):
+def test_random_rejected_images_of_training_are_none_of_the_held_out(bunnys, folder):
     """Held-out images would be trained on."""
     for i in range(8):
         noise(i + 10).save(folder / f"{i}.png")
     path = write(folder / "x.json", [authors(img_path=f"{i}.png") for i in range(8)])
-    args = train.parse_args(["--model", str(bunny), "--data", path, "--eval-size", "3", "--reject", "random"])
-    pairs, held_out = train.read_pairs(args, train.load_processor(str(bunny)))
+    args = train.parse_args(["--model", "M", "--data", path, "--eval-size", "3", "--reject", "random"])
+    pairs, held_out = train.read_pairs(args, bunnys)
     assert not {*pairs.pool} & {image for example in held_out.examples for image in example.images}
     assert len(pairs.pool) == 5 and len(held_out.pool) == 8
 
 
-def test_flags_that_do_nothing_are_refused(bunny, folder, capsys):
+def test_flags_that_do_nothing_are_refused(bunny, bunnys, folder, capsys):
     """A user who gives one believes that it works."""
     noise(2).save(folder / "b.png")
     path = write(folder / "x.json", [authors(rejected_image="b.png")] * 3)
     status = train.main(command(bunny, path, folder / "out", "--reject", "moco"))
     assert "--reject moco does nothing: every record has rejected images" in one_line_of(capsys, status)
-    path = write(folder / "x.json", [authors(rejected_image="b.png"), authors()])
-    args = train.parse_args(["--model", str(bunny), "--data", path, "--reject", "moco"])
-    assert len(train.read_pairs(args, train.load_processor(str(bunny)))[0]) == 2
+    write(folder / "x.json", [authors(rejected_image="b.png"), authors()])
+    args = train.parse_args(["--model", "M", "--data", path, "--reject", "moco"])
+    assert len(train.read_pairs(args, bunnys)[0]) == 2
 
 
 def test_a_cpu_trains_a_large_model_only_if_it_is_asked_to(bunny, folder, capsys, monkeypatch):
     """Under an old driver torch sees no GPU: a 3B model would train for weeks, and say nothing."""
-    argv = [word for word in command(bunny, write(folder / "x.json", [authors()] * 4), folder / "out")]
+    argv = command(bunny, write(folder / "x.json", [authors()] * 4), folder / "out", "--epochs", 1)
     at = argv.index("--device")
-    monkeypatch.setattr(torch.nn.Module, "num_parameters", lambda self: 501_000_000, raising=False)
-    monkeypatch.setattr(train.transformers.PreTrainedModel, "num_parameters", lambda self: 501_000_000)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def many(self):
+        return 501_000_000
+
+    monkeypatch.setattr(torch.nn.Module, "num_parameters", many, raising=False)
+    monkeypatch.setattr(train.transformers.PreTrainedModel, "num_parameters", many)
+    monkeypatch.setattr(torch.cuda, "is_available", bool)  # without an argument: False
     assert "--device cpu" in one_line_of(capsys, train.main(argv[:at] + argv[at + 2 :]))
-    assert train.main([*argv, "--epochs", "1"]) == 0
+    assert train.main(argv) == 0
 
 
 def test_torchrun_of_train_py_is_refused(bunny, folder, capsys, monkeypatch):
@@ -438,29 +407,22 @@ def test_torchrun_of_train_py_is_refused(bunny, folder, capsys, monkeypatch):
 B2 = torch.zeros(2)
 
 
-MISUSED = {
-    "a list of pairs with open images": lambda p, e, m: make_batch(e, p),
-    "a list of pairs with open images: ": lambda p, e, m: make_batch(Pairs(e)[0], p),
-    "unknown layout 'padded'": lambda p, e, m: train.choose_layout(m, p, [Pairs(e)[0]], "padded"),
-    "unknown strategy 'blur'": lambda p, e, m: Pairs(e, "blur"),
-    "must be a LogPs or a tuple of its tensors": lambda p, e, m: mdpo.mdpo_loss(B2, (B2, B2, B2)),
-    "needs a model with an adapter, or ref_model": lambda p, e, m: mdpo.mdpo_step(
-        m, make_batch([Pairs(e)[0]], p)
-    ),
-}
-
-
-@pytest.mark.parametrize("sentence", MISUSED)
-def test_a_wrong_argument_is_one_sentence_that_says_what_is_wanted(bunny, folder, sentence):
-    """A library's error from five calls below says nothing to who copies a function."""
+def test_a_wrong_argument_is_one_sentence_that_says_what_is_wanted(bunny, folder):
+    """A library's error from five calls below says nothing to who copies a function. A misspelled strategy
+    must not train on the image itself."""
     model, processor = train.load_model(str(bunny))
-    with pytest.raises(ValueError, match=re.escape(sentence.rstrip(": "))):
-        MISUSED[sentence](processor, read(folder, authors(), log=len), model)
-
-
-def test_one_index_is_of_epoch_0(folder):
-    pairs = Pairs(read(folder, authors(), authors(id="b"), log=len))
-    assert pairs[1] == pairs[0, 1] and pairs[1].key == (0, 1)
+    examples = read(folder, authors(), log=len)
+    one = Pairs(examples)[0]
+    for sentence, function, *arguments in (
+        ("a list of pairs with open images", make_batch, examples, processor),
+        ("a list of pairs with open images", make_batch, one, processor),
+        ("unknown layout 'padded'", train.choose_layout, model, processor, [one], "padded"),
+        ("unknown strategy 'crops': choose from crop, random, moco", Pairs, examples, "crops"),
+        ("must be a LogPs or a tuple of its tensors", mdpo.mdpo_loss, B2, (B2, B2, B2)),
+        ("needs a model with an adapter, or ref_model", mdpo.mdpo_step, model, make_batch([one], processor)),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            function(*arguments)
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
@@ -477,65 +439,6 @@ def test_image_tokens_of_each_family_in_a_text_are_bad(name, folder, tmp_path):
                 assert f"'{field}' holds" in refusal(folder, record, processor=processor)
 
 
-def without_patch_size(folder, to):
-    shutil.copytree(folder, to)
-    config = json.loads((to / "processor_config.json").read_text())
-    write(to / "processor_config.json", config | {"patch_size": None})
-    return to
-
-
-def text_file(folder, name, content):
-    folder.mkdir()
-    write(folder / name, content)
-    return folder
-
-
-MODELS = {  # what the line must say: a folder, given that of a LLaVA and a new one
-    "is an adapter: merge it first, by python examples/merge.py": lambda m, t: text_file(
-        t, "adapter_config.json", {"peft_type": "LORA"}),
-    "needs code of its own, which is not run here": lambda m, t: text_file(
-        t, "config.json", {"model_type": "weird_vl", "auto_map": {"AutoConfig": "conf.W"}}),
-    "its processor has no patch_size": without_patch_size,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("reason", MODELS)
-def test_models_that_cannot_be_used_are_named_with_what_to_do(reason, llava, tmp_path):
-    """The library speaks of missing keys, of an argument that does not exist here, or of NoneType."""
-    with pytest.raises(BadInput, match=reason):
-        train.load_processor(str(MODELS[reason](llava, tmp_path / "model")))
-
-
-def test_code_of_a_model_that_the_library_knows_is_not_needed(llava, tmp_path):
-    """Many folders of the hub still name the code that they came with."""
-    shutil.copytree(llava, tmp_path / "model")
-    config = json.loads((llava / "config.json").read_text())
-    write(tmp_path / "model" / "config.json", config | {"auto_map": {"AutoConfig": "conf.W"}})
-    assert train.load_processor(str(tmp_path / "model")).image_token == "<image>"
-
-
-class Labelling:
-    """A processor that returns labels, as PaliGemma's does."""
-
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __getattr__(self, name):
-        return getattr(self.processor, name)
-
-    def __call__(self, **options):
-        encoded = self.processor(**options)
-        return encoded | {"labels": encoded["input_ids"]}
-
-
-def test_a_processor_that_returns_labels_is_refused(llava):
-    """They would reach the model, which would compute a loss of its own."""
-    with pytest.raises(BadInput, match="its processor returns labels"):
-        make_batch(
-            [pair("Which?", "No.", "Yes.", noise(1), noise(2))], Labelling(train.load_processor(str(llava)))
-        )
-
-
 def test_a_tokenizer_that_adds_an_end_is_refused(llava):
     """Two ends would be scored, the second after the answer is over."""
     processor = train.load_processor(str(llava))
@@ -544,14 +447,15 @@ def test_a_tokenizer_that_adds_an_end_is_refused(llava):
         make_batch([pair("Which?", "No.", "Yes.", noise(1), noise(2))], processor)
 
 
-def test_no_record_writes_to_the_terminal(folder, capsys):
+@pytest.mark.parametrize(
+    "changes", [{"id": "\x1b[2J", "img_path": "\x1b[31m\x07.png"}, {"id": "\x1b[2J", "chosen": ""}]
+)
+def test_no_record_writes_to_the_terminal(folder, capsys, changes):
     """ESC in a name clears the screen or moves what was said: an error that nobody sees."""
-    record = authors(id="\x1b[2J", img_path="\x1b[31m\x07.png")
-    path = write(folder / "x.json", [record])
-    assert data.run_command(data.check_file, [path]) == 2
+    assert check_file([write(folder / "x.json", [authors(**changes)])]) == 2
     said = "".join(capsys.readouterr())
-    assert "x1b[2J" in said and "x1b[31m" in said
-    assert "\x1b" not in said and "\x07" not in said
+    assert "x1b[2J" in said and ("x1b[31m" in said) == ("img_path" in changes)
+    assert said.replace("\n", "").isprintable()
 
 
 def test_an_id_of_0_is_an_id(folder):
@@ -563,15 +467,19 @@ def test_an_id_of_0_is_an_id(folder):
 def test_a_question_about_the_template_is_whole(folder):
     """Cut at the last USER:, most of it would become system text, which some models drop."""
     question = "Who speaks after USER: here?"
-    (example,) = read(folder, authors(prompt=f"Be brief. USER: <image>\n{question} ASSISTANT:"))
+    example = read_one(folder, authors(prompt=f"Be brief. USER: <image>\n{question} ASSISTANT:"))
     assert data.texts_of(example.question) == ["Be brief.", question]
+
+
+def say(role, *content):
+    """A chat message of one text, or of parts."""
+    return {"role": role, "content": content[0] if isinstance(content[0], str) else [*content]}
 
 
 def test_a_conversation_as_long_as_the_prompt_does_not_replace_it(folder):
     """The prompt is what is asked; only a longer conversation says more than it."""
-    say = lambda role, text: {"role": role, "content": text}
     answers = {name: [say("user", "Hi."), say("assistant", name)] for name in ("chosen", "rejected")}
-    (example,) = read(folder, authors(prompt=[say("user", "What is it?")]) | answers)
+    example = read_one(folder, authors(prompt=[say("user", "What is it?")]) | answers)
     assert data.texts_of(example.question) == ["What is it?"] and example.chosen == "chosen"
 
 
@@ -614,10 +522,9 @@ def test_ties_and_unrated_records_are_left_out_and_counted(folder):
     assert len(read_examples(path, log=said.append)) == 1 and "left out 2" in said[0]
 
 
-def pair_of(folder, *completions):
+def ranked(folder, *completions):
     """(chosen, rejected) of one VLFeedback record with these completions."""
-    (example,) = read_examples(write(folder / "x.json", [VLFEEDBACK | {"completions": list(completions)}]))
-    return example.chosen, example.rejected
+    return read_one(folder, VLFEEDBACK | {"completions": [*completions]})[1:3]
 
 
 def test_vlfeedback_pairs_the_highest_mean_rating_with_the_lowest(folder):
@@ -630,9 +537,9 @@ def test_vlfeedback_pairs_the_highest_mean_rating_with_the_lowest(folder):
         completion("highest mean", " 4.5 "),
         completion("as high, but later", 4.5),
     ]
-    assert pair_of(folder, *rated) == ("highest mean", "lowest mean")
-    assert pair_of(folder, *rated[::-1]) == ("as high, but later", "lowest mean")
-    assert pair_of(folder, completion("nine", "9"), completion("ten", "10")) == ("ten", "nine")
+    assert ranked(folder, *rated) == ("highest mean", "lowest mean")
+    assert ranked(folder, *rated[::-1]) == ("as high, but later", "lowest mean")
+    assert ranked(folder, completion("nine", "9"), completion("ten", "10")) == ("ten", "nine")
 
 
 @pytest.mark.parametrize(
@@ -642,19 +549,16 @@ def test_vlfeedback_pairs_the_highest_mean_rating_with_the_lowest(folder):
 def test_vlfeedback_completion_with_one_aspect_unrated_is_left_out_whole(folder, rating):
     """Its mean over the other aspects would be compared with means over all. What float() takes is no rating
     yet."""
-    unrated = [
-        completion("X", rating, "5", "5"),
-        completion("Y", "1", rating, "1"),
-        completion("Z", "0", "0", rating),
-    ]
+    ratings = (rating, "5", "5"), ("1", rating, "1"), ("0", "0", rating)
+    unrated = [completion("unrated", *of) for of in ratings]
     rated = [completion("best", "4", "4", "4"), completion("worst", "2", "2", "2"), completion("no aspect")]
-    assert pair_of(folder, *unrated, *rated) == pair_of(folder, *rated, *unrated) == ("best", "worst")
+    assert ranked(folder, *unrated, *rated) == ranked(folder, *rated, *unrated) == ("best", "worst")
 
 
 def test_vlfeedback_citation_marks_alone_are_taken_out(folder):
     """The model would learn to write them; but brackets are text in Chinese."""
     marked = completion("A【6†source】 cat【7†a】 on 【a】 mat【8†b】.", "5")
-    assert pair_of(folder, marked, completion("【1†x】A dog", "1")) == ("A cat on 【a】 mat.", "A dog")
+    assert ranked(folder, marked, completion("【1†x】A dog", "1")) == ("A cat on 【a】 mat.", "A dog")
 
 
 def replaced(value, new):
@@ -674,15 +578,16 @@ def test_odd_json_is_bad_or_good_never_a_crash(folder, record, odd):
     """A crash names no record, and --skip-bad cannot drop what crashes."""
     records = [*replaced(record, odd)]
     path = write(folder / "x.json", [*records, authors(id="last")])
-    assert read_examples(path, skip_bad=True, log=lambda text: None)[-1].id == "last"
+    assert read_examples(path, skip_bad=True, log=len)[-1].id == "last"
 
 
 def test_an_image_is_looked_for_in_the_folder_then_in_merged_images(folder):
-    """Another order takes another image of the same name, in silence."""
-    read = lambda image_dir=None, **changes: read_examples(
-        write(folder / "x.json", [VLFEEDBACK | changes]), image_dir=image_dir
-    )
-    found = lambda **options: read(**options)[0].images[0]
+    """Another order takes another image of the same name, in silence. --images names another folder than the
+    file's; an absolute path is taken as it is."""
+
+    def found(image_dir=None, **changes):
+        return read_one(folder, VLFEEDBACK | changes, image_dir=image_dir).images[0]
+
     here, merged = folder / "llava-1.jpg", folder / "merged_images" / "llava-1.jpg"
     assert found() == found(image="llava-1.jpg") == str(merged)
     noise(3).save(here)
@@ -691,28 +596,35 @@ def test_an_image_is_looked_for_in_the_folder_then_in_merged_images(folder):
     for image in (str(merged), "llava-1.jpg", None):
         assert found(image=image, image_dir=folder / "merged_images") == str(merged)
     assert found(image=str(merged)) == str(merged)
+    elsewhere = write(folder / "deep" / "x.json", [authors(), authors(img_path=str(folder / "a.png"))])
+    assert len(read_examples(elsewhere, image_dir=folder)) == 2
     noise(4).save(folder / "..b.png")
     assert found(image="..b.png") == str(folder / "..b.png")
     assert Path(found(image="merged_images/../a.png")).samefile(folder / "a.png")
+    noise(5).save(folder.parent / "a.png")
     for image in ("../a.png", "merged_images/../../a.png", "x/../../a.png"):
-        noise(5).save(folder.parent / "a.png")
         with pytest.raises(BadInput, match="points outside the image folder"):
-            read(image=image)
+            found(image=image)
     with pytest.raises(BadInput, match="no image 'merged_images'"):
-        read(image="merged_images")
+        found(image="merged_images")
     with pytest.raises(BadInput, match="none: no such image folder"):
-        read(image_dir=folder / "none")
+        found(image_dir=folder / "none")
 
 
-def test_a_field_of_null_is_not_there(folder):
-    """Exports write null for what a record lacks; `prompt` comes before `question`, `img_path` before the
-    others."""
-    record = authors(img_path=None, image="a.png", question="And this?")
-    (example,) = read_examples(write(folder / "x.json", [record | {"images": ["b.png"]} | {"images": None}]))
-    assert example.question[1:] == asked("What is it?") and Path(example.images[0]).name == "a.png"
-    record = authors(image="b.png", images="c.png", image_path="d.png", prompt=None, question="And this?")
-    (example,) = read_examples(write(folder / "x.json", [record]))
-    assert example.question == asked("And this?") and Path(example.images[0]).name == "a.png"
+@pytest.mark.parametrize(
+    "fields, question",
+    [
+        ({"img_path": None, "image": "", "image_path": "a.png"}, "What is it?"),
+        ({"img_path": None, "image": "a.png", "images": None, "question": "And this?"}, "What is it?"),
+        ({"image": "b.png", "images": "c.png", "image_path": "d.png"}, "What is it?"),
+        ({"prompt": None, "question": "And this?"}, "And this?"),
+    ],
+)
+def test_a_field_of_null_or_nothing_is_not_there(folder, fields, question):
+    """Exports write null or "" for what a record lacks, or names in another field; `prompt` comes before
+    `question`, `img_path` before the others."""
+    example = read_one(folder, authors(**fields))
+    assert example.images == (str(folder / "a.png"),) and example.question[-1:] == asked(question)
 
 
 @pytest.mark.parametrize(
@@ -728,39 +640,40 @@ def test_a_field_of_null_is_not_there(folder):
 def test_the_bare_question_is_taken_out_of_its_prompt(folder, prompt):
     """What is left of a template, or of an image mark, would stand in the text that the model is trained
     on."""
-    (example,) = read_examples(write(folder / "x.json", [authors(prompt=prompt)]))
     system = [wrapped()] if prompt.startswith("A chat") else []
-    assert example.question == [*system, *asked("What?\nAnd why?")]
+    assert read_one(folder, authors(prompt=prompt)).question == [*system, *asked("What?\nAnd why?")]
+
+
+def text(words):
+    return {"type": "text", "text": words}
 
 
 def test_messages_keep_their_parts_and_their_order(folder):
-    """What is dropped or moved changes the prompt. `<image>` in a text is an image part before it, as in a plain
-    string; between two texts one is moved before them, as LLaVA's code does, and several stay."""
-    image, text = {"type": "image"}, lambda text: {"type": "text", "text": text}
-    read = lambda *messages, **changes: read_examples(
-        write(folder / "x.json", [MESSAGES | {"prompt": list(messages)} | changes])
-    )[0]
-    user = lambda *content: {"role": "user", "content": list(content)}
+    """What is dropped or moved changes the prompt. `<image>` in a text is an image part before it, as in a
+    plain string; between two texts one is moved before them, as LLaVA's code does, and several stay."""
+    image, two = {"type": "image"}, {"images": ["a.png", "merged_images/llava-1.jpg"]}
+
+    def question(*messages, **changes):
+        return read_one(folder, MESSAGES | {"prompt": [*messages]} | changes).question
+
     for content in ([image, text("What?")], [text("What?"), image], [image, text(" What?\n"), text("Why?")]):
-        assert read(user(*content)).question == [user(*content)]
-    for written in (
-        [text("<image>\nWhat?")],
-        [text("What? <image>")],
-        [text("What?")],
-        "<image> What?",
-        "What?\n",
-    ):
-        assert read({"role": "user", "content": written}).question == [user(image, text("What?"))]
-    assert read(user(text("Is <image>it?"))).question == [user(image, text("Is it?"))]
-    two = read(user(text("1: <image>\n2: <image>\nWhich?")), images=["a.png", "merged_images/llava-1.jpg"])
-    assert two.question == [user(text("1: "), image, text("\n2: "), image, text("\nWhich?"))]
+        assert question(say("user", *content)) == [say("user", *content)]
+    for words in ("<image>\nWhat?", "What? <image>", "What?", "What?\n<image>"):
+        assert question(say("user", text(words))) == [say("user", image, text("What?"))]
+        assert question(say("user", words)) == [say("user", image, text("What?"))]
+    assert question(say("user", "What?\n")) == [say("user", image, text("What?"))]
+    assert question(say("user", text("Is <image>it?"))) == [say("user", image, text("Is it?"))]
+    kept = [text("1: "), image, text("\n2: "), image, text("\nWhich?")]
+    assert question(say("user", "1: <image>\n2: <image>\nWhich?"), **two) == [say("user", *kept)]
     # Where no message shows an image, the first of the user's opens with all of them.
-    opening = [{"role": "system", "content": [text("Be brief.")]}, user(text("What?"))]
-    more = [{"role": "assistant", "content": [text("A cat.")]}, user(text("And?"))]
-    shown = read(*opening, *more, images=["a.png", "merged_images/llava-1.jpg"])
-    assert shown.question == [opening[0], user(image, image, text("What?")), *more] and len(shown.images) == 2
-    answer = [{"role": "assistant", "content": [text("One."), text("Two.")]}]
-    assert read(user(text("What?")), chosen=answer).chosen == "One.\nTwo."
+    system, more = (
+        say("system", text("Be brief.")),
+        [say("assistant", text("A cat.")), say("user", text("And?"))],
+    )
+    opening = say("user", image, image, text("What?"))
+    assert question(system, say("user", text("What?")), *more, **two) == [system, opening, *more]
+    answer = [say("assistant", text("One."), text("Two."))]
+    assert read_one(folder, MESSAGES | {"chosen": answer}).chosen == "One.\nTwo."
 
 
 def test_no_image_needs_no_images_and_no_pool(folder):
@@ -781,18 +694,11 @@ def test_no_image_needs_no_images_and_no_pool(folder):
 def test_lines_are_numbered_as_an_editor_does(folder):
     """A message that names another line sends the user to a good record. U+2028 is text in JSON; a BOM is
     not."""
-    good = authors(question="a\u2028b", chosen="A\u2028cat.")
-    lines = [
-        "\ufeff" + json.dumps(good, ensure_ascii=False),
-        "",
-        "  ",
-        json.dumps(good),
-        "{",
-        json.dumps(authors(chosen="")),
-    ]
+    good, said = authors(question="a\u2028b", chosen="A\u2028cat."), []
+    first = "\ufeff" + json.dumps(good, ensure_ascii=False)
+    lines = [first, "", "  ", json.dumps(good), "{", json.dumps(authors(chosen=""))]
     path = folder / "x.jsonl"
     path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
-    said = []
     examples = read_examples(path, skip_bad=True, log=said.append)
     assert [(e.id, e.chosen) for e in examples] == [("1", "A\u2028cat."), ("4", "A\u2028cat.")]
     assert "record 5: not valid JSON" in said[0] and "record 6: 'chosen' is empty" in said[0]
@@ -809,7 +715,7 @@ UNREADABLE = {
     "x: cannot be read: is a zip file: unpack it": b"PK\x03\x04",
     "x: cannot be read: is a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
     "x: cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 9": b'{"chose":\xe9"}',
-    "x: cannot be read: is one JSON object with the fields data, split, not a list": b'{\n"data": [{}],\n"split": 1}',
+    "x: cannot be read: is one JSON object with the fields data, split, not a list": b'{\n"data": [],\n"split": 1}',
     "x: no example is left$": b"[]",
 }
 
@@ -833,30 +739,28 @@ def test_a_report_of_bad_records_ends_after_20_and_counts_the_rest(folder):
 
 
 def test_a_broken_line_is_bad_whatever_the_subset(folder):
-    """A record that cannot be read has no id: dropped as if it were of another subset, it would be lost in silence."""
+    """A record that cannot be read has no id: dropped as if it were of another subset, it would be lost in
+    silence."""
     path = write(folder / "x.jsonl", json.dumps(VLFEEDBACK) + '\n{"id": "llava-2", "prom\n5\n')
     with pytest.raises(BadInput, match="record 2: not valid JSON: .*\n  record 3: is 5, not an object"):
         read_examples(path, subset="llava")
 
 
 def test_subset_and_limit(folder):
-    """The paper's data is a sample of 10K among ids that begin with llava; the sample is the seed's alone."""
-    records = [
-        VLFEEDBACK | {"id": f"{kind}-{i}", "img_path": "a.png"}
-        for i in range(20)
-        for kind in ("llava", "svit-llava")
-    ]
-    path = write(folder / "x.json", records)
-    ids = [e.id for e in read_examples(path, subset="llava", limit=5, seed=1)]
+    """The paper's data is a sample of 10K among ids that begin with llava; the sample is the seed's alone.
+    Images of other records need not be there."""
+    kinds = [authors(id=f"{kind}-{i}") for i in range(20) for kind in ("llava", "svit-llava")]
+    path = write(folder / "x.json", kinds)
+    ids, again, others = (
+        [e.id for e in read_examples(path, subset="llava", limit=5, seed=seed)] for seed in (1, 1, 2)
+    )
     assert len(set(ids)) == 5 and all(id.startswith("llava") for id in ids)
-    assert ids == [e.id for e in read_examples(path, subset="llava", limit=5, seed=1)]
-    assert ids != [e.id for e in read_examples(path, subset="llava", limit=5, seed=2)]
+    assert ids == again != others
     assert len(read_examples(path, limit=100)) == len(read_examples(path, limit=40)) == 40
     with pytest.raises(BadInput, match="no example is left with an id in 'vqa'"):
         read_examples(path, subset="vqa")
-    (folder / "broken.png").write_bytes(b"")
     numbers = [authors(id=id, img_path="a.png" if id in (1, 12) else "none.png") for id in (1, 2, 12, 21)]
-    assert [e.id for e in read_examples(write(folder / "y.json", numbers), subset="1")] == ["1", "12"]
+    assert [e.id for e in read(folder, *numbers, subset="1")] == ["1", "12"]
 
 
 def test_a_sample_is_even_and_in_the_files_order(folder):
@@ -870,46 +774,36 @@ def test_a_sample_is_even_and_in_the_files_order(folder):
         read_examples(path, limit=0)
 
 
-def test_images_folder_can_be_elsewhere(folder):
-    """--images; an absolute path is taken as it is."""
-    path = write(folder / "deep" / "x.json", [authors(), authors(img_path=str(folder / "a.png"))])
-    assert len(read_examples(path, image_dir=folder)) == 2
-
-
 def test_turns_of_conversations_are_not_lost_beside_a_prompt(folder):
-    """The prompt is in the conversation once more; taken alone, it would be answered by the last turn's answer."""
-    user, assistant = ({"role": role} for role in ("user", "assistant"))
-    turns = [
-        user | {"content": "What?"},
-        assistant | {"content": "A ring."},
-        user | {"content": "Which colour?"},
-    ]
+    """The prompt is in the conversation once more; taken alone, it would be answered by the last turn's
+    answer."""
+    turns = [say("user", "What?"), say("assistant", "A ring."), say("user", "Which colour?")]
     record = {"image": "a.png", "prompt": "What?"}
-    record |= {name: [*turns, assistant | {"content": name}] for name in ("chosen", "rejected")}
-    (one,) = read_examples(write(folder / "x.json", [record]))
+    record |= {name: [*turns, say("assistant", name)] for name in ("chosen", "rejected")}
+    one = read_one(folder, record)
     assert data.texts_of(one.question) == ["What?", "A ring.", "Which colour?"] and one.chosen == "chosen"
-    system = [{"role": "system", "content": "Be brief."}]
-    with_system = record | {"prompt": system + turns}  # says more than the conversation
-    (one,) = read_examples(write(folder / "x.json", [with_system]))
-    assert data.texts_of(one.question) == ["Be brief.", "What?", "A ring.", "Which colour?"]
+    longer = record | {"prompt": [say("system", "Be brief."), *turns]}  # says more than the conversation
+    texts = data.texts_of(read_one(folder, longer).question)
+    assert texts == ["Be brief.", "What?", "A ring.", "Which colour?"]
     record |= {"prompt": turns[:1]} | {name: record[name][1:] for name in ("chosen", "rejected")}
-    with pytest.raises(BadInput, match="user and assistant must take turns"):
-        read_examples(write(folder / "x.json", [record]))
+    assert "user and assistant must take turns" in refusal(folder, record)
 
 
 BAD_RECORDS = {
     "has the fields img_path, question, chosen, rejected; needed are image, prompt, chosen": {
-        "img_path": "a.png",
-        "question": "Q",
-        "chosen": None,
-        "rejected": "b",
-    },
+        "img_path": "a.png", "question": "Q", "chosen": None, "rejected": "b"},
     "has the fields image, chosen, rejected; needed are image, prompt": {
-        "image": "a.png",
-        "chosen": "a",
-        "rejected": "b",
-    },
+        "image": "a.png", "chosen": "a", "rejected": "b"},
+    "has the fields image_id, chosen, rejected; needed are": {
+        "image_id": 1, "chosen": ["A"], "rejected": ["B", "C"]},
+    "has the fields conversations, image; needed are image, prompt, chosen": {
+        "conversations": [], "image": "a.png"},
     "'chosen' is 3, not text": authors(chosen=3),
+    "'chosen' is NaN, not text": authors(chosen=math.nan),
+    "'prompt' is {\"a\": 1}, not text": authors(prompt={"a": 1}),
+    "'rejected' is [\"No.\", \"Never.\"], not text": authors(rejected=["No.", "Never."]),
+    "an image is {\"bytes\": \"/9j/4AAQ\", \"path\": null}, not a path": authors(
+        img_path={"bytes": "/9j/4AAQ", "path": None}),
     "is [1], not an object with fields": [1],
     "'rejected' is empty": authors(rejected=" \n"),
     "'chosen': 'utf-8' codec can't encode character": authors(chosen="A \ud800 cat."),
@@ -919,48 +813,47 @@ BAD_RECORDS = {
     "has no image path": {"question": "Q", "chosen": "a", "rejected": "b"},
     "points outside the image folder": authors(img_path="../a.png"),
     "'chosen' holds '<image>', a control token": authors(chosen="An <image>"),
-    "'prompt' holds '<image 1>', a control token": authors(prompt="Is <image 1> a picture?"),
     "shows 1 images, the record has 2": authors(img_path=None, images=["a.png", "a.png"]),
     "shows 2 images, the record has 1": TURNS | {"images": ["a.png"]},
     "must take turns": MESSAGES | {"prompt": [*MESSAGES["prompt"], *MESSAGES["prompt"]]},
-    "'prompt': role \"tool\" is not system": MESSAGES | {"prompt": [{"role": "tool", "content": "S"}]},
-    "'prompt': has no 'text'": MESSAGES | {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
-    "'chosen' must end in an assistant message": MESSAGES
-    | {"chosen": [{"role": "user", "content": "A cat."}]},
-    "'rejected' must end in an assistant message": MESSAGES
-    | {"rejected": [{"role": "assistant", "content": MESSAGES["prompt"][0]["content"]}]},
-    "a message has no text": MESSAGES | {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
-    "differ before their last turn": {
-        "image": "a.png",
-        "chosen": [*MESSAGES["prompt"], *MESSAGES["chosen"]],
-        "rejected": [{"role": "user", "content": "Who is it?"}, *MESSAGES["rejected"]],
-    },
+    "'prompt': role \"tool\" is not system": MESSAGES | {"prompt": [say("tool", "S")]},
+    "'prompt': has no 'text'": MESSAGES | {"prompt": [say("user", {"type": "video"})]},
+    "'chosen' must end in an assistant message": MESSAGES | {"chosen": [say("user", "A cat.")]},
+    "'rejected' must end in an assistant message": MESSAGES | {
+        "rejected": [say("assistant", *MESSAGES["prompt"][0]["content"])]},
+    "a message has no text": MESSAGES | {"prompt": [say("user", {"type": "image"})]},
+    "differ before their last turn": NO_PROMPT | {
+        "rejected": [say("user", "Who is it?"), *MESSAGES["rejected"]]},
     "has no 'annotations'": VLFEEDBACK | {"completions": [{"response": "x"}]},
     "not valid JSON": None,
+}  # fmt: skip
+BAD_RECORDS |= {  # marks of other tools would be trained on as text, beside an image that stands elsewhere
+    f"'prompt' holds {mark!r}, a control token or image mark": authors(prompt=f"{mark}\nWhat?")
+    for mark in FOREIGN
 }
 
 
 @pytest.mark.parametrize("reason", BAD_RECORDS)
 def test_bad_records_are_all_reported_with_number_id_and_reason(folder, reason):
-    """One bad record stops the run before the model is loaded, and says which; --skip-bad drops it and says how many."""
+    """One bad record stops the run before the model is loaded, and says which, and what it holds in few
+    words; --skip-bad drops it and says how many."""
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
-    bad = json.dumps(BAD_RECORDS[reason]) if BAD_RECORDS[reason] else "{"
+    bad, said = json.dumps(BAD_RECORDS[reason]) if BAD_RECORDS[reason] else "{", []
     path = write(folder / "x.jsonl", f"{json.dumps(authors(id='first'))}\n{bad}\n{bad}\n")
-    with pytest.raises(
-        BadInput, match="(?s)x.jsonl: --skip-bad would drop 2 bad.*record 2.*record 3"
-    ) as error:
+    with pytest.raises(BadInput) as error:
         read_examples(path)
-    assert str(error.value).count(reason) == 2
-    said = []
+    first, *lines = str(error.value).split("\n")
+    assert first == f"{path}: --skip-bad would drop 2 bad records:"
+    assert all(len(line) < 400 and reason in line for line in lines)
+    assert [line.strip()[:8] for line in lines] == ["record 2", "record 3"]
     assert [e.id for e in read_examples(path, skip_bad=True, log=said.append)] == ["first"]
     assert "dropped 2 bad records" in said[0]
 
 
-def test_the_models_own_image_token_in_text_is_bad(folder, bunny):
+def test_the_models_own_image_token_in_text_is_bad(folder, bunnys):
     """Nine tabs are Bunny's image token: in a table of tabs they would be taken for an image."""
-    path = write(folder / "x.json", [authors(chosen="a" + "\t" * 9 + "b")])
-    with pytest.raises(BadInput, match=r"'chosen' holds '(\\t){9}', a control token"):
-        read_examples(path, processor=train.load_processor(str(bunny)))
+    record = authors(chosen="a" + "\t" * 9 + "b")
+    assert re.search(r"'chosen' holds '(\\t){9}', a control token", refusal(folder, record, processor=bunnys))
 
 
 def test_the_check_of_the_room_counts_each_prompts_own_images(folder, loaded):
@@ -968,48 +861,35 @@ def test_the_check_of_the_room_counts_each_prompts_own_images(folder, loaded):
     lengths."""
     _, processor = loaded
     noise(3, (20, 50)).save(folder / "b.png")
-    two = authors(id="two", rejected="No.", img_path=None, images=["a.png", "b.png"], prompt="What?")
-    path = write(
-        folder / "x.json",
-        [
-            authors(id="one", rejected="No.", prompt="What?"),
-            two,
-            authors(id="other", rejected="No.", img_path="b.png"),
-        ],
-    )
-    pairs = Pairs(read_examples(path))
+    one = authors(id="one", rejected="No.", prompt="What?")
+    two = one | {"id": "two", "img_path": None, "images": ["a.png", "b.png"]}
+    records = one, two, authors(id="other", rejected="No.", img_path="b.png")
+    pairs = Pairs(read(folder, *records))
     batches = [make_batch([pairs[i]], processor) for i in range(3)]
-    prefixes = [prefix_length(batch) for batch in batches]
-    alike = len(
-        os.path.commonprefix([ids[prefixes[0] :].tolist() for ids in batches[0].labels[:2]])
-    )  # a space
-    needs = [prefix + alike + 1 for prefix in prefixes]
+    responses = [ids[prefix_length(batches[0]) :].tolist() for ids in batches[0].labels[:2]]
+    alike = len(os.path.commonprefix(responses))  # a space
+    needs = [prefix_length(batch) + alike + 1 for batch in batches]
     assert len(set(needs)) == 3
     for max_length in {length + more for length in needs for more in (-1, 0)} - {min(needs) - 1}:
         options = {"processor": processor, "max_length": max_length, "skip_bad": True}
-        good = [e.id for e in read_examples(path, **options, log=lambda text: None)]
+        good = [e.id for e in read(folder, *records, **options)]
         assert good == [id for id, n in zip(("one", "two", "other"), needs) if n <= max_length]
     with pytest.raises(BadInput, match="no example is left|prompt of|are equal in the tokens"):
-        read_examples(path, processor=processor, max_length=min(needs) - 1)
+        read(folder, *records, processor=processor, max_length=min(needs) - 1)
 
 
 MODES = {
-    "palette": lambda im: im.convert("P"),
-    "transparent palette": lambda im: im.convert("P"),
-    "grey": lambda im: im.convert("L"),
-    "grey alpha": lambda im: im.convert("LA"),
-    "rgba": lambda im: im.convert("RGBA"),
-    "one bit": lambda im: im.convert("1"),
-    "cmyk": lambda im: im.convert("CMYK"),
-    "16 bit": lambda im: Image.new("I;16", im.size, 40000),
-}
+    "palette": "P", "transparent palette": "P", "grey": "L", "grey alpha": "LA", "rgba": "RGBA",
+    "one bit": "1", "cmyk": "CMYK", "16 bit": "I;16",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_image_mode_becomes_rgb(tmp_path, mode):
     """Scraped images come in all of these; a wrong channel count kills the run hours in."""
     path = tmp_path / ("x.jpg" if mode == "cmyk" else "x.png")
-    MODES[mode](noise(1)).save(path, **({"transparency": 0} if mode == "transparent palette" else {}))
+    image = Image.new("I;16", (48, 32), 40000) if mode == "16 bit" else noise(1).convert(MODES[mode])
+    image.save(path, **({"transparency": 0} if mode == "transparent palette" else {}))
     image = open_image(path)
     assert image.mode == "RGB" and image.size == (48, 32)
     is_grey = image.convert("L").convert("RGB").tobytes() == image.tobytes()
@@ -1097,140 +977,105 @@ def test_a_crop_is_at_least_one_pixel(tmp_path):
 
 @pytest.mark.parametrize("strategy", data.STRATEGIES)
 def test_rejected_image_is_a_pure_function_of_seed_epoch_and_index(tmp_path, strategy):
-    """Resuming and DataLoader workers rest on it; a new epoch, a new seed and another index draw anew."""
+    """Resuming and DataLoader workers rest on it; a new epoch, a new seed and another index draw anew. One
+    index is of epoch 0."""
     for number in range(30):
         noise(number, (24, 24)).save(tmp_path / f"{number}.png")
-    path = write(tmp_path / "x.json", [authors(img_path=f"{number}.png") for number in range(30)])
-    one, *others = read_examples(path)
+    one, *others = read(tmp_path, *(authors(img_path=f"{number}.png") for number in range(30)))
     examples = [one] * 30 + others  # the same image at the first 30 indices
-    draw = lambda seed, epoch, index: (
-        Pairs(examples, strategy, seed=seed)[epoch, index].images_rejected[0].tobytes()
-    )
-    keys = [(s, e, i) for s in (0, 1, 11) for e in (0, 1, 11) for i in (0, 1, 11)]
+
+    def draw(seed, epoch, index):
+        return Pairs(examples, strategy, seed=seed)[epoch, index].images_rejected[0].tobytes()
+
+    keys = [*itertools.product((0, 1, 11), repeat=3)]
     drawn_once = {key: draw(*key) for key in keys}
     random.seed(1)
     assert all(draw(*key) == drawn_once[key] for key in reversed(keys))
     # "random" has 29 images to choose from: 27 draws meet some of them twice.
     assert len({*drawn_once.values()}) == 27 if strategy != "random" else len({*drawn_once.values()}) > 12
-    for changes in (
-        ((s, 0, 0) for s in range(9)),
-        ((0, e, 0) for e in range(9)),
-        ((0, 0, i) for i in range(9)),
-    ):
-        assert len({draw(*key) for key in changes}) > 5
-    *texts, (image,), (image_rejected,), _, key = Pairs(examples, strategy)[0, 0]
+    for at in range(3):
+        varied = [tuple(value if i == at else 0 for i in range(3)) for value in range(9)]
+        assert len({draw(*key) for key in varied}) > 5
+    *texts, (image,), (image_rejected,), _, key = Pairs(examples, strategy)[0]
     assert key == (0, 0) and texts == [one.question, one.chosen, one.rejected]
     assert image.tobytes() == open_image(one.images[0]).tobytes() and image_rejected.size == image.size
+    assert image_rejected.tobytes() == drawn_once[0, 0, 0]
 
 
 @LAYOUTS
 @pytest.mark.parametrize("record", [authors(), VLFEEDBACK, MESSAGES])
-def test_a_record_may_bring_its_own_rejected_image(folder, bunny, record, layout):
+def test_a_record_may_bring_its_own_rejected_image(folder, bunnys, record, layout):
     """It takes the place of the strategy, in every format, and reaches the model as log pi(y_w | m_l, q)."""
-    noise(9, (50, 20)).save(folder / "edited.png")
-    _, processor = train.load_model(str(bunny))
+    edited = noise(9, (50, 20))
+    edited.save(folder / "edited.png")
     for field in ({"rejected_image": "edited.png"}, {"rejected_images": ["edited.png"]}):
-        (own,) = read_examples(write(folder / "x.json", [record | field]), processor=processor)
+        own = read_one(folder, record | field, processor=bunnys)
         for strategy in data.STRATEGIES:
             one = Pairs([own], strategy)[3, 0]
-            assert one.images_rejected[0].tobytes() == noise(9, (50, 20)).tobytes()
-    model, seen = train.load_model(str(bunny))[0], []
-    features = model.get_image_features
-
-    def spy(pixel_values):
-        seen.append(pixel_values)
-        return features(pixel_values)
-
-    model.get_image_features = spy
-    mdpo.forward_inputs(model, laid_out([one], processor, layout))
-    assert len(seen) == 1 and torch.equal(seen[0][-1:], pixels_of(processor, noise(9, (50, 20))))
-    assert (
-        Pairs(read_examples(write(folder / "x.json", [record])))[0, 0].images_rejected[0].size
-        == one.images[0].size
-    )
+            assert one.images_rejected[0].tobytes() == edited.tobytes()
+    seen = laid_out([one], bunnys, layout).inputs["pixel_values"]
+    assert torch.equal(seen[-1:], pixels_of(bunnys, edited))
+    drawn = pair_of(folder, record)
+    assert drawn.images_rejected[0].size == drawn.images[0].size
 
 
-def test_threads_that_check_do_not_share_the_tokenizers_padding(folder, bunny):
+def test_threads_that_check_do_not_share_the_tokenizers_padding(folder, bunnys):
     """To pad two prompts sets it for all threads: good records were bad at random."""
     noise(2).save(folder / "b.png")
-    records = [
-        authors(rejected_image="b.png"),
-        authors(chosen="A cat and a dog."),
-        authors(chosen="Yes."),
-    ] * 40
-    processor = train.load_processor(str(bunny))
-    assert len(read_examples(write(folder / "x.json", records), processor=processor)) == 120
+    records = authors(rejected_image="b.png"), authors(chosen="A cat and a dog."), authors(chosen="Yes.")
+    assert len(read(folder, *records * 40, processor=bunnys)) == 120
 
 
 def test_a_rejected_image_that_is_the_image_is_bad(folder):
     """CoPO would compare a log-probability with itself: loss/conditional is ln 2 for ever."""
     shutil.copy(folder / "a.png", folder / "copy.png")
     for own in ("a.png", "copy.png"):
-        with pytest.raises(BadInput, match="record 1: the rejected image is the image"):
-            read_examples(write(folder / "x.json", [authors(rejected_image=own)]))
+        assert "record 1: the rejected image is the image" in refusal(folder, authors(rejected_image=own))
 
 
-def test_own_rejected_images_are_checked_as_any_image(folder, bunny, capsys):
+def test_own_rejected_images_are_checked_as_any_image(folder, capsys):
     """One that is missing, broken, too large for the prompt or one too few stops the run before it starts."""
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
-    wrong = {
+    for own, message in {
         "no.png": "no image 'no.png'",
         "broken.png": "broken.png cannot be decoded",
         "../a.png": "points outside",
-    }
-    for path, message in wrong.items():
-        with pytest.raises(BadInput, match=message):
-            read_examples(write(folder / "x.json", [authors(rejected_image=path)]))
-    with pytest.raises(BadInput, match="has 1 images and 2 rejected images"):
-        read_examples(write(folder / "x.json", [authors(rejected_images=["a.png", "a.png"])]))
+    }.items():
+        assert message in refusal(folder, authors(rejected_image=own))
+    two = authors(rejected_images=["a.png", "a.png"])
+    assert "has 1 images and 2 rejected images" in refusal(folder, two)
     noise(2).save(folder / "b.png")
     path = write(folder / "x.json", [authors(rejected_image="b.png"), authors()])
     assert check_file([path]) == 0 and "1 examples have their own rejected images" in capsys.readouterr().out
-    (one, _) = read_examples(
-        write(folder / "x.json", [authors(rejected_image="no.png"), authors()]), with_images=False
-    )
+    one = read_one(folder, authors(rejected_image="no.png"), with_images=False)
     assert one.images_rejected == ()  # DPO (No Image) needs none
 
 
 def test_rejected_images_are_the_same_in_another_process(tmp_path):
     """A resumed run is another process: what hangs on Python's own hash would differ in it."""
     examples = as_examples(tmp_path)
-    script = (
-        "import zlib; from data import *; examples = read_examples(r'%s', log=len)\n"
-        "print(*(zlib.crc32(Pairs(examples, s)[3, 2].images_rejected[0].tobytes()) for s in ('crop', 'random', 'moco')))"
-    ) % (tmp_path / "drawn" / "silkie.json")
+    script = f"""
+import zlib
+from data import *
+examples = read_examples({str(tmp_path / "drawn" / "silkie.json")!r}, log=len)
+print(*(zlib.crc32(Pairs(examples, strategy)[3, 2].images_rejected[0].tobytes()) for strategy in STRATEGIES))
+"""
     environment = os.environ | {"PYTHONHASHSEED": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    here = [
-        zlib.crc32(Pairs(examples, s)[3, 2].images_rejected[0].tobytes()) for s in ("crop", "random", "moco")
-    ]
-    assert child.stdout.split() == [str(checksum) for checksum in here], child.stderr
+    said = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env=environment, text=True)
+    rejected = [Pairs(examples, strategy)[3, 2].images_rejected[0] for strategy in data.STRATEGIES]
+    assert said.split() == [str(zlib.crc32(image.tobytes())) for image in rejected]
 
 
 def test_random_image_is_another_file_whatever_its_path(tmp_path, monkeypatch):
-    """Training and held-out data may name one folder in two ways: the image itself would be the rejected one."""
+    """Training and held-out data may name one folder in two ways: the image itself would be the rejected
+    one."""
     path = shapes.write_pairs(tmp_path / "drawn", 3)
     monkeypatch.chdir(tmp_path)
     both = read_examples("drawn/silkie.json") + read_examples(str(path))
     assert len({*Pairs(both, "random").pool}) == 3
 
 
-def test_an_unknown_strategy_is_refused(tmp_path):
-    """A misspelled one must not train on the image itself."""
-    with pytest.raises(BadInput, match="unknown strategy 'crops': choose from crop, random, moco"):
-        Pairs(as_examples(tmp_path), "crops")[0, 0]
-
-
-COLOURS = {
-    "a": (255, 0, 0),
-    "b": (0, 255, 0),
-    "c": (0, 0, 255),
-    "d": (255, 255, 0),
-    "e": (255, 0, 255),
-    "f": (9, 9, 9),
-}
+COLOURS = dict(a=(255, 0, 0), b=(0, 255, 0), c=(0, 0, 255), d=(255, 255, 0), e=(255, 0, 255), f=(9, 9, 9))
 
 
 def coloured(folder, *images):
@@ -1238,21 +1083,26 @@ def coloured(folder, *images):
     for name, colour in COLOURS.items():
         Image.new("RGB", (8, 8), colour).save(folder / f"{name}.png")
     names = [[f"{name}.png" for name in image] for image in images]
-    return read_examples(write(folder / "x.json", [authors(img_path=n, prompt="What?") for n in names]))
+    return read(folder, *(authors(img_path=of_example, prompt="What?") for of_example in names))
+
+
+def names_of(images):
+    """The names in COLOURS of images: "a" is all red."""
+    names = {colour: name for name, colour in COLOURS.items()}
+    return "".join(names[image.getpixel((4, 4))] for image in images)
 
 
 def test_random_image_is_any_other_and_each_as_likely(tmp_path):
     """Table 3's row. The same file may serve several questions: it is one image for all that, and never its
     own."""
-    examples = coloured(tmp_path, "a", "a", "a", "b", "b", "b", "b", "b", "c", "d")
+    examples = coloured(tmp_path, *"aaabbbbbcd")
     pairs = Pairs(examples, "random")
-    seen = [pairs[epoch, 1].images_rejected[0].getpixel((4, 4)) for epoch in range(600)]
-    assert set(seen) == {COLOURS[name] for name in "bcd"}
-    assert all(is_share(torch.tensor([s == colour for s in seen]), 1 / 3) for colour in set(seen))
-    with pytest.raises(BadInput, match="more different images"):
-        Pairs(examples[:3], "random")
-    with pytest.raises(BadInput, match="more different images"):
-        Pairs(coloured(tmp_path, "a", "b", "ab"), "random")
+    seen = [names_of(pairs[epoch, 1].images_rejected) for epoch in range(600)]
+    assert set(seen) == {*"bcd"}
+    assert all(is_share(torch.tensor([name == one for one in seen]), 1 / 3) for name in "bcd")
+    for too_few in examples[:3], coloured(tmp_path, "a", "b", "ab"):
+        with pytest.raises(BadInput, match="more different images"):
+            Pairs(too_few, "random")
 
 
 def test_random_image_is_none_of_the_examples_own_and_of_the_pool(tmp_path):
@@ -1260,16 +1110,10 @@ def test_random_image_is_none_of_the_examples_own_and_of_the_pool(tmp_path):
     other image."""
     examples = coloured(tmp_path, "ab", "c", "d", "e")
     pairs = Pairs(examples, "random")
-    seen = [
-        tuple(image.getpixel((4, 4)) for image in pairs[epoch, 0].images_rejected) for epoch in range(200)
-    ]
-    assert {s for both in seen for s in both} == {COLOURS[name] for name in "cde"}
-    assert len(set(seen)) == 9  # each of the two is drawn for itself
-    pooled = Pairs(examples[1:2], "random", pool=[*coloured(tmp_path, "cf", "d")])
-    assert {pooled[epoch, 0].images_rejected[0].getpixel((4, 4)) for epoch in range(50)} == {
-        COLOURS["f"],
-        COLOURS["d"],
-    }
+    seen = {names_of(pairs[epoch, 0].images_rejected) for epoch in range(200)}
+    assert seen == {first + second for first in "cde" for second in "cde"}  # each is drawn for itself
+    pooled = Pairs(examples[1:2], "random", pool=coloured(tmp_path, "cf", "d"))
+    assert {names_of(pooled[epoch, 0].images_rejected) for epoch in range(50)} == {*"fd"}
 
 
 def test_random_image_is_centred_and_fitted_not_squashed(tmp_path):
@@ -1279,8 +1123,7 @@ def test_random_image_is_centred_and_fitted_not_squashed(tmp_path):
     wide.paste((0, 255, 0), (16, 0, 64, 40))
     wide.save(tmp_path / "wide.png")
     noise(1, (20, 20)).save(tmp_path / "a.png")
-    examples = read_examples(write(tmp_path / "x.json", [authors(), authors(img_path="wide.png")]))
-    rejected = Pairs(examples, "random")[0, 0].images_rejected[0]
+    (rejected,) = Pairs(read(tmp_path, authors(), authors(img_path="wide.png")), "random")[0].images_rejected
     assert rejected.size == (20, 20) and rejected.getcolors() == [(400, (0, 255, 0))]
 
 
@@ -1337,7 +1180,8 @@ def test_moco_jitters_contrast_and_colour_as_much_as_brightness(tmp_path):
     spread = (rgb.amax(1) - rgb.amin(1)) / luminance
     kept = (spread > 0) & (rgb != torch.tensor([120, 80, 80])).any(1)
     factor = spread[kept] / (40 / (0.299 * 120 + 0.701 * 80))
-    # Factors uniform in 0.6..1.4 have a mean of 1 and a variance of 0.16 / 3; two: (1 + 0.16 / 3)^2 - 1 = 0.109.
+    # Factors uniform in 0.6..1.4 have a mean of 1 and a variance of 0.16 / 3; two: (1 + 0.16 / 3)^2 - 1 =
+    # 0.109.
     assert factor.mean() == pytest.approx(1, abs=0.04) and factor.var() == pytest.approx(0.109, abs=0.017)
 
 
@@ -1350,9 +1194,28 @@ def test_moco_jitters_in_any_order(tmp_path):
     images = drawn(tmp_path, bands, "moco", 400)[:, 0, 20:44]
     low, high = images.amin((1, 2)), images.amax((1, 2))
     # Brightness first: dark bands stay below 1.4 * 120 = 168 if white is reached at last. Contrast first: the
-    # ratio of the two is that of contrast alone, at least 0.6 of 130 over bands of mean 185, unless white is reached.
+    # ratio of the two is that of contrast alone, at least 0.6 of 130 over bands of mean 185, unless white is
+    # reached.
     assert ((low > 180) & (high == 255)).any()
     assert ((high < 250) & ((high - low) / (high + low) < 0.85 * 0.6 * 130 / 370)).any()
+
+
+def edges_of(line):
+    """(middle, variance) of each edge in a line of grey levels: edges are 64 pixels apart, and their steps
+    are close."""
+    steps = line.diff().abs()
+    steps[steps < 0.5] = 0
+    n, edges = len(steps), []
+    for i in (steps > 0).nonzero()[:, 0].tolist():
+        if edges and i - edges[-1][-1] < 20:
+            edges[-1].append(i)
+        else:
+            edges.append([i])
+    for edge in edges:
+        if edge[0] >= 25 and edge[-1] <= n - 25:  # none that the image's border cuts
+            weights, places = steps[edge], torch.tensor(edge).double()
+            middle = (weights * places).sum() / weights.sum()
+            yield middle, (weights * (places - middle).square()).sum() / weights.sum()
 
 
 def test_moco_blurs_half_by_a_sigma_that_scales_with_the_image(tmp_path):
@@ -1361,25 +1224,9 @@ def test_moco_blurs_half_by_a_sigma_that_scales_with_the_image(tmp_path):
     bands = Image.new("RGB", (512, 336), (60, 60, 60))
     for x in range(0, 512, 128):
         bands.paste((140, 140, 140), (x, 0, x + 64, 336))
-    lines = drawn(tmp_path, bands, "moco", 200)[:, 0, 168]
     sigmas = []
-    for line in lines:
-        steps = line.diff().abs()
-        steps[steps < 0.5] = 0
-        n, edges = len(steps), []
-        for i in (
-            (steps > 0).nonzero()[:, 0].tolist()
-        ):  # an edge is 64 pixels from the next, and its steps are close
-            if edges and i - edges[-1][-1] < 20:
-                edges[-1].append(i)
-            else:
-                edges.append([i])
-        middles, variances = [], []
-        for edge in edges:
-            if edge[0] >= 25 and edge[-1] <= n - 25:  # none that the image's border cuts
-                weights, places = steps[edge], torch.tensor(edge).double()
-                middles.append((weights * places).sum() / weights.sum())
-                variances.append((weights * (places - middles[-1]).square()).sum() / weights.sum())
+    for line in drawn(tmp_path, bands, "moco", 200)[:, 0, 168]:
+        middles, variances = zip(*edges_of(line))
         scale = (middles[-1] - middles[0]) / (len(middles) - 1) / 64 if len(middles) > 1 else 1.5
         # What enlarging by `scale` does to an edge, and what reading it pixel by pixel does, is taken off.
         sigmas.append((sum(variances) / len(variances) - (scale**2 + 1) / 12).clamp(min=0).sqrt())
@@ -1391,9 +1238,13 @@ def test_moco_blurs_half_by_a_sigma_that_scales_with_the_image(tmp_path):
 
 def test_full_memory_is_no_bad_record(folder, monkeypatch):
     """Dropped by --skip-bad, good records would be lost for want of memory."""
-    monkeypatch.setattr(Image, "open", lambda path: (_ for _ in ()).throw(MemoryError()))
+
+    def full(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", full)
     with pytest.raises(MemoryError):
-        read_examples(write(folder / "x.json", [authors()]), skip_bad=True)
+        read(folder, authors(), skip_bad=True)
     with pytest.raises(torch.OutOfMemoryError), data.about("the layout"):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -1401,49 +1252,44 @@ def test_full_memory_is_no_bad_record(folder, monkeypatch):
 def test_data_command_counts_every_kind_of_record(folder, capsys):
     """`python data.py FILE` is how a user finds out before renting a GPU: its counts and its exit status."""
     tie = VLFEEDBACK | {"id": "llava-tie", "completions": [completion("A", "3"), completion("B", "3")]}
-    kinds = [
-        authors(id="llava-0", chosen="A cat."),  # 2 words
-        authors(id="llava-2", chosen="A cat on a mat, asleep in the sun."),  # 9 words
-        authors(id="llava-3", chosen="A cat asleep.", img_path="merged_images/llava-1.jpg"),  # 3 words
-        authors(id="svit-0", chosen="Cat."),
+    good = [
+        authors(id="llava-0"),
+        authors(id="llava-2"),
+        authors(id="llava-3", img_path="merged_images/llava-1.jpg"),
+        authors(id="svit-0"),
         tie,
-        *[authors(id=f"llava-bad-{i}", chosen="") for i in range(25)],
-        authors(id="llava-no", img_path="none.png"),
-        authors(id="llava-broken", img_path="broken.png"),
     ]
+    bad = [authors(id=f"llava-bad-{i}", chosen="") for i in range(25)]
+    bad += [authors(id=f"llava-{name}", img_path=f"{name}.png") for name in ("none", "broken")]
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
-    path = write(folder / "elsewhere" / "x.json", kinds)
-    assert check_file([path, "--images", str(folder), "--subset", "llava"]) == 2
+    path = write(folder / "elsewhere" / "x.json", good + bad)
+    options = ["--images", str(folder), "--subset", "llava"]
+    assert check_file([path, *options]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"error: {path}: --skip-bad would drop 27 bad records:\n")
     assert "record 6 (id llava-bad-0): 'chosen' is empty" in err and "... and 7 more" in err
-    write(path_of := folder / "good.json", kinds[:5])
-    assert check_file([str(path_of), "--images", str(folder), "--subset", "llava"]) == 0
+    path = write(folder / "good.json", good)
+    assert check_file([path, *options]) == 0
     out, err = capsys.readouterr()
-    assert f"{path_of}: left out 2 records of other ids, or whose ratings" in out and err == ""
-    assert f"{path_of}: 3 examples with 2 different images; 0 examples have" in out
-    assert (
-        check_file([str(folder / "none.json")]) == check_file([path, "--images", str(folder / "none")]) == 2
-    )
-    out, err = capsys.readouterr()
-    assert (
-        out == ""
-        and err.count("error: ") == 2
-        and "none.json: no such file" in err
-        and "no such image folder" in err
-    )
+    assert f"{path}: left out 2 records of other ids, or whose ratings" in out and err == ""
+    assert f"{path}: 3 examples with 2 different images; 0 examples have" in out
+    for argv, reason in (
+        (["none.json"], "none.json: no such file"),
+        ([path, "--images", "none"], "no such image"),
+    ):
+        assert check_file(argv) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and reason in err
 
 
 def test_a_gpu_that_cannot_be_used_is_said_and_other_warnings_are_not():
     """Under an old driver torch warns once, and then there is no GPU: the warning was swallowed."""
-    script = (
-        "import warnings; from data import run_command\n"
-        "def command(argv):\n"
-        "    warnings.warn('CUDA initialization: The NVIDIA driver on your system is too old')\n"
-        "    warnings.warn('a library was renamed')\n"
-        "    return 0\n"
-        "raise SystemExit(run_command(command, []))"
-    )
-    child = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert child.returncode == 0 and "driver on your system is too old" in child.stderr
-    assert "renamed" not in child.stderr
+
+    def command(argv):
+        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old", stacklevel=1)
+        warnings.warn("a library was renamed", stacklevel=1)
+        return 0
+
+    with warnings.catch_warnings(record=True) as said:
+        assert data.run_command(command, []) == 0
+    assert ["driver on your system is too old" in str(warning.message) for warning in said] == [True]
