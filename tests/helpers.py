@@ -2,8 +2,6 @@
 
 import re
 import signal
-import subprocess
-import sys
 
 import data
 import train
@@ -92,12 +90,6 @@ def as_examples(folder, n=4):
 
 
 ARGUMENTS = train.FILES | train.METHOD | train.SYSTEM
-
-
-def child(*arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options
-    )
 
 
 def killed(monkeypatch, arguments, module, name, die_at):

@@ -390,9 +390,12 @@ def test_a_cpu_trains_a_large_model_only_if_it_is_asked_to(bunny, folder, capsys
     def many(self):
         return 501_000_000
 
+    def no():
+        return False
+
     monkeypatch.setattr(torch.nn.Module, "num_parameters", many, raising=False)
     monkeypatch.setattr(train.transformers.PreTrainedModel, "num_parameters", many)
-    monkeypatch.setattr(torch.cuda, "is_available", bool)  # without an argument: False
+    monkeypatch.setattr(torch.cuda, "is_available", no)
     assert "--device cpu" in one_line_of(capsys, train.main(argv[:at] + argv[at + 2 :]))
     assert train.main(argv) == 0
 
@@ -484,16 +487,27 @@ def test_a_conversation_as_long_as_the_prompt_does_not_replace_it(folder):
 
 
 @pytest.mark.parametrize(
-    "width, reason", [(10_000, "truncated|broken"), (10_001, "more than 100 million pixels")]
+    "width, height, reason",
+    [
+        (
+            10_001,
+            10_000,
+            "10001 x 10000 pixels: sides differ more than 50-fold, or more than 100 million pixels",
+        ),
+        (1, 51, "1 x 51 pixels: sides differ"),
+        (5001, 100, "5001 x 100 pixels: sides differ"),
+        (10_000, 10_000, "truncated|broken"),
+        (50, 1, "truncated|broken"),
+    ],
 )
-def test_images_of_more_than_100_million_pixels_are_bad(tmp_path, width, reason):
-    """They would take minutes and gigabytes; but a limit that is off by ten drops a phone's photographs. The
-    files say that they are 10,000 pixels high, and hold none."""
-    parts = [b"IHDR" + struct.pack(">IIBBBBB", width, 10_000, 8, 0, 0, 0, 0), b"IDAT" + b"x\x9c"]
+def test_images_that_are_no_photographs_are_bad(folder, width, height, reason):
+    """Padded to a square, 1 x 20000 pixels are 400 million; a bomb of a few bytes decodes to gigabytes. But a
+    limit that is off by ten drops a phone's photographs. The files say how large they are, and hold no
+    pixels."""
+    parts = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT" + b"x\x9c"]
     parts = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
-    with pytest.raises(BadInput, match=reason):
-        open_image(tmp_path / "x.png")
+    (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert re.search(reason, refusal(folder, authors()))
 
 
 def wrapped(text=train.BUNNY_SYSTEM):
@@ -559,26 +573,6 @@ def test_vlfeedback_citation_marks_alone_are_taken_out(folder):
     """The model would learn to write them; but brackets are text in Chinese."""
     marked = completion("A【6†source】 cat【7†a】 on 【a】 mat【8†b】.", "5")
     assert ranked(folder, marked, completion("【1†x】A dog", "1")) == ("A cat on 【a】 mat.", "A dog")
-
-
-def replaced(value, new):
-    """Every copy of a JSON value in which one part, at any depth, is `new`."""
-    yield new
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            for changed in replaced(value[key], new):
-                changed_value = copy.copy(value)
-                changed_value[key] = changed
-                yield changed_value
-
-
-@pytest.mark.parametrize("record", [authors(), VLFEEDBACK, MESSAGES, NO_PROMPT, TURNS])
-@pytest.mark.parametrize("odd", [None, 3, True, "", "a\0", [], {}, [[None]]], ids=repr)
-def test_odd_json_is_bad_or_good_never_a_crash(folder, record, odd):
-    """A crash names no record, and --skip-bad cannot drop what crashes."""
-    records = [*replaced(record, odd)]
-    path = write(folder / "x.json", [*records, authors(id="last")])
-    assert read_examples(path, skip_bad=True, log=len)[-1].id == "last"
 
 
 def test_an_image_is_looked_for_in_the_folder_then_in_merged_images(folder):
@@ -715,7 +709,7 @@ UNREADABLE = {
     "x: cannot be read: is a zip file: unpack it": b"PK\x03\x04",
     "x: cannot be read: is a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
     "x: cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 9": b'{"chose":\xe9"}',
-    "x: cannot be read: is one JSON object with the fields data, split, not a list": b'{\n"data": [],\n"split": 1}',
+    "x: cannot be read: is one JSON object with the fields data, split, not": b'{\n"data": [],\n"split": 1}',
     "x: no example is left$": b"[]",
 }
 
