@@ -45,10 +45,11 @@ TEXTS = [
 ] * 3
 
 
-HUB_LLAVA_TEMPLATE = (  # what llava-hf/llava-1.5-7b-hf does: no space after ASSISTANT:, one after the answer, no </s>
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}{% endfor %}"
+# As llava-hf/llava-1.5-7b-hf: no space after ASSISTANT:, one after the answer, no </s>.
+HUB_LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}"
+    "{% for part in message.content if part.type == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message.content if part.type == 'text' %}{{ part.text + ' ' }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
@@ -72,29 +73,22 @@ DPO, CONDITIONAL, ANCHOR = softplus(-1.5), softplus(-1.0), softplus(-0.5)
     "options, expected",
     [
         ({}, DPO + CONDITIONAL + ANCHOR),  # mDPO, eq. 8
-        ({"anchors": ["chosen", "chosen"]}, DPO + CONDITIONAL + ANCHOR),  # no request for twice the weight
         ({"conditional": False}, DPO + ANCHOR),  # Table 2, minus conditional
         ({"anchors": ()}, DPO + CONDITIONAL),  # Table 2, minus anchored
         ({"conditional": False, "anchors": ()}, DPO),  # minus both
         ({"delta": 0.25}, DPO + CONDITIONAL + softplus(0.25 - 0.5)),
-        (
-            {"anchors": ("chosen", "rejected")},
-            DPO + CONDITIONAL + ANCHOR + softplus(-1.0),
-        ),  # Table 4: 0 - r_l = 1
-        ({"anchors": ("chosen", "image_rejected")}, DPO + CONDITIONAL + ANCHOR + softplus(-0.5)),  # Table 4
-        (
-            {"anchors": ("rejected",), "delta": 0.25},
-            DPO + CONDITIONAL + softplus(-1.25),
-        ),  # delta - r_l = 1.25
+        # Table 4: a rejected reward is anchored from above, delta - r.
+        ({"anchors": ("chosen", "rejected")}, DPO + CONDITIONAL + ANCHOR + softplus(-1.0)),
+        ({"anchors": ("chosen", "image_rejected")}, DPO + CONDITIONAL + ANCHOR + softplus(-0.5)),
+        ({"anchors": ("rejected",), "delta": 0.25}, DPO + CONDITIONAL + softplus(-1.25)),
+        ({"anchors": ["chosen", "chosen"]}, DPO + CONDITIONAL + ANCHOR),  # no request for twice the weight
     ],
 )
 def test_loss_is_the_papers(options, expected):
     """A wrong sign, term or anchor direction trains something that is not mDPO."""
     losses, metrics = mdpo_loss(POLICY, REF, beta=0.5, **options)
-    assert losses.shape == (1,) and losses.item() == pytest.approx(expected, abs=1e-6)
-    assert sum(v.item() for k, v in metrics.items() if k.startswith("loss/")) == pytest.approx(
-        expected, abs=1e-6
-    )
+    terms = [values.item() for name, values in metrics.items() if name.startswith("loss/")]
+    assert losses.shape == (1,) and [losses.item(), sum(terms)] == pytest.approx([expected] * 2, abs=1e-6)
 
 
 def test_gradients_push_each_logp_the_right_way():
@@ -190,15 +184,12 @@ def test_the_defaults_are_the_papers():
 def test_each_example_has_its_own_loss():
     """A mean or a sum over the batch inside the loss would be hidden by a batch of one. Example 2 is example
     1 with policy and reference exchanged, so each reward changes its sign."""
-    pair = lambda a, b: LogPs(*(torch.cat([x, y]) for x, y in zip(a, b)))
-    losses, metrics = mdpo_loss(pair(POLICY, REF), pair(REF, POLICY), beta=0.5)
-    assert losses.tolist() == pytest.approx(
-        [DPO + CONDITIONAL + ANCHOR, sum(map(softplus, (1.5, 1.0, 0.5)))], abs=1e-6
-    )
-    assert metrics["rewards/margins"].tolist() == [1.5, -1.5] and metrics["rewards/accuracies"].tolist() == [
-        1,
-        0,
-    ]
+    policy, ref = (LogPs(*map(torch.cat, zip(*both))) for both in ((POLICY, REF), (REF, POLICY)))
+    losses, metrics = mdpo_loss(policy, ref, beta=0.5)
+    expected = [DPO + CONDITIONAL + ANCHOR, softplus(1.5) + softplus(1.0) + softplus(0.5)]
+    assert losses.tolist() == pytest.approx(expected, abs=1e-6)
+    assert metrics["rewards/margins"].tolist() == [1.5, -1.5]
+    assert metrics["rewards/accuracies"].tolist() == [1, 0]
 
 
 def test_metrics_are_the_rewards_of_their_names():
@@ -220,41 +211,31 @@ def test_dpo_needs_no_third_logp():
 
 
 B2 = torch.zeros(2)
-
-
-WRONG_ARGUMENTS = {
-    "policy_logps.rejected must be floats of shape (B,)": lambda: mdpo_loss(
-        (B2, torch.zeros(2, 1), B2), (B2, B2, B2)
-    ),
-    "policy_logps.chosen must be floats of shape (B,)": lambda: mdpo_loss(
-        (torch.tensor(0.0), B2, B2), (B2, B2, B2)
-    ),
-    "ref_logps.image_rejected must be floats of shape (B,)": lambda: mdpo_loss(
-        (B2, B2, B2), (B2, B2, torch.zeros(3))
-    ),
-    "ref_logps.chosen must be floats": lambda: mdpo_loss((B2, B2, B2), (B2.long(), B2, B2)),
-    "policy_logps.image_rejected must be floats of": lambda: mdpo_loss((B2, B2), (B2, B2, B2)),
-    "are the two swapped": lambda: mdpo_loss((B2, B2, B2), (B2.clone().requires_grad_(), B2, B2)),
-    "ref_logps.image_rejected must be floats": lambda: mdpo_loss((B2, B2, B2), (B2, B2)),
-    "policy_logps.image_rejected must be floats": lambda: mdpo_loss(
-        (B2, B2), (B2, B2), conditional=True, anchors=()
-    ),
-    "policy_logps.image_rejected must be": lambda: mdpo_loss(
-        (B2,) * 2, (B2,) * 2, anchors=("image_rejected",), conditional=False
-    ),
-    "beta must be above 0 and finite, got 0": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), beta=0),
-    "beta must be above 0 and finite, got inf": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), beta=math.inf),
-    "beta must be above 0 and finite, got nan": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), beta=math.nan),
-    "anchors must be a tuple": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), anchors=("cropped",)),
-    "anchors must be a tuple of": lambda: mdpo_loss((B2, B2, B2), (B2, B2, B2), anchors="chosen"),
+TWO, THREE = (B2,) * 2, (B2,) * 3
+WRONG_ARGUMENTS = {  # what the message must say: policy_logps, ref_logps, options
+    "policy_logps.rejected must be floats of shape (B,)": ((B2, torch.zeros(2, 1), B2), THREE, {}),
+    "policy_logps.chosen must be floats of shape (B,)": ((torch.tensor(0.0), B2, B2), THREE, {}),
+    "ref_logps.image_rejected must be floats of shape (B,)": (THREE, (B2, B2, torch.zeros(3)), {}),
+    "ref_logps.chosen must be floats": (THREE, (B2.long(), B2, B2), {}),
+    "are the two swapped": (THREE, (B2.clone().requires_grad_(), B2, B2), {}),
+    "ref_logps.image_rejected must be floats": (THREE, TWO, {}),
+    "policy_logps.image_rejected must be floats of": (TWO, THREE, {}),
+    "policy_logps.image_rejected must be floats": (TWO, TWO, {"conditional": True, "anchors": ()}),
+    "policy_logps.image_rejected must be": (TWO, TWO, {"conditional": False, "anchors": ("image_rejected",)}),
+    "beta must be above 0 and finite, got 0": (THREE, THREE, {"beta": 0}),
+    "beta must be above 0 and finite, got inf": (THREE, THREE, {"beta": math.inf}),
+    "beta must be above 0 and finite, got nan": (THREE, THREE, {"beta": math.nan}),
+    "anchors must be a tuple": (THREE, THREE, {"anchors": ("cropped",)}),
+    "anchors must be a tuple of": (THREE, THREE, {"anchors": "chosen"}),
 }
 
 
 @pytest.mark.parametrize("message", WRONG_ARGUMENTS)
 def test_wrong_arguments_are_named(message):
     """(B,) against (B, 1) broadcasts to (B, B) and trains on nonsense if it is let through."""
+    policy, ref, options = WRONG_ARGUMENTS[message]
     with pytest.raises(ValueError, match=re.escape(message)):
-        WRONG_ARGUMENTS[message]()
+        mdpo_loss(policy, ref, **options)
 
 
 def test_loss_copied_alone_works(monkeypatch):
@@ -266,9 +247,8 @@ def test_loss_copied_alone_works(monkeypatch):
     exec(Path(mdpo.__file__).read_text().partition("def mdpo_step")[0], scope)
     losses, _ = scope["mdpo_loss"](tuple(POLICY), tuple(REF), beta=0.5)
     assert losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-6)
-    assert scope["sequence_logps"](torch.zeros(1, 2, 4), torch.tensor([[-100, 3]])).item() == pytest.approx(
-        -math.log(4)
-    )
+    logps = scope["sequence_logps"](torch.zeros(1, 2, 4), torch.tensor([[-100, 3]]))
+    assert logps.item() == pytest.approx(-math.log(4))
 
 
 # ----------------------------------------------------------------------------------------- models and batches
@@ -309,32 +289,18 @@ def llava(tmp_path_factory):
         add_bos_token=True,
     )
     pixels = {"height": 32, "width": 32}
-    image_processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=pixels)
     processor = transformers.LlavaProcessor(
-        image_processor,
+        transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=pixels),
         tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=HUB_LLAVA_TEMPLATE,
     )
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-    )
-    text = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        attention_dropout=0.1,
-    )
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    vision = transformers.CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=32, patch_size=8)
+    rest = {"vocab_size": len(tokenizer), "attention_dropout": 0.1}
+    text = transformers.LlamaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2, **rest)
     torch.manual_seed(0)
     config = transformers.LlavaConfig(
         text_config=text, vision_config=vision, image_token_index=processor.image_token_id
@@ -359,9 +325,10 @@ def noise(seed, size=(48, 32)):
 
 
 def pair(question, chosen, rejected, image=None, image_rejected=None):
-    """A `Example` of no images, one, or a list of them."""
-    several = lambda image: () if image is None else tuple(image) if isinstance(image, list) else (image,)
-    return Example(question, chosen, rejected, several(image), several(image_rejected))
+    """An `Example` of no images, one, or a list of them."""
+    of_each = [[] if image is None else image if isinstance(image, list) else [image]
+               for image in (image, image_rejected)]  # fmt: skip
+    return Example(question, chosen, rejected, *map(tuple, of_each))
 
 
 def asked(question, n_images=1):
@@ -423,7 +390,10 @@ def full_text(processor, question, response):
 def worked_example():
     """The batch in the docstring of `Batch`, read from its text: one pair, m_w = m_l = 7 7, q = 5 6."""
     rows = re.findall(r"^ +\d +(\w+) +([\d pad]+?)  +(-100.*?) +(\d)$", data.Batch.__doc__, re.MULTILINE)
-    numbers = lambda text: [int(word.replace("pad", "9")) for word in text.split()]
+
+    def numbers(text):
+        return [int(word.replace("pad", "9")) for word in text.split()]
+
     names, ids, labels, owner = zip(*rows)
     ids, labels = (torch.tensor([*map(numbers, of_rows)]) for of_rows in (ids, labels))
     tokens = {"input_ids": ids, "attention_mask": (ids != 9).long()}
@@ -486,11 +456,12 @@ TWO_IMAGES = [
 ]
 
 
-CONVERSATION = [{"role": role, "content": [{"type": "text", "text": text}]}
-                for role, text in (("system", "Be brief."), ("user", " Hello. "), ("assistant", "Hello!"))]  # fmt: skip
-CONVERSATION.append(
-    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it? "}]}
-)
+CONVERSATION = [
+    {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+    {"role": "user", "content": [{"type": "text", "text": " Hello. "}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "Hello!"}]},
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it? "}]},
+]
 
 
 # ---------------------------------------------------------------------------------------------- model loading
@@ -603,10 +574,12 @@ def small(tmp_path_factory):
 
 
 def command(bunny, small, out, *more):
-    base = (
-        f"--model {bunny} --data {small} --out {out} --epochs 2 --batch-size 4 --micro-batch-size 2 --lr 1e-3"
-    )
-    return [*base.split(), *"--workers 0 --lora-rank 4 --lora-alpha 8 --device cpu".split(), *map(str, more)]
+    base = f"--model {bunny} --data {small} --out {out} --epochs 2 --batch-size 4 --micro-batch-size 2"
+    return [
+        *base.split(),
+        *"--lr 1e-3 --workers 0 --lora-rank 4 --lora-alpha 8 --device cpu".split(),
+        *map(str, more),
+    ]
 
 
 def adapter(out):
@@ -673,11 +646,8 @@ class Settings(NamedTuple):
             elif value is True:
                 words.append(f"--{name.replace('_', '-')}")
             else:
-                words += [
-                    f"--{name.replace('_', '-')}",
-                    *map(str, value if isinstance(value, tuple) else [value]),
-                ]
-                words += ["none"] if value == () else []
+                values = value if isinstance(value, tuple) else [value]
+                words += [f"--{name.replace('_', '-')}", *(map(str, values or ["none"]))]
         return words
 
 
@@ -704,16 +674,18 @@ def run_by_hand(folder, data_file, a):
         held.add(draw.randrange(len(records)))
     training = [record for i, record in enumerate(records) if i not in held]
     held_out = [record for i, record in enumerate(records) if i in held]
-    open_ = lambda record: Image.open(Path(data_file).parent / record[1]["img_path"]).convert("RGB")
-    by_path = lambda pool: sorted(
-        pool, key=lambda record: str(Path(data_file).parent / record[1]["img_path"])
-    )
+
+    def path_of(record):
+        return str(Path(data_file).parent / record[1]["img_path"])
+
+    def open_(record):
+        return Image.open(path_of(record)).convert("RGB")
 
     def rejected_image(record, key):
         rng = random.Random(f"{a.seed} {key[0]} {key[1]}")
         if a.reject == "crop":
             return crop_by_hand(open_(record), rng, *a.crop)
-        pool = by_path(records if key[0] == "held out" else training)
+        pool = sorted(records if key[0] == "held out" else training, key=path_of)
         while (other := rng.choice(pool)) == record:
             pass
         return open_(other)
@@ -729,22 +701,23 @@ def run_by_hand(folder, data_file, a):
     def logp(prompt, response, image):
         if a.no_image:
             prompt, image = prompt.replace(processor.image_token + "\n", ""), None
-        encode = lambda text: processor(text=[text], images=[image] if image else None, return_tensors="pt")
-        start, inputs = encode(prompt)["input_ids"].shape[1], encode(prompt + response)
+        shown = {"images": [image] if image else None, "return_tensors": "pt"}
+        asked, inputs = (processor(text=[text], **shown) for text in (prompt, prompt + response))
+        start = asked["input_ids"].shape[1]
         ids = inputs["input_ids"][0, : a.max_length]
         rows = model(**inputs).logits[0, start - 1 :]
         return sum(rows[i].log_softmax(0)[id] for i, id in enumerate(ids[start:]))
 
     def losses_of(record, key):
         question = record["prompt"].partition("<image>\n")[2].removesuffix(" ASSISTANT:")
-        (prompt, y_w), (_, y_l) = (
-            full_text(processor, question, record[side]) for side in ("chosen", "rejected")
-        )
+        answers = record["chosen"], record["rejected"]
+        (prompt, y_w), (_, y_l) = (full_text(processor, question, answer) for answer in answers)
         m_w, m_l = open_((0, record)), rejected_image((key[2], record), key)
-        score = lambda: [logp(prompt, y_w, m_w), logp(prompt, y_l, m_w), logp(prompt, y_w, m_l)]
+        scored = (prompt, y_w, m_w), (prompt, y_l, m_w), (prompt, y_w, m_l)
         with torch.no_grad(), model.disable_adapter():
-            reference = score()
-        r = dict(zip(LogPs._fields, (a.beta * (p - q) for p, q in zip(score(), reference))))
+            reference = [logp(*texts_and_image) for texts_and_image in scored]
+        policy = [logp(*texts_and_image) for texts_and_image in scored]
+        r = {name: a.beta * (p - q) for name, p, q in zip(LogPs._fields, policy, reference)}
         terms = {"loss/dpo": r["chosen"] - r["rejected"]}
         if a.conditional:
             terms["loss/conditional"] = r["chosen"] - r["image_rejected"]
@@ -785,11 +758,8 @@ def run_by_hand(folder, data_file, a):
             lr = a.lr * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / (n_steps - n_warmup)))
         with torch.no_grad():
             for name, weight in weights.items():
-                gradient, (m, v), (b1, b2) = (
-                    gradients[name] * min(1, a.max_grad_norm / norm),
-                    states[name],
-                    a.betas,
-                )
+                gradient = gradients[name] * min(1, a.max_grad_norm / norm)
+                (m, v), (b1, b2) = states[name], a.betas
                 m.mul_(b1).add_((1 - b1) * gradient)
                 v.mul_(b2).add_((1 - b2) * gradient**2)
                 m_hat, v_hat = m / (1 - b1 ** (step + 1)), v / (1 - b2 ** (step + 1))
@@ -803,17 +773,20 @@ RUNS = {
     "the paper's settings": Settings(epochs=2, batch_size=4, micro_batch_size=2),
     "every number changed": Settings(
         epochs=3, batch_size=3, micro_batch_size=1, lr=0.02, warmup=0.4, betas=(0.8, 0.9), weight_decay=0.7,
-        max_grad_norm=0.3, beta=0.5, delta=0.3, anchors=("chosen", "rejected", "image_rejected"), crop=(0.2, 0.5),
-        lora_rank=2, lora_alpha=12, seed=3, limit=6, eval_size=2, max_length=90,
+        max_grad_norm=0.3, beta=0.5, delta=0.3, anchors=("chosen", "rejected", "image_rejected"),
+        crop=(0.2, 0.5), lora_rank=2, lora_alpha=12, seed=3, limit=6, eval_size=2, max_length=90,
     ),
     "a random image": Settings(
-        epochs=2, batch_size=5, micro_batch_size=5, lr=0.03, warmup=0.0, weight_decay=0.0, max_grad_norm=100.0,
+        epochs=2, batch_size=5, micro_batch_size=5, lr=0.03, warmup=0.0, weight_decay=0.0, max_grad_norm=100,
         conditional=False, anchors=("image_rejected",), delta=-0.2, reject="random", lora_rank=3,
         seed=1, eval_size=2,
     ),
-    "DPO": Settings(epochs=2, batch_size=4, lr=0.01, conditional=False, anchors=(), lora_rank=4, lora_alpha=4, seed=2),
+    "DPO": Settings(
+        epochs=2, batch_size=4, lr=0.01, conditional=False, anchors=(), lora_rank=4, lora_alpha=4, seed=2
+    ),
     "DPO without images": Settings(
-        epochs=1, batch_size=3, micro_batch_size=3, lr=0.01, conditional=False, anchors=(), no_image=True, seed=4
+        epochs=1, batch_size=3, micro_batch_size=3, lr=0.01, conditional=False, anchors=(), no_image=True,
+        seed=4,
     ),
     "one step": Settings(epochs=1, lr=0.01),
 }  # fmt: skip
@@ -825,20 +798,8 @@ def test_a_run_is_what_its_arguments_say(bunny, small, tmp_path, name):
     batch divided by the full size, one rejected image for all epochs: each trains something else than the
     user asked for, in silence."""
     settings, out = RUNS[name], tmp_path / "out"
-    arguments = [
-        "--model",
-        bunny,
-        "--data",
-        small,
-        "--out",
-        out,
-        "--workers",
-        0,
-        "--device",
-        "cpu",
-        *settings.flags(),
-    ]
-    assert train.main([*map(str, arguments)]) == 0
+    arguments = f"--model {bunny} --data {small} --out {out} --workers 0 --device cpu".split()
+    assert train.main(arguments + settings.flags()) == 0
     steps = [record for record in log_of(out) if record["step"] > 0]
     one_step = name == "one step"  # a single step is not warm-up, whose first step has rate 0
     expected, weights = run_by_hand(bunny, small, settings._replace(warmup=0.0) if one_step else settings)
@@ -850,9 +811,8 @@ def test_a_run_is_what_its_arguments_say(bunny, small, tmp_path, name):
             if key in record:
                 assert record[key] == pytest.approx(value, rel=2e-3, abs=2e-5), (record["step"], key)
             else:  # where no term asks for the rejected image
-                assert (
-                    "image" in key and not settings.conditional and "image_rejected" not in settings.anchors
-                )
+                assert "image" in key
+                assert not settings.conditional and "image_rejected" not in settings.anchors
     saved = adapter(out)
     assert saved.keys() == weights.keys()
     start = run_by_hand(bunny, small, settings._replace(epochs=0))[1]
@@ -876,9 +836,10 @@ def fork(function, *arguments):
 @pytest.fixture(scope="session")
 def six_epochs(bunny, small, tmp_path_factory):
     """(arguments of 12 steps, the adapter of the run that was not stopped)."""
-    arguments = lambda out, *more: command(
-        bunny, small, out, "--epochs", 6, "--save-every", 1, "--eval-size", 1, *more
-    )
+
+    def arguments(out):
+        return command(bunny, small, out, "--epochs", 6, "--save-every", 1, "--eval-size", 1)
+
     whole = tmp_path_factory.mktemp("runs") / "whole"
     assert train.main(arguments(whole)) == 0
     return arguments, adapter(whole)
@@ -918,15 +879,3 @@ def test_model_and_data_are_required(capsys):
     assert "nowhere: cannot be resumed: [Errno 2]" in capsys.readouterr().err
     assert train.main([]) == 2
     assert "error: --model and --data are required (--help lists" in capsys.readouterr().err
-
-
-# ----------------------------------------------------------------------------- whatever a file or a disk does
-
-
-def start(folder):
-    """What a run does with a model before its first step."""
-    model, processor = train.load_model(str(folder))
-    with data.about("adapter"):
-        model = train.add_lora(model, 2, 4)
-    train.choose_layout(model, processor, PAIRS[:1])
-    return 0
