@@ -284,15 +284,17 @@ def written(processor, one):
     """The rows of y_w and y_l as text: (prefix, response) each, with EOS and IMAGE for these tokens."""
     rows, tokenizer = sequences_of(make_batch([one], processor, DPO_NAMES), processor), processor.tokenizer
     names = {tokenizer.eos_token: "EOS", processor.image_token: "IMAGE"}
-    pattern = "|".join(map(re.escape, names))
-    return [tuple(re.sub(pattern, lambda found: names[found[0]], tokenizer.decode(ids)) for ids in row)
-            for row in rows]  # fmt: skip
+    texts = [tuple(map(tokenizer.decode, row)) for row in rows]
+    for token, name in names.items():
+        texts = [tuple(text.replace(token, name) for text in row) for row in texts]
+    return texts
 
 
 def with_template(folder, template):
-    """The processor, with a chat template of ours in which IMAGE stands for its image token."""
+    """The processor, with a chat template of ours, if any, in which IMAGE stands for its image token."""
     processor = train.load_processor(str(folder))
-    processor.chat_template = template.replace("IMAGE", processor.image_token)
+    if template:
+        processor.chat_template = template.replace("IMAGE", processor.image_token)
     return processor
 
 
@@ -351,14 +353,9 @@ PLACED = CHAT.replace("END", "{{ eos_token }}")
 ENDS_TURNS = CHAT.replace("END", "<end>\n")  # as Gemma, whose end-of-sequence is another token
 PRINTS = PLACED.replace(PARTS, "{{ m.content }}")
 JOINS = PRINTS.replace("{{ m.content }}", "{{ m.content + '' }}")  # a list and a text: an error
-TEXT_OR_PARTS = (
-    PLACED.replace(  # text is taken as text, parts are walked over, but those of an assistant are printed
-        PARTS,
-        "{% if m.content is string or m.role == 'assistant' %}{{ m.content }}{% else %}"
-        + PARTS
-        + "{% endif %}",
-    )
-)
+# Text is taken as text, and parts are walked over, but those of an assistant are printed.
+IS_TEXT = "{% if m.content is string or m.role == 'assistant' %}"
+TEXT_OR_PARTS = PLACED.replace(PARTS, IS_TEXT + "{{ m.content }}{% else %}" + PARTS + "{% endif %}")
 SYSTEM_IF = (  # as Pixtral: the system text stands before the last message, if that is the user's
     "{% for m in messages if m.role != 'system' %}"
     "{% if m.role == 'user' and messages[0].role == 'system' and CONDITION %}"
@@ -366,10 +363,11 @@ SYSTEM_IF = (  # as Pixtral: the system text stands before the last message, if 
 )
 USER_OR_HUMAN = "{% if messages | length > 1 %}Human{% else %}User{% endif %}" + PLACED
 THOUGHT = "<think>A ring?</think>Yes."
-TURNS_OF_ONE = (("user", "Is it?"), ("assistant", THOUGHT), ("user", "And it?"))
-ASKED_AGAIN = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in TURNS_OF_ONE]
+DIALOGUE = (("user", "Is it?"), ("assistant", THOUGHT), ("user", "And it?"))
+ASKED_AGAIN = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in DIALOGUE]
 PRINTED_PART = "What is {'type': 'text', 'text': 'x'}?"
-# (template, question, y_w, y_l, what both rows begin with, and their responses). IMAGE: the pair has images.
+# (template, None for Bunny's own; question, y_w, y_l; what both rows begin with, and their responses). With IMAGE
+# in it, the pair has images.
 WRITTEN = {
     "what opens the assistant's turn is the prompt's, generation prompt or not": (
         PLACED.replace("[{{ m.role }}]", "{{ m.role }}: ").partition("{% if add")[0],
@@ -415,7 +413,7 @@ WRITTEN = {
         SYSTEM_IF.replace("CONDITION", "loop.last"), "Which?", "No.", "Yes.",
         "[user]IMAGEWhich?EOS[assistant]", "No.EOS", "Yes.EOS"),
     "earlier answers of Bunny end as the last one does": (
-        train.BUNNY_TEMPLATE, CONVERSATION, "A cat.", "A dog.",
+        None, CONVERSATION, "A cat.", "A dog.",
         "Be brief. USER:  Hello.  ASSISTANT: Hello!EOSUSER: IMAGE\nWhat is it?  ASSISTANT:",
         " A cat.EOS", " A dog.EOS"),
 }  # fmt: skip

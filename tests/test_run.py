@@ -249,9 +249,17 @@ def test_a_run_killed_before_its_first_checkpoint_starts_at_step_0(six_epochs, o
 def test_a_signal_saves_before_leaving(finished, stopped, out, monkeypatch, capsys, number):
     """Ctrl-C, a cluster's preemption or a terminal that closes must not cost an epoch. What a kill left of a
     line in the log is not read."""
-    before = signal.getsignal(number)
-    assert stopped(3, number=number) == 128 + number
-    assert f"python train.py --resume {out}" in capsys.readouterr().out and signal.getsignal(number) == before
+
+    def unheard(number, frame):
+        raise AssertionError("the run does not listen")
+
+    before = signal.signal(number, unheard)
+    try:
+        assert stopped(3, number=number) == 128 + number
+        assert signal.getsignal(number) == unheard
+    finally:
+        signal.signal(number, before)
+    assert f"python train.py --resume {out}" in capsys.readouterr().out
     assert steps_of(out) == [1, 2, 3] and checkpoint_of(out)["records"] == log_of(out)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
