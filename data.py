@@ -581,7 +581,7 @@ def parse_record(record, number, subset, roots, tokens):
         foreign = re.search(FOREIGN_MARKS, text) if name == "prompt" else None
         held = [foreign[0]] if foreign else [token for token in tokens[name] if token in text]
         if held:
-            raise BadInput(f"'{name}' holds {held[0]!r}, a control token or a mark of another tool")
+            raise BadInput(f"'{name}' holds {held[0]!r}, a control token or image mark, in its text")
     if chosen == rejected:
         raise BadInput("'chosen' and 'rejected' are equal")
     return Example(question, chosen, rejected, images, images_rejected, id)
@@ -643,11 +643,12 @@ def read_question(question, n_images):
     """
     if not isinstance(question, list):
         text = text_of(question, "prompt").strip()
-        wrapped = re.fullmatch(r"(?s)(?:<s>)?(.*?)USER:\s*(.*?)\s*ASSISTANT:", text)
-        system, asked = wrapped.groups() if wrapped else ("", text)
-        question = [{"role": "user", "content": asked}]
-        if system.strip():
-            question.insert(0, {"role": "system", "content": system, "wrapped": True})
+        system, user, asked = text.partition("USER:")
+        question = [{"role": "user", "content": text}]
+        if user and text.endswith("ASSISTANT:"):
+            question = [{"role": "user", "content": asked.removesuffix("ASSISTANT:")}]
+            if system := system.removeprefix("<s>").strip():
+                question.insert(0, {"role": "system", "content": system, "wrapped": True})
     messages = [read_message(message, "prompt") for message in question]
     roles = [message["role"] for message in messages]
     if not re.fullmatch("(system )?(user assistant )*user", " ".join(roles)):

@@ -1287,3 +1287,72 @@ def test_a_gpu_that_cannot_be_used_is_said_and_other_warnings_are_not():
     with warnings.catch_warnings(record=True) as said:
         assert data.run_command(command, []) == 0
     assert ["driver on your system is too old" in str(warning.message) for warning in said] == [True]
+
+
+def shape_of(question):
+    """A question's parts: texts, and None for an image."""
+    return [part.get("text") for message in question for part in message["content"]]
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("Look <image> here.", [None, "Look  here."]),
+        ("<image>\n<image>\nWhich is it?", [None, None, "Which is it?"]),
+        ("<image> is to <image>", [None, " is to ", None]),
+        ("Compare <image><image>", ["Compare ", None, None]),
+        ("Is <image> in <image>?", ["Is ", None, " in ", None, "?"]),
+    ],
+)
+def test_one_image_mark_goes_to_the_front_and_several_marks_stay(folder, text, parts):
+    """A text between two images says something else behind them."""
+    record = PLAIN | {"question": text}
+    if parts.count(None) == 2:
+        record = record | {"image": None, "images": ["a.png", "merged_images/llava-1.jpg"]}
+    assert shape_of(read_one(folder, record).question) == parts
+
+
+@pytest.mark.parametrize(
+    "prompt", ["{}USER: <image>\nWhat is it?\nASSISTANT:", "<s>{}USER:<image>What is it? ASSISTANT: "]
+)
+@pytest.mark.parametrize("system", ["", "Be brief. "])
+def test_prompts_written_with_line_breaks_or_a_start_token_are_unwrapped(folder, prompt, system):
+    """USER: and ASSISTANT: would be written twice, and <s> would take the place of the system text."""
+    question = read_one(folder, authors(prompt=prompt.format(system))).question
+    assert shape_of(question) == [*filter(None, [system.strip()]), None, "What is it?"]
+
+
+def test_given_answers_stand_beside_rated_ones(folder):
+    """The best and the worst of all completions are another pair than the record's."""
+    rated = [completion("X1", 5), completion("X2", 1)]
+    example = read_one(folder, authors(id="llava-1", completions=rated))
+    assert (example.chosen, example.rejected) == ("A cat.", "A dog.")
+
+
+def test_the_same_picture_in_another_format_is_no_rejected_image(folder):
+    """Every conditional term would be ln 2 for ever."""
+    Image.open(folder / "a.png").save(folder / "same.bmp")
+    Image.open(folder / "a.png").save(folder / "same.png", dpi=(72, 72))
+    for name in ("same.bmp", "same.png"):
+        assert "the rejected image is the image" in refusal(folder, authors(rejected_image=name))
+
+
+def test_levels_that_are_no_number_are_bad(tmp_path):
+    """A depth map that begins with nan was black."""
+    Image.fromarray(torch.tensor([[math.nan, 1.0], [2.0, 3.0]]).numpy()).save(tmp_path / "depth.tiff")
+    with pytest.raises(BadInput, match="levels are not finite"):
+        open_image(tmp_path / "depth.tiff")
+
+
+def test_32_bit_levels_are_scaled_by_their_range(tmp_path):
+    """All levels above 16 bits were white."""
+    levels = torch.tensor([[0, 100_000_000, 200_000_000]], dtype=torch.int32)
+    Image.fromarray(levels.numpy()).save(tmp_path / "levels.tiff")
+    assert [*open_image(tmp_path / "levels.tiff").convert("L").tobytes()] == [0, 128, 255]
+
+
+@pytest.mark.parametrize("image", ["data:image/png;base64,iVBOR", "iVBOR" * 200])
+def test_a_data_uri_is_no_path(folder, image):
+    """It ended in the system's "File name too long"."""
+    line = refusal(folder, authors(img_path=image))
+    assert "not a path; examples/convert.py makes files of images" in line and len(line) < 400

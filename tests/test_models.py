@@ -1180,3 +1180,13 @@ def test_one_wrong_row_of_six_is_enough(fresh, monkeypatch, capsys):
     assert "packed rows are not exact" in said and "about twice as long" in said
     with pytest.raises(BadInput, match="cannot be trained: packed rows are not exact"):
         train.choose_layout(model, processor, PAIRS[:2], "packed")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_answers_that_agree_at_first_do_not_stop_the_check(bunny, layout):
+    """The check of packed rows cuts long answers. Two that agree so far are good data all the same."""
+    model, processor = train.load_model(bunny)
+    model = train.add_lora(model, 4, 8)
+    long = "There is a red circle. " * 60
+    pairs = [pair("What is it?", long + "Yes.", long + "No.", noise(1), noise(2))]
+    assert train.choose_layout(model, processor, pairs, layout) == layout
