@@ -366,8 +366,8 @@ THOUGHT = "<think>A ring?</think>Yes."
 DIALOGUE = (("user", "Is it?"), ("assistant", THOUGHT), ("user", "And it?"))
 ASKED_AGAIN = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in DIALOGUE]
 PRINTED_PART = "What is {'type': 'text', 'text': 'x'}?"
-# (template, None for Bunny's own; question, y_w, y_l; what both rows begin with, and their responses). With IMAGE
-# in it, the pair has images.
+# (template, None for Bunny's own; question, y_w, y_l; what both rows begin with, and their responses). With
+# IMAGE in it, the pair has images.
 WRITTEN = {
     "what opens the assistant's turn is the prompt's, generation prompt or not": (
         PLACED.replace("[{{ m.role }}]", "{{ m.role }}: ").partition("{% if add")[0],
