@@ -181,6 +181,7 @@ FOREIGN = (
     "<ImageHere> <image_0> <image-placeholder> <|image_1|> <|image|> <|image_pad|> <start_of_image>".split()
 )
 FOREIGN += ["<IMAGE>", "[IMG]", "<img>a.jpg</img>", "<|im_start|>", "<|vision_start|>", "<image 1>"]
+FOREIGN += ["<image1>", "<img>a\n.jpg</img>", "<im_patch>", "[/INST]", "<start_of_turn>", "### Human:"]
 
 
 @pytest.mark.parametrize(

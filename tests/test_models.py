@@ -1182,7 +1182,7 @@ def test_one_wrong_row_of_six_is_enough(fresh, monkeypatch, capsys):
         train.choose_layout(model, processor, PAIRS[:2], "packed")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@LAYOUTS
 def test_answers_that_agree_at_first_do_not_stop_the_check(bunny, layout):
     """The check of packed rows cuts long answers. Two that agree so far are good data all the same."""
     model, processor = train.load_model(bunny)
