@@ -11,46 +11,38 @@ import base64
 import hashlib
 import io
 import json
-import os
-import re
 import sys
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from data import BadInput, about, first
 
-NAMES = {  # of fields in published data; the first that is not empty counts
-    "question": ("prompt", "question", "query", "instruction"),
-    "dialogue": ("conversations", "messages"),
-    "chosen": ("chosen", "chosen_response", "chosen_conversations", "chosen_messages", "response"),
-    "rejected": ("rejected", "reject", "rejected_response", "rejected_conversations", "rejected_messages"),
-    "image": ("images", "image", "image_url", "img_path", "image_path", "image_id"),
-    "rejected image": ("rejected_images", "rejected_image"),
+NAMES = {  # of fields in published data; the first that is not empty counts, and no other is looked at
+    "system": "system",
+    "history": "history",
+    "question": "prompt question query instruction conversations messages",
+    "chosen": "chosen chosen_response chosen_conversations chosen_messages response conversations messages",
+    "rejected": "rejected reject rejected_response rejected_conversations rejected_messages",
 }
-IDS = ("id", "idx", "question_id")
-ROLES = {"human": "user", "gpt": "assistant"}
-IMAGE = ("image", "image_url", "bytes", "url", "path")  # what holds an image; the first that does
-MARKS = re.compile("<image-placeholder>|<ImageHere>")  # other projects' `<image>`
-JSON = re.compile(r'\s*(\{\s*"(question|chosen|rejected)"|\[\s*\{\s*"(from|value|role|content)")')  # in text
-BASE64 = re.compile(r"(?:data:image/[^,]*;base64,|(?=/9j/|iVBORw0KGgo|R0lGOD|UklGR))([\w+/\s]{40,}=*\s*)", re.ASCII)
-TEMPLATES = {"<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<start_of_turn>", "[/INST]"}  # applied already
-REFUSED = {name: tokens | TEMPLATES for name, tokens in data.special_tokens(None).items()}
+IMAGE = ("images", "image", "img_path", "image_path", "image_url", "image_id", "bytes", "url", "path")
+ROLES = {"human": "user", "gpt": "assistant", "question": "user", "system": "system"}  # other fields: assistant
+OF_OTHERS = {"<video>", "<audio>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<start_of_turn>", "[/INST]"}
+REFUSED = {name: tokens | OF_OTHERS for name, tokens in data.special_tokens(None).items()}
 
 
 def open_records(source, split):
     """A file, or the name of a data set of the hub -> its records. Embedded images of parquet stay bytes."""
-    is_file = os.path.isfile(source)
+    is_file = Path(source).is_file()
     if is_file and Path(source).open("rb").read(4) != b"PAR1":
-        with suppress(ValueError):
-            found = json.loads(Path(source).read_bytes().decode("utf-8-sig"))
-            return found if isinstance(found, list) else found.get("data", [found])
-        return [record for _, record in data.load_records(source)]  # JSON lines, or it says what else this is
+        with suppress(ValueError, RecursionError):
+            if isinstance(found := json.loads(Path(source).read_text("utf-8-sig")), dict):
+                return found.get("data") or found.get(split) or [found]
+        return [record for _, record in data.load_records(source)]  # a list, lines, or it says what else this is
     with about("cannot be read as parquet" if is_file else "no such file, nor a data set of the hub"):
         with about("`pip install datasets`"):
             import datasets
@@ -60,110 +52,104 @@ def open_records(source, split):
     return records.decode(False) if records.features else records
 
 
-def plain(value, embedded):
-    """The value with its messages in this project's form and a path for each embedded image, at any depth.
-
-    embedded: {"images/HASH.KIND": bytes of an image}, added to. Raises BadInput if bytes are no image.
-    """
-    if isinstance(value, list):
-        return [plain(part, embedded) for part in value]
-    if isinstance(value, dict):
-        value = {name: plain(part, embedded) for name, part in value.items()}
-        if "from" in value:
-            return {"role": ROLES.get(value["from"], value["from"]), "content": value["value"]}
-        image = first(value, IMAGE)
-        if value.get("type") in ("image", "image_url"):
-            return {"type": "image", "image": image}
-        return image if value and {*value} <= {*IMAGE} else value
-    if isinstance(value, str) and JSON.match(value):
-        return plain(json.loads(value), embedded)
-    if isinstance(value, str) and (found := BASE64.fullmatch(value)):
-        value = base64.b64decode(found[1])
-    if isinstance(value, bytes):
-        with about("embedded bytes are no image"):
-            kind = Image.open(io.BytesIO(value)).format.lower().replace("jpeg", "jpg")
-        embedded[path := f"images/{hashlib.sha256(value).hexdigest()[:32]}.{kind}"] = value
-        return path
-    return MARKS.sub("<image>", value) if isinstance(value, str) else value
+def rows(value):
+    """The rows of a dict of lists, which `datasets` may make of a list of dicts, at any depth. Others stay."""
+    if not isinstance(value, dict) or not all(isinstance(column, list | dict) for column in value.values()):
+        return value
+    return [dict(zip(value, row)) for row in zip(*map(rows, value.values()), strict=True)]
 
 
-def row(columns, i):
-    """The i-th of rows that `datasets` exported as a dict of lists, at any depth."""
-    return {k: row(v, i) for k, v in columns.items()} if isinstance(columns, dict) else columns[i]
+def turns(value, role):
+    """Nothing, text, messages or pairs of texts, also as JSON in a text -> messages. Text is said by `role`."""
+    if isinstance(value, str):
+        with suppress(Exception):  # JSON that does not end in a message of `role` is an answer
+            if (messages := turns(json.loads(value), ""))[-1]["role"] in (role, "assistant"):
+                return messages
+        return [{"role": role, "content": value}]
+    if isinstance(value := rows(value or []), list):
+        pairs = [turn for pair in value if isinstance(pair, list) for turn in zip(("user", role), pair, strict=True)]
+        said = [{"role": who, "content": text} for who, text in pairs] or value
+        return [message for part in said for message in turns(part, role)]
+    role, content = (value["from"], value["value"]) if "from" in value else (value["role"], value["content"])
+    if isinstance(content := rows(content), list):
+        content = [{"type": "image", "image": part} if "image" in part["type"] else part for part in content]
+    return [{"role": ROLES.get(role, role), "content": content}]
 
 
-def turns(value, role="user"):
-    """Nothing, text, a message or messages -> messages."""
-    values = value if isinstance(value, list) else [value] if value else []
-    return [{"role": role, "content": value} if isinstance(value, str) else value for value in values]
+def find_images(value, folder, embedded):
+    """Images as published -> paths. Bytes, also as base64 or numbers, are added to `embedded`. Raises BadInput."""
+    if isinstance(value, dict):  # a record, too
+        for image in filter(None, map(value.get, IMAGE)):
+            with suppress(BadInput):
+                return find_images(image, folder, embedded)
+        value = [first(value, IMAGE)]
+    if isinstance(value, list) and not isinstance((*value, None)[0], int):
+        return [path for image in value if image for path in find_images(image, folder, embedded)]
+    with suppress(BadInput, OSError):
+        return [*data.find_images(value, [folder])]
+    with suppress(OSError, TypeError, ValueError):
+        content = base64.b64decode(value.split(",")[-1] + "==", "-_") if isinstance(value, str) else bytes(value[:])
+        kind = Image.open(io.BytesIO(content)).format.lower().replace("jpeg", "jpg")
+        embedded[path := f"images/{hashlib.sha256(content).hexdigest()[:32]}.{kind}"] = content
+        return [path]
+    raise BadInput(f"no such image in {folder} (--images names its folder), and no image itself: {value!r:.80}")
 
 
 def convert(record, number, folder, embedded):
-    """A published record -> a plain one. `embedded` is as in `plain`. Raises BadInput: why it is left out."""
-    if not isinstance(record, dict):
-        raise BadInput(f"not an object: {record!r:.80}")
-    record = {name: plain(value, embedded) for name, value in record.items()}
-    record |= record["text"] if isinstance(record.get("text"), dict) else {}  # RLHF-V
-    id = str(next((record[name] for name in IDS if record.get(name) is not None), number))
-    if rated := record.get("completions"):  # VLFeedback: ratings choose the pair, and the id names the image
-        rated = [row(rated, i) for i in range(len(rated["response"]))] if isinstance(rated, dict) else rated
-        record["chosen"], record["rejected"] = data.best_and_worst(rated)
-        record["image_id"] = f"{id}.jpg"
-    asked, dialogue, chosen, rejected = (first(record, names) for names in [*NAMES.values()][:4])
-    if asked == record.get("instruction") and record.get("input"):  # Alpaca
-        asked = f"{asked}\n{record['input']}"
-    dialogue, chosen, rejected = turns(dialogue), turns(chosen, "assistant"), turns(rejected, "assistant")
-    if dialogue and dialogue[-1]["role"] == "assistant":
-        dialogue, chosen = dialogue[:-1], chosen or dialogue
-    question = max(turns(asked), dialogue, chosen[:-1], key=len)
-    if not (question and chosen and rejected):
-        raise BadInput(f"no question with two answers (OPA-DPO's own script makes them): {', '.join(record)}")
-    if len(rejected) > 1 and rejected[:-1] != chosen[:-1]:  # also HA-DPO's several answers
-        raise BadInput("two conversations that differ before their last turn, or several answers")
-    for user, assistant in reversed(record.get("history") or []):
-        question = turns(user) + turns(assistant, "assistant") + question
-    if question[0]["role"] != "system":
-        question = turns(record.get("system"), "system") + question
-
-    parts = [part for turn in question for part in turn["content"] if isinstance(part, dict)]
-    own = [path for part in parts if (path := part.pop("image", None))]
-    example = {"id": id, "images": find_images({"images": own} if own else record, "image", folder, embedded)}
-    example["prompt"] = question if parts or question[1:] else question[0]["content"]
-    last = {"prompt": question, "chosen": chosen[-1:], "rejected": rejected[-1:]}
-    pair = data.parse_record(last, id, "", None, REFUSED)
-    example |= {"chosen": pair.chosen, "rejected": pair.rejected}
-    if first(record, NAMES["rejected image"]):
-        images = find_images(record, "rejected image", folder, embedded)
-        example |= {"rejected_images": images} if images != example["images"] else {}  # of ms-swift, often the same
-    return example
-
-
-def find_images(record, kind, folder, embedded):
-    """The images of the first field whose images are all there -> paths. Raises BadInput."""
-    for value in filter(None, map(record.get, NAMES[kind])):
-        names = value if isinstance(value, list) else [value]
-        with suppress(BadInput):
-            return [name if name in embedded else data.find_images(name, [Path(folder)])[0] for name in names]
-    raise BadInput(f"no such image in {folder} (--images names its folder): {first(record, NAMES[kind])!r:.80}")
+    """A published record -> a plain one. `embedded` gets {"images/HASH.KIND": bytes of an image}. Raises BadInput."""
+    record = json.loads(record) if isinstance(record, str) else record  # a broken line: says what is wrong
+    with suppress(Exception):  # RLHF-V
+        record = json.loads(record["text"]) | record
+    id = str(next((record[name] for name in ("id", "idx", "question_id") if record.get(name) is not None), number))
+    if record.get("completions") and not record.get("chosen"):  # VLFeedback: ratings choose, the id names the image
+        chosen, rejected = data.best_and_worst(rows(record["completions"]))
+        record |= {"chosen": chosen, "rejected": rejected, "image_id": f"{id}.jpg"}
+    if record.get("instruction") and record.get("input"):  # Alpaca
+        record |= {"instruction": f"{record['instruction']}\n{record['input']}"}
+    said = {}
+    for kind, names in NAMES.items():
+        name = next(filter(record.get, names.split()), "")
+        with about(f"'{name}'"):
+            said[kind] = turns(record.get(name), ROLES.get(kind, "assistant"))
+    system, history, question, chosen, rejected = said.values()
+    if question and question[-1]["role"] == "assistant":
+        question = question[:-1]
+    question = system + history + max(chosen[:-1], question, key=len)  # the chosen conversation holds it, too
+    if rejected[1:] and rejected[:-1] != chosen[:-1]:
+        raise BadInput("two conversations that differ before their last turn, or HA-DPO's several answers")
+    parts = [part for turn in question if isinstance(turn["content"], list) for part in turn["content"]]
+    in_parts = [part.pop("image") for part in parts if "image" in part]
+    shown = {"images": find_images(in_parts, folder, embedded) or find_images(record, folder, embedded)}
+    own = find_images([first(record, ("rejected_images", "rejected_image"))], folder, embedded)
+    shown |= {"rejected_images": own} if own not in ([], shown["images"]) else {}  # of ms-swift, often the same
+    if not (question and chosen and rejected and shown["images"]):
+        script = ", which OPA-DPO's own script makes," if "standard_response" in record else ""
+        raise BadInput(f"no image, or no question with two answers{script} in the fields {', '.join(record)}")
+    prompt = question if parts or [turn["role"] for turn in question] != ["user"] else question[0]["content"]
+    pair = {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    pair = json.loads(json.dumps(pair).replace("<image-placeholder>", "<image>").replace("<ImageHere>", "<image>"))
+    written = {name: [__file__] * len(paths) for name, paths in shown.items()}  # as if they were there already
+    answers = data.parse_record(pair | written, id, "", [Path()], REFUSED)
+    return {"id": id} | shown | pair | {"chosen": answers.chosen, "rejected": answers.rejected}
 
 
 def convert_all(records, lines, log, folder):
     """Add a line for each record that has none yet, to the log, too: the example, or why it is left out."""
-    bar = tqdm(islice(records, len(lines), None), "converting", initial=len(lines), unit=" records")
-    with open(log, "a", encoding="utf-8") as file:
+    bar = data.progress(islice(records, len(lines), None), "converting", None, initial=len(lines))
+    with open(log, "a", buffering=1, encoding="utf-8", errors="backslashreplace") as file:
         for number, record in enumerate(bar, len(lines) + 1):
             embedded = {}
             try:
-                result = convert(record, number, folder, embedded)
-            except (AttributeError, LookupError, TypeError, ValueError) as error:
-                result = str(error) if isinstance(error, BadInput) else f"not in a known form: {error!r}"
+                with about(f"record {number}"):
+                    result = convert(record, number, folder, embedded)
+            except BadInput as error:
+                result = str(error)
             else:
                 for path in {*result["images"], *result.get("rejected_images", ())} & {*embedded}:
                     (log.parent / "images").mkdir(exist_ok=True)
                     (log.parent / path).write_bytes(embedded[path])
-            lines.append(json.dumps(result, ensure_ascii=False).encode(errors="backslashreplace").decode())
+            lines.append(json.dumps(result, ensure_ascii=False))
             file.write(lines[-1] + "\n")
-            file.flush()
 
 
 def run(argv):
@@ -173,11 +159,11 @@ def run(argv):
     parser.add_argument("--images", metavar="DIR", help="where relative paths begin (default: IN's folder)")
     parser.add_argument("--split", default="train", help="of a data set of the hub (default: train)")
     args = parser.parse_args(argv)
-    made, folder = args.out / "data.jsonl", os.path.abspath(args.images or os.path.dirname(args.source))
-    size = os.path.getsize(args.source) if os.path.isfile(args.source) else 0
-    what = json.dumps([args.source, size, folder, args.split]).encode()
-    log = args.out / f"records-{hashlib.sha256(what).hexdigest()[:16]}.jsonl"
-    if args.out.exists() and any(args.out.iterdir()) and not log.exists():
+    made, folder = args.out / "data.jsonl", Path(args.images or Path(args.source).parent).absolute()
+    content = hashlib.file_digest(open(args.source, "rb"), "sha256").hexdigest() if Path(args.source).is_file() else ""
+    what = hashlib.sha256(json.dumps([args.source, content, str(folder), args.split]).encode())
+    log = args.out / f"records-{what.hexdigest()[:16]}.jsonl"
+    if any(args.out.glob("*")) and not log.exists():
         raise BadInput(f"{args.out}: is there already, and is not what this command makes")
     *lines, _ = log.read_text("utf-8").split("\n") if log.exists() else [""]  # _: cut by a kill, or empty
     if not made.exists():
@@ -186,19 +172,17 @@ def run(argv):
             args.out.mkdir(parents=True, exist_ok=True)
             log.write_text("".join(f"{line}\n" for line in lines), "utf-8")
             convert_all(records, lines, log, folder)
-    left_out = {}
     examples = [line for line in lines if line.startswith("{")]
-    for number, reason in enumerate(map(json.loads, lines), 1):
-        if isinstance(reason, str):
-            left_out.setdefault(reason.partition(":")[0], []).append(f"record {number}: {reason}")
+    left_out = {}
+    for reason in (json.loads(line) for line in lines if line.startswith('"')):
+        left_out.setdefault(tuple(reason.split()[2:5]), []).append(reason)  # record N: three words
     report = [f"{made}: {len(examples)} examples of {len(lines)} records"]
     report += [f"left out {len(those)}: {those[0]}" for those in left_out.values()]
     if not examples:
         log.unlink()
         raise BadInput("\n  ".join(report))
-    Path(f"{made}.part").write_text("\n".join([*examples, ""]), "utf-8")
-    os.replace(f"{made}.part", made)
-    print("\n  ".join(report))
+    made.write_text("\n".join([*examples, ""]), "utf-8", "backslashreplace")
+    print("\n  ".join([*report, f"complete: to convert again, first remove {args.out}"]))
     return 0
 
 

@@ -84,6 +84,16 @@ POVID = {
 }
 IN_TEXT = {"text": json.dumps({"question": Q} | PAIR), "origin_split": '{"model": "muffin"}'}
 
+SHOWN_COLUMNS = {"type": ["image", "text"], "text": [None, Q], "image": ["img/0.png", None]}
+UNUSED = {
+    "meta": {"from": "coco"},
+    "thumbnail": {"bytes": "AAAA"},
+    "note": '{"question": ',
+    "hash": "/9j/" + "A" * 100,
+    "messages": [{"from": "coco"}],
+    "completions": [1],
+    "text": "[" * 100_000,
+}
 BUNNY = f"{train.BUNNY_SYSTEM} USER: {IMG}\n{Q} ASSISTANT:"
 
 # name: a record as it was published, and what it has to become beside id 1, image img/0.png and the answers
@@ -113,6 +123,10 @@ PUBLISHED = {
     "Alpaca, input": (FILES | {"instruction": "Say.", "input": Q} | PAIR, {"prompt": f"Say.\n{Q}"}),
     "Alpaca, history": (
         FILES | {"instruction": Q, "history": [["<image>Is it round?", "Yes."]]} | PAIR,
+        {"prompt": CHAT},
+    ),
+    "history of messages": (
+        FILE | {"question": Q, "history": [human("<image>Is it round?"), gpt("Yes.")]} | PAIR,
         {"prompt": CHAT},
     ),
     "ms-swift": (SWIFT | {"rejected_response": BAD}, {"prompt": IMG + Q}),
@@ -156,6 +170,33 @@ PUBLISHED = {
     "RLAIF-V, bytes cut short beside a path": (
         {"image": {"bytes": "/9j/4AAQ", "path": None}, "image_path": "img/0.png", "question": Q} | PAIR,
         {"prompt": Q},
+    ),
+    "a question beside a longer conversation": (
+        FILE | {"question": Q, "conversations": [human("And?"), gpt("Yes."), human("So?")]} | PAIR,
+        {"prompt": Q},
+    ),
+    "unused fields of any form": (FILE | {"question": Q} | PAIR | UNUSED, {"prompt": Q}),
+    "conversations as columns": (
+        FILE | {"conversations": {"from": ["human", "gpt"], "value": [Q, GOOD]}, "rejected": BAD},
+        {"prompt": Q},
+    ),
+    "messages and their parts as columns": (
+        {"messages": {"role": ["user"], "content": [SHOWN_COLUMNS]}} | PAIR,
+        {"prompt": SHOWN},
+    ),
+    "images of nothing": (
+        {"images": [{"bytes": BASE64}, None], "rejected_images": [None], "question": Q} | PAIR,
+        {"prompt": Q, "images": [RED_PATH]},
+    ),
+    "a rejected image of nothing": (FILE | {"rejected_images": [""], "question": Q} | PAIR, {"prompt": Q}),
+    "RLHF-V, whose text begins with an id": (
+        FILE | {"text": json.dumps({"id": 5, "question": Q} | PAIR)},
+        {"id": "5", "prompt": Q},
+    ),
+    "a prompt without the image that the conversation has": (
+        {"prompt": Q, "chosen": [user(parts({"type": "image", "image": "img/0.png"}, Q)), assistant(GOOD)]}
+        | {"rejected": BAD},
+        {"prompt": SHOWN},
     ),
     "MIA-DPO": (FILE | {"prompt": f"<image-placeholder>\n{Q}"} | PAIR, {"prompt": f"{IMG}\n{Q}"}),
 }
@@ -220,10 +261,13 @@ LEFT_OUT = {  # what is left out, and a part of the reason
     "HA-DPO": (ASKED | {"chosen": [GOOD, "Red."], "rejected": [BAD, "Blue."]}, "several answers"),
     "OPA-DPO": (
         {"queries": Q, "standard_response": GOOD},
-        "OPA-DPO's own script makes them): queries, standard_response",
+        "which OPA-DPO's own script makes, in the fields queries, standard_response",
     ),
-    "no rejected answer": (SWIFT | {"image": URI}, "): messages, images"),
-    "no chosen answer": (FILE | {"messages": [user(Q)], "rejected": BAD}, "no question with two answers"),
+    "no rejected answer": (SWIFT | {"image": URI}, "no question with two answers in the fields mess"),
+    "no chosen answer": (
+        FILE | {"messages": [user(Q)], "rejected": BAD},
+        "'chosen' must end in an assistant",
+    ),
     "no question": (FILE | PAIR, "no question"),
     "only a system text": (FILE | {"messages": [SYSTEM]} | PAIR, "user last"),
     "equal answers": (ASKED | {"chosen": GOOD, "rejected": f" {GOOD}"}, "equal"),
@@ -232,17 +276,55 @@ LEFT_OUT = {  # what is left out, and a part of the reason
         ENDINGS | FILE | {"rejected": [user("Why?"), assistant(BAD)]},
         "before their last turn",
     ),
-    "no image": ({"question": Q} | PAIR, "no such image"),
+    "no image": ({"question": Q} | PAIR, "no image"),
     "one of two missing": ({"images": ["img/0.png", "img/9.png"], "question": Q} | PAIR, "img/9.png"),
     "outside the folder": ({"image": "../secret.png", "question": Q} | PAIR, "secret.png"),
-    "bytes of no image": (ASKED | {"image": f"data:image/png;base64,{'QUJD' * 20}"} | PAIR, "no image"),
+    "bytes of no image": (
+        ASKED | {"image": f"data:image/png;base64,{'QUJD' * 20}"} | PAIR,
+        "no image itself",
+    ),
     "a video": (ASKED | {"chosen": [assistant(parts({"type": "video"}))], "rejected": BAD}, "'text'"),
     "a prompt out of a template": (
         FILE | {"prompt": f"<|im_start|>user\n{Q}"} | PAIR,
         "holds '<|im_start|>'",
     ),
     "an answer out of a template": (ASKED | {"chosen": GOOD, "rejected": f"{BAD}[/INST]"}, "holds '[/INST]'"),
-    "not an object": (7, "not an object"),
+    "an earlier turn out of a template": (
+        ASKED | {"history": [[f"[INST] {Q} [/INST]", "Yes."]]} | PAIR,
+        "holds '[/INST]'",
+    ),
+    "a part out of a template": (
+        FILE | {"prompt": [user(parts(f"<start_of_turn>user {Q}"))]} | PAIR,
+        "holds '<start_of_turn>'",
+    ),
+    "several answers, the first alike": (ASKED | {"chosen": [GOOD, "a"], "rejected": [GOOD, "b"]}, "roles"),
+    "an answer by the user": (ASKED | {"chosen": human(GOOD), "rejected": BAD}, "must end in an assistant"),
+    "a rejected conversation that ends in a question": (
+        ASKED | {"chosen": ENDINGS["chosen"], "rejected": [user(Q), user(BAD)]},
+        "must end in an assistant",
+    ),
+    "two images, one rejected": (
+        FILES | {"images": ["img/0.png"] * 2, "rejected_image": "img/1.png", "question": Q} | PAIR,
+        "2 images and 1 rejected images",
+    ),
+    "a prompt of white space": (ASKED | {"prompt": "  "} | PAIR, "no text"),
+    "a mark with a number": (FILE | {"question": f"<image 1>{Q}"} | PAIR, "holds '<image 1>'"),
+    "an answer with an image": (ASKED | {"chosen": f"<ImageHere>{GOOD}", "rejected": BAD}, "an assistant"),
+    "ms-swift's video": (
+        {"messages": [user(f"{IMG}<video>{Q}"), assistant(GOOD)], "videos": ["v.mp4"]}
+        | {"rejected_response": BAD, "images": ["img/0.png"]},
+        "holds '<video>'",
+    ),
+    "a message without text": (
+        ASKED | {"chosen": {"from": "gpt"}, "rejected": BAD},
+        "'chosen': has no 'value'",
+    ),
+    "a lone surrogate": (
+        FILE | {"question": "\ud800" + 5000 * Q} | PAIR,
+        "character '\\ud800' in position 0",
+    ),
+    "control characters": ({"\033[31m": Q}, "fields \\x1b[31m"),
+    "not an object": (7, "not in a known form"),
 }
 
 
@@ -258,6 +340,53 @@ def test_left_out_with_the_reason(folder, capsys, name):
     out = capsys.readouterr().out
     assert not Path("out/images").exists()  # a data set without rejected answers would fill the disk first
     assert "2 examples of 4 records" in out and "left out 2: record 2: " in out and reason in out
+    assert max(map(len, out.splitlines())) < 400
+
+
+ANSWERS = {  # as published, and what is trained
+    "a conversation as an answer": ('[{"role": "user", "content": "Hi"}]',) * 2,
+    "an object": ('{"question": "What?", "answer": "cat"}',) * 2,
+    "a list": ('["a circle", "red"]',) * 2,
+    "a table": ('[["a circle", "red"]]',) * 2,
+    "a text in quotes": ('"It is red."',) * 2,
+    "a number": ("42",) * 2,
+    "a message": (json.dumps(gpt(GOOD)), GOOD),
+    "a conversation": (json.dumps([user(Q), assistant(GOOD)]), GOOD),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_json_in_an_answer(folder, name):
+    """Data sets hold messages as JSON, but the answer to a question may be JSON, too."""
+    published, trained = ANSWERS[name]
+    write_json([FILE | {"question": Q, "chosen": published, "rejected": BAD}])
+    assert run("in.jsonl", "out") == 0
+    assert converted()[0]["chosen"] == trained and converted()[0]["prompt"] == Q
+
+
+def encoded(kind):
+    return base64.b64encode(picture("red", kind)).decode()
+
+
+EMBEDDED = {  # an image's format, and how it is published
+    "BMP": ("BMP", encoded("BMP")),
+    "TIFF": ("TIFF", encoded("TIFF")),
+    "the alphabet of addresses": ("JPEG", encoded("JPEG").replace("+", "-").replace("/", "_").rstrip("=")),
+    "an address without a type": ("PNG", "data:;base64," + encoded("PNG")),
+    "an address of any type": ("GIF", "data:application/octet-stream;base64," + encoded("GIF")),
+    "numbers": ("WEBP", {"bytes": [*picture("red", "WEBP")], "path": None}),
+}
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_image(folder, name):
+    """Whatever its format and its encoding, the bytes of the image are written as they were."""
+    kind, image = EMBEDDED[name]
+    write_json([{"image": image, "question": Q} | PAIR])
+    assert run("in.jsonl", "out") == 0
+    (path,) = converted()[0]["images"]
+    assert Path("out", path).read_bytes() == picture("red", kind)
+    assert path.endswith(kind.lower().replace("jpeg", "jpg"))
 
 
 def test_nothing_left_is_an_error(folder, capsys):
@@ -274,6 +403,8 @@ LAYOUTS = {
     "JSON lines": json.dumps(RECORD) + "\r\n\n" + json.dumps(RECORD),
     "an indented list": json.dumps([RECORD, RECORD], indent=1),
     "a list as data": json.dumps({"data": [RECORD, RECORD]}, indent=1),
+    "a list beside other fields": json.dumps({"version": 1, "data": [RECORD, RECORD]}),
+    "a list under the split's name": json.dumps({"test": [{}], "train": [RECORD, RECORD]}),
     "a byte order mark": "\ufeff" + json.dumps([RECORD, RECORD]),
 }
 
@@ -289,10 +420,13 @@ def test_layouts_of_json(folder, name):
 def test_broken_lines_are_left_out(folder, capsys):
     """A damaged line takes no other line with it."""
     line, cut = json.dumps(RECORD), json.dumps(RECORD)[:40]
-    Path("in.jsonl").write_text("\n".join([line, cut, line, "{]", line, cut]))
+    bad = [cut, "{]", cut, f'{{"id": {"1" * 5000}}}', '{"id": ' + "[" * 100_000]
+    Path("in.jsonl").write_text("\n".join([f"{line}\n{one}" for one in bad]))
     assert run("in.jsonl", "out") == 0
-    assert [example["id"] for example in converted()] == ["1", "3", "5"]
-    assert "left out 3: record 2: not an object: " in capsys.readouterr().out
+    assert [example["id"] for example in converted()] == ["1", "3", "5", "7", "9"]
+    out = capsys.readouterr().out
+    assert "left out 3: record 2: not valid JSON: Unterminated string starting at: line 1 column 36" in out
+    assert "left out 1: record 8: " in out and "left out 1: record 10: " in out
 
 
 OTHER_FILES = {
@@ -300,6 +434,9 @@ OTHER_FILES = {
     "gzip": (gzip.compress(b"{}"), "a gzip file: unpack it"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
     "utf-16": ("[{}]".encode("utf-16"), "UTF-16"),
+    "two lists": (b"[{}, {}]\n[{}]", "not valid JSON: Extra data: line 2 column 1"),
+    "a broken list": (b'[{"id": 1}, {"id": }]', "not valid JSON: Expecting value: line 1 column 20"),
+    "latin-1": (b'{"question": "' + 5000 * b"x" + b'\xe9"}', "byte 0xe9 in position 5014"),
     "empty": (b"", 'begins with ""'),
     "damaged parquet": (b"PAR1" + bytes(100) + b"PAR1", "cannot be read as parquet"),
 }
@@ -428,10 +565,11 @@ def test_no_folder_of_others_is_touched(folder, capsys):
     Path("mine").mkdir()
     Path("mine/data.jsonl").write_text("precious")
     assert run("in.jsonl", "out") == 0
+    assert "complete: to convert again, first remove out" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in [*Path("out").iterdir(), *Path("mine").iterdir()]}
     for argv in (["in.jsonl", "mine"], ["other.jsonl", "out"], ["in.jsonl", "out", "--images", "img"]):
         assert run(*argv) == 2
         assert f"{argv[1]}: is there already" in capsys.readouterr().err
-    write_json([RECORD, RECORD])
+    write_json([RECORD | {"rejected": BAD[::-1]}])  # as long as before
     assert run("in.jsonl", "out") == 2
     assert before == {path: path.read_bytes() for path in [*Path("out").iterdir(), *Path("mine").iterdir()]}
