@@ -39,7 +39,7 @@ def open_records(source, split):
     """A file, or the name of a data set of the hub -> its records. Embedded images of parquet stay bytes."""
     is_file = Path(source).is_file()
     if is_file and Path(source).open("rb").read(4) != b"PAR1":
-        with suppress(ValueError, RecursionError):
+        with suppress(ValueError):
             if isinstance(found := json.loads(Path(source).read_text("utf-8-sig")), dict):
                 return found.get("data") or found.get(split) or [found]
         return [record for _, record in data.load_records(source)]  # a list, lines, or it says what else this is
@@ -101,7 +101,7 @@ def convert(record, number, folder, embedded):
     with suppress(Exception):  # RLHF-V
         record = json.loads(record["text"]) | record
     id = str(next((record[name] for name in ("id", "idx", "question_id") if record.get(name) is not None), number))
-    if record.get("completions") and not record.get("chosen"):  # VLFeedback: ratings choose, the id names the image
+    if record.get("completions") and not first(record, NAMES["chosen"].split()):  # VLFeedback, whose id names images
         chosen, rejected = data.best_and_worst(rows(record["completions"]))
         record |= {"chosen": chosen, "rejected": rejected, "image_id": f"{id}.jpg"}
     if record.get("instruction") and record.get("input"):  # Alpaca

@@ -280,7 +280,7 @@ LEFT_OUT = {  # what is left out, and a part of the reason
     "one of two missing": ({"images": ["img/0.png", "img/9.png"], "question": Q} | PAIR, "img/9.png"),
     "outside the folder": ({"image": "../secret.png", "question": Q} | PAIR, "secret.png"),
     "bytes of no image": (
-        ASKED | {"image": f"data:image/png;base64,{'QUJD' * 20}"} | PAIR,
+        ASKED | {"image": f"data:image/png;base64,{'QUJD' * 2000}"} | PAIR,
         "no image itself",
     ),
     "a video": (ASKED | {"chosen": [assistant(parts({"type": "video"}))], "rejected": BAD}, "'text'"),
