@@ -510,12 +510,14 @@ def load_records(path):
                 with suppress(ValueError, RecursionError):  # a bad line stays text, and one bad record
                     line = json.loads(line)
                 records.append((number, line))
+        fields = None
         if isinstance(records[0][1], str):
-            with suppress(json.JSONDecodeError):
+            with suppress(ValueError, RecursionError):
                 fields = ", ".join(json.loads(text))
-                raise BadInput(
-                    f"is one JSON object with the fields {fields}, not a list: python examples/convert.py"
-                )
+        if fields:
+            raise BadInput(
+                f"is one JSON object with the fields {fields}, not a list: python examples/convert.py"
+            )
     return records
 
 
@@ -723,7 +725,9 @@ def about(what, kind=BadInput):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = re.sub(r"(?s)^Caught .*\n\S+: ", "", str(error)) or type(error).__name__  # from a worker
+        reason = (
+            re.sub(r"(?s)^Caught .*\n\S+: ", "", str(error)).strip() or type(error).__name__
+        )  # from a worker
         said = {KeyError: "has no ", json.JSONDecodeError: "not valid JSON: "}
         said |= dict.fromkeys((AttributeError, IndexError, TypeError), "is not in a known form: ")
         raise kind(f"{one_line(what, 300)}: {said.get(type(error), '')}{one_line(reason)}") from error

@@ -1357,3 +1357,12 @@ def test_a_data_uri_is_no_path(folder, image):
     """It ended in the system's "File name too long"."""
     line = refusal(folder, authors(img_path=image))
     assert "not a path; examples/convert.py makes files of images" in line and len(line) < 400
+
+
+@pytest.mark.parametrize("line", ['{"id": ' + "9" * 5000 + "}", '{"id": ' + "[" * 100_000])
+def test_a_first_line_that_python_cannot_read_is_one_bad_record(folder, line):
+    """Python reads no number of 5,000 digits and no 100,000 brackets: the other lines are good."""
+    (folder / "x.jsonl").write_text(line + "\n" + json.dumps(authors()) + "\n")
+    said = []
+    assert len(read_examples(folder / "x.jsonl", skip_bad=True, log=said.append)) == 1
+    assert "dropped 1 bad records" in said[0]

@@ -2114,7 +2114,7 @@ def test_throughput_compares_ours_at_its_best_with_the_others_as_released(tiny, 
 
 
 def test_throughput_ratio_is_of_the_same_round_and_above_1_where_ours_is_faster():
-    """Upside down, the README's "2.27 times as long" would be its opposite. Two steps a round, after two that
+    """Upside down, a README's "2 times as long" would be its opposite. Two steps a round, after two that
     do not count. Ours takes 1, 2, 3 and 4 seconds, so 1.5 and 3.5 a step; the other 6, 6, 7 and 7: 6 / 1.5 =
     4, 7 / 3.5 = 2; the third 1.5, 1.5, 10.5, 10.5: 1 and 3. In three rounds, medians are not means."""
 
