@@ -88,8 +88,9 @@ def shift_hue(image, turn):
     return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
 
 
-# How a rejected image is made (section 3.1, Table 3; --help shows the docstrings): functions of an image, a `random.Random`, the area of
-# --crop and a function that opens another image of the data. They return an image of the same size.
+# How a rejected image is made (section 3.1, Table 3; --help shows the docstrings): functions of an image, a
+# `random.Random`, the area of --crop and a function that opens another image of the data. They return an image
+# of the same size.
 STRATEGIES = {"crop": random_crop, "random": another_image, "moco": moco_augment}
 
 
@@ -423,7 +424,7 @@ ONE_AT_A_TIME = threading.Lock()
 
 
 def check_example(processor, max_length, max_pixels, example):
-    """Use an example as training will, and fail if it would -> tokens of prompt and responses, ends inside."""
+    """Use an example as training will, and fail if it would -> tokens of prompt and responses, ends."""
     images, images_rejected = (tuple(open_image(path, max_pixels) for path in of) for of in example[3:5])
     if images and [*map(Image.Image.tobytes, images)] == [*map(Image.Image.tobytes, images_rejected)]:
         raise BadInput("the rejected image is the image")  # in another file format, too
@@ -441,7 +442,7 @@ def check_example(processor, max_length, max_pixels, example):
 
 
 def speaks_vicuna(processor):
-    """Do the model's prompts end in ASSISTANT:, as Bunny's and LLaVA-1.5's do, which begin with a system text?"""
+    """Do the model's prompts end in ASSISTANT:, as those of Bunny and LLaVA-1.5, which have a system text?"""
     return render(processor, chat_messages("?", 0), add_generation_prompt=True).endswith("ASSISTANT:")
 
 
@@ -490,7 +491,7 @@ FILE_KINDS = {  # by their first bytes
 
 
 def load_records(path):
-    """A JSON list or JSON lines, by the first character -> [(number from 1, record or a line that is none)]."""
+    """A JSON list or JSON lines, by the first character -> [(number from 1, record or a bad line)]."""
     if not os.path.exists(path):
         raise BadInput(f"{path}: no such file; for a data set of the hub, run python examples/convert.py")
     with about(f"{path}: cannot be read"):
@@ -524,8 +525,9 @@ def load_records(path):
 IMAGE_FIELDS = ("img_path", "image", "images", "image_path")
 # How other tools write an image, or a chat, into a question. Code such as a<image_size>2 is none.
 FOREIGN_MARKS = (
-    r"(?s)<ImageHere>|<Image>|<IMAGE>|\[IMG\]|<start_of_image>|<img>.*?</img>|<image([ _]?\d+|[-_]placeholder)>|"
-    r"<im_(start|patch|end)>|<\|[\w-]+\|>|\[/INST\]|<(start|end)_of_turn>|<end_of_utterance>|### ?(Human|Assistant):"
+    r"(?s)<ImageHere>|<Image>|<IMAGE>|\[IMG\]|<start_of_image>|<img>.*?</img>|"
+    r"<image([ _]?\d+|[-_]placeholder)>|<im_(start|patch|end)>|<\|[\w-]+\|>|"
+    r"\[/INST\]|<(start|end)_of_turn>|<end_of_utterance>|### ?(Human|Assistant):"
 )
 
 
@@ -590,7 +592,7 @@ def parse_record(record, number, subset, roots, tokens):
 
 
 def best_and_worst(completions):
-    """VLFeedback (Silkie): the responses of the highest and the lowest mean rating; None, None if all are equal."""
+    """VLFeedback (Silkie): the responses of the highest and lowest mean rating; None, None if equal."""
     rated = []
     for completion in completions:
         ratings = [str(aspect["Rating"]).strip() for aspect in completion["annotations"].values()]
@@ -719,7 +721,7 @@ class BadInput(ValueError):
 
 @contextmanager
 def about(what, kind=BadInput):
-    """Convert any exception raised here, except out-of-memory errors, to a `BadInput` that begins with `what`."""
+    """Convert exceptions raised here, but no out-of-memory error, to a `BadInput` that begins with `what`."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):

@@ -63,8 +63,8 @@ from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps
 
 def main(argv=None, loss=mdpo_loss):
     """The command line -> exit status. loss: `mdpo_loss`, or one of your own as `mdpo_step` takes it."""
-    return run_command(lambda argv: run(parse_args(argv), loss), argv,
-                       saves_memory="a lower --micro-batch-size or --max-length, or --device cpu")  # fmt: skip
+    saves_memory = "a lower --micro-batch-size or --max-length, or --device cpu"
+    return run_command(lambda argv: run(parse_args(argv), loss), argv, saves_memory)
 
 
 def run(args, loss):
@@ -205,7 +205,7 @@ STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 @contextmanager
 def stop_signals():
-    """Yield a list that collects signals to stop, so that the running step can end. A second one stops at once."""
+    """Yield a list that collects signals to stop: the running step ends first. A second one stops at once."""
     stop = []
 
     def note(number, frame):
@@ -670,7 +670,7 @@ def file_of(name_or_path, file):
 
 
 def save_processor(processor, folder):
-    """Save it with the base's own files: they hold parts that cannot be loaded here (see the end of this file)."""
+    """Save it with the base's own files: they hold parts that cannot be loaded here (see this file's end)."""
     processor.save_pretrained(folder)
     for file in getattr(processor, "files", ()):  # Bunny's processor is made here
         shutil.copy(file, folder)

@@ -113,7 +113,8 @@ def test_readme_flags_exist():
 
 
 def test_readme_training_command_runs(bunny, tmp_path, monkeypatch):
-    """The user's own command, to the letter, with a tiny model under Bunny's name and no flag but the README's."""
+    """The user's own command, to the letter, with a tiny model under Bunny's name and no flag but the
+    README's."""
     monkeypatch.chdir(tmp_path)
     shapes.write_pairs(tmp_path / "data", 5)
     for path in (tmp_path / "data").iterdir():

@@ -132,9 +132,9 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys, short_demo):
 
 
 def test_demo_table_says_of_each_model_what_it_answers(tmp_path, monkeypatch):
-    """The first numbers that a user reads. The base babbles (malformed 1). The first adapter is right but for the
-    first two pictures, about which it babbles; the second but for the first. So the picture that is shown is the
-    second, of five questions each."""
+    """The first numbers that a user reads. The base babbles (malformed 1). The first adapter is right but for
+    the first two pictures, about which it babbles; the second but for the first. So the picture that is shown
+    is the second, of five questions each."""
     exam, asked_as = shapes.make_exam(3, 0), []
 
     @contextlib.contextmanager
@@ -202,8 +202,8 @@ COMMANDS += [variants, words]
 
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda script: script.__name__)
 def test_help_is_shown(script, capsys):
-    """argparse formats its texts only when asked: a lone % in one is a traceback then. Messages name --debug, and
-    flags for a GPU that is too small: the command needs to have them."""
+    """argparse formats its texts only when asked: a lone % in one is a traceback then. Messages name --debug,
+    and flags for a GPU that is too small: the command needs to have them."""
     with pytest.raises(SystemExit, match="0"):
         run_command(getattr(script, "run", None) or script.main, ["--help"])
     out, source = capsys.readouterr().out, inspect.getsource(script)
@@ -214,7 +214,8 @@ def test_help_is_shown(script, capsys):
 
 
 def test_demo_draws_nothing_before_its_arguments_are_read(tmp_path, monkeypatch, capsys):
-    """`--help` or a wrong flag left a folder of 720 pictures behind, and --out a demo that failed at its end."""
+    """`--help` or a wrong flag left a folder of 720 pictures behind, and --out a demo that failed at its
+    end."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="0"):
         demo.main(["--demo", "--help"])
@@ -1021,8 +1022,8 @@ def test_merged_model_loads_by_the_library_alone(family, small, tmp_path, reques
 
 @pytest.mark.parametrize("layout", ["a file of its own", "inside the processor's", "the image processor's"])
 def test_a_part_that_needs_torchvision_is_carried_along(layout, small, tmp_path):
-    """Without torchvision a part for videos is neither loaded nor saved, and with it the library refuses a processor
-    that has lost this part. The hub has it in three ways."""
+    """Without torchvision a part for videos is neither loaded nor saved, and with it the library refuses a
+    processor that has lost this part. The hub has it in three ways."""
     base, parts = families.write_family("qwen2_5_vl", tmp_path / "base"), ("base", "out", "merged")
     processor = json.loads((base / "processor_config.json").read_text())
     video = json.loads((base / "video_preprocessor_config.json").read_text())
@@ -1047,7 +1048,8 @@ def test_a_part_that_needs_torchvision_is_carried_along(layout, small, tmp_path)
 
 @pytest.mark.parametrize("family", ["bunny", "llava", *families.FAMILIES])
 def test_the_image_processor_is_not_torchvisions(family, tmp_path, request, monkeypatch):
-    """The library takes torchvision's where it is installed: a grey level apart, and so are the digits of a run."""
+    """The library takes torchvision's where it is installed: a grey level apart, and so are the digits of a
+    run."""
     in_families = family in families.FAMILIES
     base = (
         families.write_family(family, tmp_path / family) if in_families else request.getfixturevalue(family)
@@ -1194,8 +1196,8 @@ def test_an_adapter_of_another_model_is_refused(adapted, llava, capsys):
 
 
 def test_merge_takes_the_base_from_elsewhere(adapted, bunny, tmp_path, monkeypatch, capsys):
-    """An adapter that was trained from a relative path names a folder that is not here. The merged one appears under
-    its name when it was compared."""
+    """An adapter that was trained from a relative path names a folder that is not here. The merged one
+    appears under its name when it was compared."""
     folder, to = tmp_path / "adapter", tmp_path / "merged"
     shutil.copytree(adapted, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -1367,9 +1369,9 @@ AMBER_ITEMS = [
 
 
 def test_discriminative_questions_of_amber_are_answered_by_yes_or_no(tmp_path, monkeypatch, capsys):
-    """AMBER's inference.py compares with "Yes" and "No": a sentence counts as wrong, and nothing says so. By hand:
-    3 of 7 are neither. Positive is No: said 3 times, twice rightly, of 4 that are true. Right are these 2 and one Yes:
-    3 of 7. F1 is 2 * 2 / (3 + 4)."""
+    """AMBER's inference.py compares with "Yes" and "No": a sentence counts as wrong, and nothing says so. By
+    hand: 3 of 7 are neither. Positive is No: said 3 times, twice rightly, of 4 that are true. Right are these
+    2 and one Yes: 3 of 7. F1 is 2 * 2 / (3 + 4)."""
     status, to = yes_no_run("amber-discriminative", AMBER_ITEMS, AMBER_SAID, tmp_path, monkeypatch)
     assert status == 0 and "accuracy" not in capsys.readouterr().out  # its truth is in another file
     answers = [(answer["id"], answer["response"]) for answer in json.loads(to.read_text())]
@@ -1400,9 +1402,10 @@ def test_discriminative_questions_of_amber_are_answered_by_yes_or_no(tmp_path, m
 
 
 def test_pope_is_scored_as_its_own_script_does(tmp_path, monkeypatch, capsys):
-    """POPE's evaluate.py: no, where the first sentence has the word no or not; else yes, also for babble. By hand: of
-    "Yes", "No", "there is not a dog", "Perhaps", "I know. There is no dog" and "No" three are no; yes is said 3 times,
-    twice rightly, of 4 that are true; right are these and one no: 3 of 6. F1 is 2 * 2 / (3 + 4)."""
+    """POPE's evaluate.py: no, where the first sentence has the word no or not; else yes, also for babble. By
+    hand: of "Yes", "No", "there is not a dog", "Perhaps", "I know. There is no dog" and "No" three are no;
+    yes is said 3 times, twice rightly, of 4 that are true; right are these and one no: 3 of 6. F1 is 2 * 2 /
+    (3 + 4)."""
     said = ["yes, there is.", "No.", "there is, not, a dog", "Perhaps", "I know. There is no dog", "no"]
     labels = ["yes", "no", "yes", "yes", "no", "yes"]
     items = [
@@ -1596,8 +1599,8 @@ def test_margins_without_the_image_and_with_anothers_by_hand(bunny, tmp_path):
 
 
 def test_margins_compare_the_same_texts(bunny, tmp_path, monkeypatch):
-    """Cut at a length that counts the image, an answer would be longer without one; and the next example's image
-    may leave no room at all."""
+    """Cut at a length that counts the image, an answer would be longer without one; and the next example's
+    image may leave no room at all."""
     given, make = set(), evaluate.make_batch
     monkeypatch.setattr(
         evaluate, "make_batch", lambda *arguments: given.add(arguments[-1]) or make(*arguments)
@@ -2075,8 +2078,9 @@ def authors_at_identical_settings(n_tokens):
 
 def test_throughput_compares_like_with_like_at_identical_settings(tiny, timed, monkeypatch):
     """Settings called identical are the README's first claim: the same checkpointing, LoRA layers and
-    activation on all sides, no mask for the authors' rows, and not a pass or an image more than theirs. TRL gets
-    a model of its own: its constructor would make the authors' rows go back through the frozen tower, too."""
+    activation on all sides, no mask for the authors' rows, and not a pass or an image more than theirs. TRL
+    gets a model of its own: its constructor would make the authors' rows go back through the frozen tower,
+    too."""
     stood_on = []
 
     def trl_rival(model, processor, pairs):
@@ -2531,8 +2535,8 @@ OF_4_TOKENS = SimpleNamespace(labels=torch.tensor(
 def test_losses_of_the_variants_by_hand(loss, options, expected):
     """A wrong sign or weight trains something that the paper is not about. As in test_mdpo.py, beta 0.5 makes
     r_w 0.5, r_l -1 and r_img -0.5, so the margins are 1.5 and 1. Joint: -log sigmoid(1.5 + 1). AncPO: 0.5 -
-    delta. log pi(y_w | m_w, q) is -10, over 4 tokens. The second example is the first one three times as far from the
-    reference, so that a mean over the batch would show."""
+    delta. log pi(y_w | m_w, q) is -10, over 4 tokens. The second example is the first one three times as far
+    from the reference, so that a mean over the batch would show."""
     far = LogPs(*(ref + 3 * (policy - ref) for policy, ref in zip(POLICY, REF)))
     policy = LogPs(*(torch.cat(pair).requires_grad_() for pair in zip(POLICY, far)))
     losses, metrics = loss(policy, LogPs(*(ref.repeat(2) for ref in REF)), beta=0.5, **options)
@@ -2546,7 +2550,8 @@ def test_losses_of_the_variants_by_hand(loss, options, expected):
 
 
 def test_rpo_needs_no_rejected_image():
-    """It is DPO and SFT: two log-probabilities. A tenth of a nat less is no float32, and must not become one."""
+    """It is DPO and SFT: two log-probabilities. A tenth of a nat less is no float32, and must not become
+    one."""
     policy, ref = ([logp.double() - 0.1 for logp in logps[:2]] for logps in (POLICY, REF))
     batch = SimpleNamespace(labels=torch.tensor([[NONE, NONE, 1, 0, NONE], [NONE, NONE, 1, 2, 0]]))
     losses, metrics = variants.rpo_loss(policy, ref, 0.5, batch=batch)

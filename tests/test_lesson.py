@@ -1,9 +1,8 @@
 """Tests of examples/lesson.ipynb: `pytest tests/test_lesson.py`. Each says what breaks if it fails.
 
 They protect a reader who looks at the page and runs nothing: what is saved is what the cells print, the text
-names only numbers that stand above it, and its conclusions follow from them. The cells run once, in order, in a
-fresh process without Jupyter; where matplotlib is missing, nothing is drawn.
-"""
+names only numbers that stand above it, and its conclusions follow from them. The cells run once, in order, in
+a fresh process without Jupyter; where matplotlib is missing, nothing is drawn. """
 
 import ast
 import json
@@ -78,7 +77,8 @@ def wording(text):
 
 @pytest.mark.parametrize("i", CODE)
 def test_a_cell_prints_what_is_saved(printed, i):
-    """The page shows numbers that its code no longer gives. After training, processors may differ a little."""
+    """The page shows numbers that its code no longer gives. After training, processors may differ a
+    little."""
     within = 0.05 if i >= TRAINING else 0.0006
     now, then = lines_to_compare(printed[i]), lines_to_compare(saved(i))
     assert [*map(wording, now)] == [*map(wording, then)]
