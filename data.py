@@ -89,7 +89,7 @@ def shift_hue(image, turn):
 
 
 # How a rejected image is made (section 3.1, Table 3; --help shows the docstrings): functions of an image, a
-# `random.Random`, the area of --crop and a function that opens another image of the data. They return an image
+# `random.Random`, the area of --crop and a function that opens another image of the data. They return images
 # of the same size.
 STRATEGIES = {"crop": random_crop, "random": another_image, "moco": moco_augment}
 

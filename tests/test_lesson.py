@@ -2,7 +2,7 @@
 
 They protect a reader who looks at the page and runs nothing: what is saved is what the cells print, the text
 names only numbers that stand above it, and its conclusions follow from them. The cells run once, in order, in
-a fresh process without Jupyter; where matplotlib is missing, nothing is drawn. """
+a fresh process without Jupyter; where matplotlib is missing, nothing is drawn."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ CODE = [i for i, cell in enumerate(CELLS) if cell["cell_type"] == "code"]
 source = lambda i: "".join(CELLS[i]["source"])
 TRAINING = next(i for i in CODE if "METHODS = " in source(i))
 
-RUN = """
+RUN ="""
 import contextlib, io, json, os, sys
 from importlib.machinery import ModuleSpec
 from unittest.mock import MagicMock
