@@ -22,7 +22,7 @@ CODE = [i for i, cell in enumerate(CELLS) if cell["cell_type"] == "code"]
 source = lambda i: "".join(CELLS[i]["source"])
 TRAINING = next(i for i in CODE if "METHODS = " in source(i))
 
-RUN ="""
+RUN = """
 import contextlib, io, json, os, sys
 from importlib.machinery import ModuleSpec
 from unittest.mock import MagicMock
