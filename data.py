@@ -238,12 +238,9 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
 
     lengths = dict(zip(owners, inputs["attention_mask"].sum(1).tolist()))
     starts = [lengths[n] - len(responses[n]) for n in owner]  # of each row's response
-    room = [room_for(text.responses.values(), max(starts[i :: len(pairs)]), max_length)
-            for i, text in enumerate(texts)]  # fmt: skip
-
-    labels = [
-        [-100] * start + response[: room[i]] for (i, *_), start, response in zip(rows, starts, responses)
-    ]
+    rooms = [room_for(text.responses.values(), max(starts[i :: len(pairs)]), max_length)
+             for i, text in enumerate(texts)] * len(names)  # fmt: skip
+    labels = [[-100] * n + response[:room] for n, response, room in zip(starts, responses, rooms)]
     labels = pad_sequence([*map(torch.tensor, labels)], batch_first=True, padding_value=-100)
     is_prompt = torch.arange(labels.shape[1]) < torch.tensor(starts)[:, None]
     shape = inputs["input_ids"].shape

@@ -97,9 +97,7 @@ def run(args, loss):
                     bar.write(f"epoch {record['epoch']:.0f}, {held_out_table([*records, record])}")
                 log(out, records, record)
                 bar.set_postfix(loss=record["loss"], refresh=False)
-                stopping = (
-                    [*stop] if record["step"] < len(plan) else []
-                )  # copied: a signal may come between two looks
+                stopping = [*stop] if record["step"] < len(plan) else []  # read once: one may come between
                 if end_of_epoch or stopping or record["step"] % (args.save_every or len(plan)) == 0:
                     save()
                 if stopping:
