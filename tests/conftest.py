@@ -1,9 +1,7 @@
 """Fixtures that several files share, and those of test_mdpo.py."""
 
-import pytest
-import torch
-
-from test_mdpo import (  # noqa: F401
+# Before torch: it sets the number of threads.
+from test_mdpo import (  # noqa: F401, I001
     bunny,
     family,
     finished,
@@ -15,6 +13,9 @@ from test_mdpo import (  # noqa: F401
     small,
     with_lora,
 )
+
+import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
