@@ -566,6 +566,8 @@ def parse_record(record, number, subset, roots, tokens):
     if None in (question, chosen, rejected):
         raise BadInput(f"has the fields {', '.join(record)}; needed are image, prompt, chosen and rejected "
                        "(README, Your data); python examples/convert.py converts other formats")  # fmt: skip
+    if first(record, ("history", "system")):
+        raise BadInput("has 'history' or 'system' beside its prompt; python examples/convert.py takes them")
     images = find_images(images, roots)
     own = first(record, ("rejected_images", "rejected_image"))
     images_rejected = find_images(own, roots) if own else ()

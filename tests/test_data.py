@@ -1369,3 +1369,10 @@ def test_a_first_line_that_python_cannot_read_is_one_bad_record(folder, line):
     said = []
     assert len(read_examples(folder / "x.jsonl", skip_bad=True, log=said.append)) == 1
     assert "dropped 1 bad records" in said[0]
+
+
+@pytest.mark.parametrize("field", [{"system": "Be brief."}, {"history": [["Is it round?", "Yes."]]}])
+def test_a_system_text_or_a_history_beside_the_prompt_is_not_left_out(folder, field):
+    """The pair would be trained as the answer to another conversation."""
+    assert "python examples/convert.py takes them" in refusal(folder, PLAIN | field)
+    assert read_one(folder, PLAIN | dict.fromkeys(field)).chosen == "A cat."
