@@ -139,7 +139,7 @@ PICTURES = "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TIFF WEBP".split()  # not Pos
 def open_image(path, max_pixels=None):
     """Decode an image file -> RGB, turned as its EXIF orientation says, on white where it is transparent.
 
-    max_pixels: a larger image is scaled down to N pixels. Raises BadInput.
+    max_pixels: a larger image is scaled down to so many pixels. Raises BadInput.
     """
     with about(f"image {path} cannot be decoded"), Image.open(path) as image:
         width, height = image.size
@@ -726,12 +726,12 @@ def about(what, kind=BadInput):
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = (
-            re.sub(r"(?s)^Caught .*\n\S+: ", "", str(error)).strip() or type(error).__name__
-        )  # from a worker
+        reason = re.sub(r"(?s)^Caught .*\n\S+: ", "", str(error)).strip()  # without a worker's traceback
         said = {KeyError: "has no ", json.JSONDecodeError: "not valid JSON: "}
         said |= dict.fromkeys((AttributeError, IndexError, TypeError), "is not in a known form: ")
-        raise kind(f"{one_line(what, 300)}: {said.get(type(error), '')}{one_line(reason)}") from error
+        raise kind(
+            f"{one_line(what, 300)}: {said.get(type(error), '')}{one_line(reason or type(error).__name__)}"
+        ) from error
 
 
 def run_command(command, argv=None, saves_memory="--device cpu"):
