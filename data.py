@@ -370,7 +370,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such image folder")
     roots = [folder, folder / "merged_images"] if with_images else None
-    tokens, problems = special_tokens(processor), {}
+    marks, problems = forbidden(processor), {}
 
     def attempt(number, function, *arguments):  # -> what it returns, or None after noting a problem
         try:
@@ -381,7 +381,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 
     records = load_records(path)
     names = {n: f" (id {r['id']})" if isinstance(r, dict) and "id" in r else "" for n, r in records}
-    parse = lambda n, record: attempt(n, parse_record, record, str(n), subset or "", roots, tokens)
+    parse = lambda n, record: attempt(n, parse_record, record, str(n), subset or "", roots, marks)
     found = {n: example for n, record in records if (example := parse(n, record))}
     n_left_out = len(records) - len(found) - len(problems)
     if limit is not None and limit < len(found):
@@ -528,20 +528,22 @@ FOREIGN_MARKS = (
 )
 
 
-def special_tokens(processor):
-    """{part of a record: what its texts may not hold}: control and image tokens, but not think tags."""
-    tokens, eos = {"<image>"}, None
+def forbidden(processor):
+    """{part of a record: pattern of what its texts may not hold}: control and image tokens, not think tags."""
+    tokens, eos = [], None
     if processor:
         added, eos = processor.tokenizer.added_tokens_decoder.values(), processor.tokenizer.eos_token
-        tokens |= {token.content for token in added if token.special and "think" not in token.content}
-    responses = tokens - {eos}  # an end-of-sequence inside a response ends it
-    return {"prompt": tokens, "chosen": responses, "rejected": responses}
+        tokens = [token.content for token in added if token.special and "think" not in token.content]
+    in_prompt = "|".join([FOREIGN_MARKS, *map(re.escape, tokens)])
+    # An end-of-sequence inside a response ends it. Nothing matches (?!).
+    in_response = "|".join(["(?!)", *(re.escape(token) for token in tokens if token != eos)])
+    return {"prompt": in_prompt, "chosen": in_response, "rejected": in_response}
 
 
-def parse_record(record, number, subset, roots, tokens):
+def parse_record(record, number, subset, roots, marks):
     """A record of a known format -> `Example`; None if it is of another subset, or prefers nothing.
 
-    roots: folders where relative image paths begin; None: no images. tokens: of `special_tokens`.
+    roots: folders where relative image paths begin; None: no images. marks: of `forbidden`.
     Raises BadInput.
     """
     record = json.loads(record) if isinstance(record, str) else record
@@ -550,41 +552,32 @@ def parse_record(record, number, subset, roots, tokens):
     id = str(number if record.get("id") is None else record["id"])
     if not id.startswith(subset):
         return None
-    images, question = first(record, IMAGE_FIELDS), first(record, ("prompt", "question"))
+    images, prompt = first(record, IMAGE_FIELDS), first(record, ("prompt", "question"))
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if record.get("completions") and None in (chosen, rejected):
         chosen, rejected = best_and_worst(record["completions"])
         if chosen is None:
             return None
         images = images or f"{id}.jpg"
-    n_turns = len(question) if isinstance(question, list) else 1
-    in_turns = isinstance(chosen, list) and all(isinstance(turn, dict) for turn in chosen)
-    if in_turns and isinstance(rejected, list) and chosen[:-1] != rejected[:-1]:
-        raise BadInput("'chosen' and 'rejected' differ before their last turn")
-    if in_turns and (question is None or len(chosen) - 1 > n_turns):  # whole conversations
-        question = chosen[:-1]
-    if None in (question, chosen, rejected):
+    prompt, chosen, rejected = (turns(value) for value in (prompt, chosen, rejected))
+    if not (chosen and rejected and (prompt or chosen[1:])):
         raise BadInput(f"has the fields {', '.join(record)}; needed are image, prompt, chosen and rejected "
                        "(README, Your data); python examples/convert.py converts other formats")  # fmt: skip
     if first(record, ("history", "system")):
         raise BadInput("has 'history' or 'system' beside its prompt; python examples/convert.py takes them")
+    if chosen[:-1] != rejected[:-1]:
+        raise BadInput(
+            "'chosen' and 'rejected' differ before their last turn: each is one response, or a conversation"
+        )
     images = find_images(images, roots)
     own = first(record, ("rejected_images", "rejected_image"))
     images_rejected = find_images(own, roots) if own else ()
     if own and len(images_rejected) != len(images):
         raise BadInput(f"has {len(images)} images and {len(images_rejected)} rejected images")
-    question = read_question(question, len(images) if roots else None)
-    chosen, rejected = read_response(chosen, "chosen"), read_response(rejected, "rejected")
-    texts = [("prompt", text) for text in texts_of(question)] + [("chosen", chosen), ("rejected", rejected)]
-    for name, text in texts:
-        if not text.strip():
-            raise BadInput(f"'{name}' is empty")
-        with about(f"'{name}'"):
-            text.encode()  # raises for a lone surrogate, which JSON can hold and a tokenizer cannot
-        foreign = re.search(FOREIGN_MARKS, text) if name == "prompt" else None
-        held = [foreign[0]] if foreign else [token for token in tokens[name] if token in text]
-        if held:
-            raise BadInput(f"'{name}' holds {held[0]!r}, a control token or image mark, in its text")
+    prompt = max(prompt, chosen[:-1], key=len)  # the response may hold the whole conversation
+    question = read_question(prompt, len(images) if roots else None, marks)
+    chosen = read_response(chosen[-1], "chosen", marks)
+    rejected = read_response(rejected[-1], "rejected", marks)
     if chosen == rejected:
         raise BadInput("'chosen' and 'rejected' are equal")
     return Example(question, chosen, rejected, images, images_rejected, id)
@@ -623,36 +616,37 @@ def find_images(value, roots):
     paths = []
     for image in value if isinstance(value, list) else [value]:
         image = image["path"] if isinstance(image, dict) else image
-        if not isinstance(image, str) or image.startswith("data:") or len(Path(image).name) > 255:
+        if not isinstance(image, str):
             raise BadInput(
                 f"an image is {shown(value)}, not a path; examples/convert.py makes files of images"
             )
         if Path(os.path.normpath(image)).parts[:1] == ("..",):
             raise BadInput(f"image path {image!r} points outside the image folder")
         # An absolute path is taken as it is: root / path is the path.
-        found = [root / image for root in roots if (root / image).is_file()]
+        found = [*filter(os.path.isfile, (root / image for root in roots))]
         if not found:
-            raise BadInput(f"no image {one_line(image, 150)!r} in {' or '.join(map(str, roots))}")
+            where = " or ".join(map(str, roots))
+            raise BadInput(
+                f"no image {one_line(image, 150)!r} in {where} (convert.py makes files of embedded ones)"
+            )
         paths.append(os.path.abspath(found[0]))  # one name for a file, for --reject random
     return tuple(paths)
 
 
-def read_question(question, n_images):
-    """Text, or chat messages up to the question -> chat messages with a part for each image.
+def turns(value):
+    """A field's value as a list of turns, each text or a chat message; None has none."""
+    return value if isinstance(value, list) else [value] * (value is not None)
+
+
+def read_question(turns, n_images, marks):
+    """The turns up to the question -> chat messages with a part for each image.
 
     n_images: how many the record has; None for any number. If no message shows an image, the user's first
-    message opens with all of them. The authors' data have Bunny's whole template around a text: its system
-    text becomes a message, marked as "wrapped".
+    message opens with all of them.
     """
-    if not isinstance(question, list):
-        text = text_of(question, "prompt").strip()
-        system, user, asked = text.partition("USER:")
-        question = [{"role": "user", "content": text}]
-        if user and text.endswith("ASSISTANT:"):
-            question = [{"role": "user", "content": asked.removesuffix("ASSISTANT:")}]
-            if system := system.removeprefix("<s>").strip():
-                question.insert(0, {"role": "system", "content": system, "wrapped": True})
-    messages = [read_message(message, "prompt") for message in question]
+    first, *rest = turns
+    turns = [*without_template(first), *rest] if isinstance(first, str) else turns
+    messages = [read_message(turn, "prompt", marks) for turn in turns]
     roles = [message["role"] for message in messages]
     if not re.fullmatch("(system )?(user assistant )*user", " ".join(roles)):
         raise BadInput(f"'prompt' has the roles {roles}: user and assistant must take turns, user last")
@@ -664,46 +658,51 @@ def read_question(question, n_images):
     return messages
 
 
-def read_response(value, name):
-    """A response: text, or the last of chat messages."""
-    last = value[-1] if isinstance(value, list) and value else value
-    if not isinstance(last, dict):
-        return text_of(value, name).strip()
-    message = read_message(last, name)
+def without_template(text):
+    """The authors' data have Bunny's template around a question -> its system text, "wrapped", and the question."""
+    system, user, question = text.strip().partition("USER:")
+    if not (user and question.endswith("ASSISTANT:")):
+        return [text]
+    system = system.removeprefix("<s>").strip()
+    message = {"role": "system", "content": system, "wrapped": True}
+    return [message] * (system != "") + [question.removesuffix("ASSISTANT:")]
+
+
+def read_response(turn, name, marks):
+    message = read_message(turn, name, marks)
     if message["role"] != "assistant" or {"type": "image"} in message["content"]:
         raise BadInput(f"'{name}' must end in an assistant message of text")
     return "\n".join(texts_of([message])).strip()
 
 
-def read_message(message, name):
-    """One chat message -> {"role", "content": parts of type "text" or "image"}. Raises BadInput.
+def read_message(turn, name, marks):
+    """Text or a chat message -> {"role", "content": parts of type "text" or "image"}. Raises BadInput.
 
     `<image>` in a text becomes an image before the text, as in LLaVA's data. Several stay where they are.
     """
-    if not isinstance(message, dict):
-        raise BadInput(f"'{name}' is {shown(message)}, not a chat message")
+    written = {"role": "user" if name == "prompt" else "assistant", "content": turn}
+    message = turn if isinstance(turn, dict) else written
     with about(f"'{name}'"):
         role, content, parts = message["role"], message["content"], []
         content = content.strip() if isinstance(content, str) else content
         if role not in ("system", "user", "assistant"):
             raise BadInput(f"role {shown(role)} is not system, user or assistant")
         for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
-            text = "<image>" if part["type"] == "image" else text_of(part["text"], name)
+            text = "<image>" if part["type"] == "image" else part["text"]
+            if not isinstance(text, str):
+                raise BadInput(f"is {shown(text)}, not text")
+            text.encode()  # raises for a lone surrogate, which JSON can hold and a tokenizer cannot
             pieces = text.split("<image>")
             if len(pieces) == 2 or len(pieces) > 2 and not "".join(pieces[:-1]).strip():
                 pieces = [""] * (len(pieces) - 1) + ["".join(pieces).strip()]
             for n, piece in enumerate(pieces):
+                if held := re.search(marks[name], piece):
+                    raise BadInput(f"holds {held[0]!r}, a control token or image mark, in its text")
                 parts += [{"type": "image"}] * (n > 0)
                 parts += [{"type": "text", "text": piece}] * (piece.strip() != "")
         if not texts_of([{"content": parts}]):
-            raise BadInput("a message has no text")
+            raise BadInput("has no text")
     return message | {"content": parts}
-
-
-def text_of(value, name):
-    if not isinstance(value, str):
-        raise BadInput(f"'{name}' is {shown(value)}, not text")
-    return value
 
 
 def texts_of(messages):
@@ -719,7 +718,7 @@ class BadInput(ValueError):
 
 
 @contextmanager
-def about(what, kind=BadInput):
+def about(what):
     """Convert exceptions raised here, but no out-of-memory error, to a `BadInput` that begins with `what`."""
     try:
         yield
@@ -729,7 +728,7 @@ def about(what, kind=BadInput):
         reason = re.sub(r"(?s)^Caught .*\n\S+: ", "", str(error)).strip()  # without a worker's traceback
         said = {KeyError: "has no ", json.JSONDecodeError: "not valid JSON: "}
         said |= dict.fromkeys((AttributeError, IndexError, TypeError), "is not in a known form: ")
-        raise kind(
+        raise BadInput(
             f"{one_line(what, 300)}: {said.get(type(error), '')}{one_line(reason or type(error).__name__)}"
         ) from error
 

@@ -536,7 +536,7 @@ def authors(**changes):
 MESSAGES = {
     "images": ["a.png"],
     "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}],
-    "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}],
+    "chosen": [{"role": "assistant", "content": [{"type": "text", "text": " A cat.\n"}]}],
     "rejected": [{"role": "assistant", "content": "A dog."}],
 }
 

@@ -103,7 +103,7 @@ def run(args, loss):
                 if stopping:
                     print(f"stopped and saved; {to_continue}")
                     return 128 + stopping[0]
-        except LostBatch:
+        except BadInput:  # a batch could not be made, or a step was not finite
             if records and records[-1]["step"] == schedule.last_epoch:
                 save()
                 print(f"the steps before are saved; {to_continue}")
@@ -222,10 +222,6 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-class LostBatch(BadInput):
-    """A batch could not be made; no step is half done."""
-
-
 def load_batches(pairs, micro_batches, names, processor, args):
     """Yield a `Batch` for each list of (epoch, index), prefetched by --workers processes.
 
@@ -241,10 +237,10 @@ def load_batches(pairs, micro_batches, names, processor, args):
         worker_init_fn=ignore_signals,
     )
     try:
-        with about("a process that loads data", LostBatch):
+        with about("a process that loads data"):
             for batch in loader:
                 yield batch.map(torch.as_tensor)
-    except LostBatch as error:  # its traceback holds the workers, which ignore signals: free them
+    except BadInput as error:  # its traceback holds the workers, which ignore signals: free them
         traceback.clear_frames(error.__cause__.__traceback__)
         raise
 

@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, about, find_images, parse_record, run_command, shown, special_tokens, text_of
+from data import BadInput, about, find_images, forbidden, parse_record, run_command, shown
 from examples.answer import answer_as, make_parser, opened, read_items, refuse_image_tokens
 from train import load_processor, replacing, whole
 
@@ -80,6 +80,12 @@ BENCHMARKS = {"amber": amber, "amber-discriminative": amber_discriminative, "pop
 BENCHMARKS |= {"objhal": objhal}
 
 
+def text_of(value, name):
+    if not isinstance(value, str):
+        raise BadInput(f"'{name}' is {shown(value)}, not text")
+    return value
+
+
 def report(answers, truths, positive):
     """Print how many answers are neither Yes nor No and, in percent, what POPE's and AMBER's scorers count.
 
@@ -106,14 +112,14 @@ def read_questions(name, path, folder, processor=None):
 
     Raises BadInput that lists the questions that cannot be asked.
     """
-    items, questions, problems, tokens = read_items(path), [], [], special_tokens(processor)
+    items, questions, problems, marks = read_items(path), [], [], forbidden(processor)
     check_image = cache(lambda image: opened(image).size)
     for number, item in enumerate(items, 1):
         try:
             with about(f"question {number} of {name}"):
                 image, text, _ = BENCHMARKS[name](number, item, folder, "")
                 record = {"prompt": text_of(text, "question"), "chosen": "Yes.", "rejected": "No."}
-                parse_record(record, "", "", None, tokens)
+                parse_record(record, "", "", None, marks)
                 refuse_image_tokens(processor, text)
                 if not isinstance(image, Path):
                     if "://" in text_of(image, "image"):

@@ -31,8 +31,8 @@ NAMES = {  # of fields in published data; the first that is not empty counts, an
 }
 IMAGE = ("images", "image", "img_path", "image_path", "image_url", "image_id", "bytes", "url", "path")
 ROLES = {"human": "user", "gpt": "assistant", "question": "user", "system": "system"}  # other fields: assistant
-OF_OTHERS = {"<video>", "<audio>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<start_of_turn>", "[/INST]"}
-REFUSED = {name: tokens | OF_OTHERS for name, tokens in data.special_tokens(None).items()}
+OF_OTHERS = r"<video>|<audio>|<\|im_start\|>|<\|im_end\|>|<\|start_header_id\|>|<start_of_turn>|\[/INST\]"
+REFUSED = {name: f"{pattern}|{OF_OTHERS}" for name, pattern in data.forbidden(None).items()}
 
 
 def open_records(source, split):

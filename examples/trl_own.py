@@ -12,7 +12,7 @@ import torch
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from data import BadInput, Example, about, make_batch, random_crop, read_question, read_response
+from data import BadInput, Example, about, forbidden, make_batch, random_crop, read_question, read_response, turns
 from mdpo import LogPs, mdpo_loss, sequence_logps
 
 OF_TRLS_LOSS = {"loss_type": ["sigmoid"], "loss_weights": None, "ld_alpha": None, "label_smoothing": 0.0}
@@ -70,8 +70,10 @@ def to_pair(row):
     if not images:
         raise BadInput("has no image")
     crops = tuple(random_crop(image, random) for image in images)
-    chosen, rejected = (read_response(row[name], name) for name in ("chosen", "rejected"))
-    return Example(read_question(row["prompt"], len(images)), chosen, rejected, images, own or crops)
+    marks = forbidden(None)
+    question = read_question(turns(row["prompt"]), len(images), marks)
+    chosen, rejected = (read_response(turns(row[name])[-1], name, marks) for name in ("chosen", "rejected"))
+    return Example(question, chosen, rejected, images, own or crops)
 
 
 def to_rgb(images):

@@ -198,9 +198,9 @@ def test_control_tokens_of_the_model_are_bad_but_think_tags_and_an_end_inside_a_
     """A text that went through a chat template already would hold a turn inside the turn."""
     for name in "prompt", "chosen", "rejected":
         record = authors(**{name: "<|vision_start|>What?"})
-        assert f"'{name}' holds '<|vision_start|>'" in refusal(folder, record, processor=qwen)
+        assert f"'{name}': holds '<|vision_start|>'" in refusal(folder, record, processor=qwen)
     ended = authors(prompt="What?</s>")  # which has no form of an image mark
-    assert "'prompt' holds '</s>'" in refusal(folder, ended, processor=llavas)
+    assert "'prompt': holds '</s>'" in refusal(folder, ended, processor=llavas)
     thinking, eos = copy.deepcopy(qwen), qwen.tokenizer.eos_token
     tags = [tokenizers.AddedToken(tag, special=True) for tag in ("<think>", "</think>")]
     thinking.tokenizer.add_tokens(tags, special_tokens=True)
@@ -440,7 +440,7 @@ def test_image_tokens_of_each_family_in_a_text_are_bad(name, folder, tmp_path):
         for field in "prompt", "chosen":
             record = authors(prompt="What?") | {field: f"Is {token}{token} it?"}
             if field != "prompt" or token != "<image>":  # which stands for images there
-                assert f"'{field}' holds" in refusal(folder, record, processor=processor)
+                assert f"'{field}'" in refusal(folder, record, processor=processor)
 
 
 def test_a_tokenizer_that_adds_an_end_is_refused(llava):
@@ -696,7 +696,7 @@ def test_lines_are_numbered_as_an_editor_does(folder):
     path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
     examples = read_examples(path, skip_bad=True, log=said.append)
     assert [(e.id, e.chosen) for e in examples] == [("1", "A\u2028cat."), ("4", "A\u2028cat.")]
-    assert "record 5: not valid JSON" in said[0] and "record 6: 'chosen' is empty" in said[0]
+    assert "record 5: not valid JSON" in said[0] and "record 6: 'chosen': has no text" in said[0]
 
 
 UNREADABLE = {
@@ -793,21 +793,21 @@ BAD_RECORDS = {
         "image_id": 1, "chosen": ["A"], "rejected": ["B", "C"]},
     "has the fields conversations, image; needed are image, prompt, chosen": {
         "conversations": [], "image": "a.png"},
-    "'chosen' is 3, not text": authors(chosen=3),
-    "'chosen' is NaN, not text": authors(chosen=math.nan),
-    "'prompt' is {\"a\": 1}, not text": authors(prompt={"a": 1}),
-    "'rejected' is [\"No.\", \"Never.\"], not text": authors(rejected=["No.", "Never."]),
+    "'chosen': is 3, not text": authors(chosen=3),
+    "'chosen': is NaN, not text": authors(chosen=math.nan),
+    "'prompt': has no 'role'": authors(prompt={"a": 1}),
+    "each is one response, or a conversation": authors(rejected=["No.", "Never."]),
     "an image is {\"bytes\": \"/9j/4AAQ\", \"path\": null}, not a path": authors(
         img_path={"bytes": "/9j/4AAQ", "path": None}),
     "is [1], not an object with fields": [1],
-    "'rejected' is empty": authors(rejected=" \n"),
+    "'rejected': has no text": authors(rejected=" \n"),
     "'chosen': 'utf-8' codec can't encode character": authors(chosen="A \ud800 cat."),
     "'chosen' and 'rejected' are equal": authors(rejected="A cat. "),
     "no image 'b.png'": authors(img_path="b.png"),
     "cannot be decoded": authors(img_path="broken.png"),
     "has no image path": {"question": "Q", "chosen": "a", "rejected": "b"},
     "points outside the image folder": authors(img_path="../a.png"),
-    "'chosen' holds '<image>', a control token": authors(chosen="An <image>"),
+    "'chosen' must end in an assistant message of text": authors(chosen="An <image>"),
     "shows 1 images, the record has 2": authors(img_path=None, images=["a.png", "a.png"]),
     "shows 2 images, the record has 1": TURNS | {"images": ["a.png"]},
     "must take turns": MESSAGES | {"prompt": [*MESSAGES["prompt"], *MESSAGES["prompt"]]},
@@ -816,14 +816,14 @@ BAD_RECORDS = {
     "'chosen' must end in an assistant message": MESSAGES | {"chosen": [say("user", "A cat.")]},
     "'rejected' must end in an assistant message": MESSAGES | {
         "rejected": [say("assistant", *MESSAGES["prompt"][0]["content"])]},
-    "a message has no text": MESSAGES | {"prompt": [say("user", {"type": "image"})]},
+    "'prompt': has no text": MESSAGES | {"prompt": [say("user", {"type": "image"})]},
     "differ before their last turn": NO_PROMPT | {
         "rejected": [say("user", "Who is it?"), *MESSAGES["rejected"]]},
     "has no 'annotations'": VLFEEDBACK | {"completions": [{"response": "x"}]},
     "not valid JSON": None,
 }  # fmt: skip
 BAD_RECORDS |= {  # marks of other tools would be trained on as text, beside an image that stands elsewhere
-    f"'prompt' holds {mark!r}, a control token or image mark": authors(prompt=f"{mark}\nWhat?")
+    f"'prompt': holds {mark!r}, a control token or image mark": authors(prompt=f"{mark}\nWhat?")
     for mark in FOREIGN
 }
 
@@ -848,7 +848,9 @@ def test_bad_records_are_all_reported_with_number_id_and_reason(folder, reason):
 def test_the_models_own_image_token_in_text_is_bad(folder, bunnys):
     """Nine tabs are Bunny's image token: in a table of tabs they would be taken for an image."""
     record = authors(chosen="a" + "\t" * 9 + "b")
-    assert re.search(r"'chosen' holds '(\\t){9}', a control token", refusal(folder, record, processor=bunnys))
+    assert re.search(
+        r"'chosen': holds '(\\t){9}', a control token", refusal(folder, record, processor=bunnys)
+    )
 
 
 def test_the_check_of_the_room_counts_each_prompts_own_images(folder, loaded):
@@ -1265,7 +1267,7 @@ def test_data_command_counts_every_kind_of_record(folder, capsys):
     assert check_file([path, *options]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(f"error: {path}: --skip-bad would drop 27 bad records:\n")
-    assert "record 6 (id llava-bad-0): 'chosen' is empty" in err and "... and 7 more" in err
+    assert "record 6 (id llava-bad-0): 'chosen': has no text" in err and "... and 7 more" in err
     path = write(folder / "good.json", good)
     assert check_file([path, *options]) == 0
     out, err = capsys.readouterr()
@@ -1359,7 +1361,7 @@ def test_32_bit_levels_are_scaled_by_their_range(tmp_path):
 def test_a_data_uri_is_no_path(folder, image):
     """It ended in the system's "File name too long"."""
     line = refusal(folder, authors(img_path=image))
-    assert "not a path; examples/convert.py makes files of images" in line and len(line) < 400
+    assert "convert.py makes files of embedded ones" in line and len(line) < 400
 
 
 @pytest.mark.parametrize("line", ['{"id": ' + "9" * 5000 + "}", '{"id": ' + "[" * 100_000])

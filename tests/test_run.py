@@ -1114,7 +1114,7 @@ def test_long_texts_are_cut_where_they_are_shown(folder):
     """An id of a megabyte would fill the terminal, and hide the reason."""
     with pytest.raises(BadInput) as raised:
         read_examples(write(folder / "x.json", [authors(id="x" * 10**6, chosen="")]))
-    assert len(str(raised.value)) < 1000 and str(raised.value).endswith("'chosen' is empty")
+    assert len(str(raised.value)) < 1000 and str(raised.value).endswith("'chosen': has no text")
 
 
 def test_resume_notices_other_weights(copied, bunny, tmp_path, capsys):

@@ -260,7 +260,7 @@ def test_accumulated_and_evaluated(own, llava, trl_own, tmp_path):
 ROWS = {
     "has no image": {"images": []},
     "'prompt' shows 2 images, the record has 1": {"prompt": "<image> a <image> b?"},
-    "'chosen' is 3, not text": {"chosen": 3},
+    "'chosen': is 3, not text": {"chosen": 3},
     "has no 'prompt'": {"prompt": None},
     "no room for a response": {"prompt": "word " * 200},
 }
