@@ -762,7 +762,7 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
     if layout not in (None, "packed", "plain"):
         raise BadInput(f"unknown layout {layout!r}: choose from packed, plain")
     with about(f"{model.name_or_path}: cannot be trained"):
-        error = packing_error(model, processor, pairs, layout)
+        error = packing_error(model, processor, pairs, layout, max_length)
         window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
         problem = f"{error:.2g} nats / sqrt(tokens) off, rounding: {TOLERANCE}"
         if window < max_length:  # it may hold the first examples, but not later ones
@@ -777,12 +777,9 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
 
 
 @torch.no_grad()
-def packing_error(model, processor, pairs, layout="packed"):
+def packing_error(model, processor, pairs, layout="packed", max_length=2048):
     """The largest distance of rows in this layout from plain ones, computed in float32, as in TOLERANCE."""
-    # Long responses would take time and memory, and show nothing more. Cut, two may be equal: they end apart.
-    short = lambda pair: {"chosen": pair.chosen[:1000] + " Yes.", "rejected": pair.rejected[:1000] + " No."}
-    pairs = [pair._replace(**short(pair)) for pair in pairs]
-    make = partial(make_batch, pairs, processor, max_length=sys.maxsize)
+    make = partial(make_batch, pairs, processor, max_length=max_length)
     rows = make()
     with InFloat32():
         batches = rows, rows if layout == "plain" else pack(make(share=True))
