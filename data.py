@@ -488,7 +488,7 @@ FILE_KINDS = {  # by their first bytes
 
 
 def load_records(path):
-    """A JSON list or JSON lines, by the first character -> [(number from 1, record or a bad line)]."""
+    """A JSON list, JSON lines or one object -> [(number from 1, record or a bad line)]."""
     if not os.path.exists(path):
         raise BadInput(f"{path}: no such file; for a data set of the hub, run python examples/convert.py")
     with about(f"{path}: cannot be read"):
@@ -502,20 +502,14 @@ def load_records(path):
             return [*enumerate(json.loads(text), 1)]
         if start != "{":
             raise BadInput(f"begins with {shown(text[:20])}: neither a JSON list nor JSON lines")
+        with suppress(ValueError, RecursionError):
+            return [(1, json.loads(text))]
         records = []
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 with suppress(ValueError, RecursionError):  # a bad line stays text, and one bad record
                     line = json.loads(line)
                 records.append((number, line))
-        fields = None
-        if isinstance(records[0][1], str):
-            with suppress(ValueError, RecursionError):
-                fields = ", ".join(json.loads(text))
-        if fields:
-            raise BadInput(
-                f"is one JSON object with the fields {fields}, not a list: python examples/convert.py"
-            )
     return records
 
 

@@ -710,7 +710,7 @@ UNREADABLE = {
     "x: cannot be read: is a zip file: unpack it": b"PK\x03\x04",
     "x: cannot be read: is a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
     "x: cannot be read: 'utf-8' codec can't decode byte 0xe9 in position 9": b'{"chose":\xe9"}',
-    "x: cannot be read: is one JSON object with the fields data, split, not": b'{\n"data": [],\n"split": 1}',
+    "record 1: has the fields data, split; needed are image": b'{\n"data": [],\n"split": 1}',
     "x: no example is left$": b"[]",
 }
 
