@@ -357,7 +357,7 @@ os.umask(UMASK)  # it can only be read by setting it
 @contextmanager
 def replacing(out):
     """A folder for new files, which replace those of `out` when all are complete. Raises BadInput."""
-    with about(f"{out}: cannot be written to (existing files are unchanged)"):
+    with about(f"{out}: cannot be written to, as on a full disk (existing files are unchanged)"):
         with tempfile.TemporaryDirectory(".tmp", "new.", out) as new:
             yield Path(new)
             for file in filter(Path.is_file, [*Path(new).rglob("*")]):
