@@ -3,11 +3,11 @@
 # Before torch: it sets the number of threads.
 from test_mdpo import (  # noqa: F401, I001
     bunny,
-    family,
     finished,
     folder,
     llava,
     loaded,
+    move,
     signals_are_heard,
     six_epochs,
     small,
@@ -17,6 +17,16 @@ from test_mdpo import (  # noqa: F401, I001
 import pytest
 import torch
 
+import train
+from examples import families
+
+
+@pytest.fixture(scope="session", params=families.FAMILIES)
+def family(request, tmp_path_factory):
+    """(folder, model, processor) of a tiny random model of each family."""
+    path = families.write_family(request.param, tmp_path_factory.mktemp("families") / request.param)
+    return path, *train.load_model(str(path))
+
 
 @pytest.fixture(scope="session")
 def adapted(bunny, tmp_path_factory):  # noqa: F811
@@ -24,8 +34,6 @@ def adapted(bunny, tmp_path_factory):  # noqa: F811
     a nat."""
     model, _ = with_lora(bunny)
     torch.manual_seed(3)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+    move(model, std=0.2)
     model.save_pretrained(out := tmp_path_factory.mktemp("runs") / "adapted")
     return out

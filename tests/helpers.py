@@ -7,7 +7,7 @@ import data
 import train
 from data import read_examples
 from examples import shapes
-from test_mdpo import ROOT, fork, noise, pair
+from test_mdpo import ROOT, fork, message, noise, pair
 
 
 def check_file(argv):
@@ -23,10 +23,6 @@ CHAT = (  # a chat template, once IMAGE and END stand for a model's own
     "{% for m in messages %}[{{ m.role }}]" + PARTS + "END{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-
-
-def ids_of(processor, text):
-    return processor.tokenizer(text).input_ids
 
 
 def outputs_of(module):
@@ -76,9 +72,9 @@ TURNS = {  # a system text, an earlier turn, two images
     "images": ["a.png", "merged_images/llava-1.jpg"],
     "prompt": [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        message("user", "IMAGE", "What is it?"),
         {"role": "assistant", "content": "A cat."},
-        {"role": "user", "content": [{"type": "text", "text": "And this:"}, {"type": "image"}]},
+        message("user", "And this:", "IMAGE"),
     ],
     "chosen": "A dog.",
     "rejected": "A cat.",
@@ -116,10 +112,8 @@ def counted(monkeypatch, module, name):
 def one_line_of(capsys, status):
     """What a command that failed said: one line on stderr beside progress bars, nothing else."""
     err = capsys.readouterr().err
-    lines = [
-        line for line in re.split("[\r\n]+", err) if line.strip() and "it/s]" not in line and "%|" not in line
-    ]
-    lines = [line for line in lines if not line.startswith(("[transformers]", "stopping after", "  "))]
+    beside = re.compile(r"\s*$|.*(it/s\]|%\|)|\[transformers\]|stopping after|  ")
+    lines = [line for line in re.split("[\r\n]+", err) if not beside.match(line)]
     assert status in (2, 130) and len(lines) == 1 and lines[0].startswith("error: "), err[-2000:]
     assert lines[0].isprintable() and len(lines[0]) < 3000 and "internal error" not in lines[0]
     return lines[0]

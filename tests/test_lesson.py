@@ -4,7 +4,6 @@ They protect a reader who looks at the page and runs nothing: what is saved is w
 names only numbers that stand above it, and its conclusions follow from them. The cells run once, in order, in
 a fresh process without Jupyter; where matplotlib is missing, nothing is drawn."""
 
-import ast
 import json
 import math
 import os
@@ -19,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LESSON = ROOT / "examples" / "lesson.ipynb"
 CELLS = json.loads(LESSON.read_text("utf-8"))["cells"]
 CODE = [i for i, cell in enumerate(CELLS) if cell["cell_type"] == "code"]
-source = lambda i: "".join(CELLS[i]["source"])
-TRAINING = next(i for i in CODE if "METHODS = " in source(i))
+SOURCES = ["".join(cell["source"]) for cell in CELLS]
+TRAINING = next(i for i in CODE if "METHODS = " in SOURCES[i])
 
 RUN = """
 import contextlib, io, json, os, sys
@@ -45,18 +44,20 @@ print(json.dumps(printed))
 @pytest.fixture(scope="module")
 def printed():
     """{number of a cell: what it prints now}"""
-    command = [sys.executable, "-W", "ignore", "-c", RUN]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    options = {"cwd": LESSON.parent, "env": env, "capture_output": True, "encoding": "utf-8"}
-    done = subprocess.run(command, check=False, **options)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN],
+        cwd=LESSON.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return {int(i): text for i, text in json.loads(done.stdout).items()}
 
 
 def saved(i):
     """What a cell printed when the page was made."""
-    streams = (output for output in CELLS[i]["outputs"] if output["output_type"] == "stream")
-    return "".join("".join(output["text"]) for output in streams)
+    return "".join(line for output in CELLS[i]["outputs"] for line in output.get("text", ()))
 
 
 NUMBER = r"(?<![\w.])-?\d+(?:\.\d+)?"
@@ -90,36 +91,28 @@ def test_a_cell_prints_what_is_saved(printed, i):
 def test_what_models_say_is_printed_of_each(printed):
     """An answer under another model's name, or a model left out."""
     (i,) = [i for i in CODE if "What colour is the triangle?" in saved(i)]
-    speakers = lambda text: re.findall(r"^    (\w+) +\S", text, re.MULTILINE)
-    assert speakers(printed[i]) == speakers(saved(i)) == ["base", "DPO", "mDPO"] * 3
-    said = [line.split(maxsplit=1)[1] for line in saved(i).splitlines() if line.startswith("    ")]
+    for text in printed[i], saved(i):
+        assert re.findall(r"^    (\w+) +\S", text, re.MULTILINE) == ["base", "DPO", "mDPO"] * 3
+    said = re.findall(r"^    \w+ +(.*)", saved(i), re.MULTILINE)
     assert said[0].endswith("a orange ring.") and "no triangle" in said[5] and said[8].startswith("no")
 
 
 # ------------------------------------------------------------------------------------------------- the text
 
 
-def texts():
-    """[(number of a markdown cell, its text without formulas and code)] below the first code cell."""
-    cells = ((i, source(i)) for i in range(CODE[0], len(CELLS)) if i not in CODE)
-    return [(i, re.sub(r"\$[^$]*\$|`[^`]*`", "", text)) for i, text in cells]
-
-
-def test_every_number_in_bold_is_printed_by_the_cell_above():
-    """A number of an older run, or of none."""
+def test_every_number_in_bold_is_printed_by_the_cell_above_and_no_other_is_measured():
+    """A number of an older run, or of none; or one that is not in bold, and so not looked at."""
     n_found = 0
-    for i, text in texts():
+    for i, text in enumerate(SOURCES):
+        if i in CODE or i < CODE[0]:
+            continue
+        text = re.sub(r"\$[^$]*\$|`[^`]*`", "", text)  # without formulas and code
         above = re.findall(NUMBER + "%?", saved(max(n for n in CODE if n < i)))
-        for number in re.findall(rf"\*\*({NUMBER}%?)\*\*", text):
-            assert number in {*above, *(value.removeprefix("-") for value in above)}, (i, number)
-            n_found += 1
-    assert n_found >= 25
-
-
-def test_no_measured_number_is_outside_bold():
-    """A number that the test above does not see."""
-    for i, text in texts():
+        bold = re.findall(rf"\*\*({NUMBER}%?)\*\*", text)
+        assert {*bold} <= {*above, *(value.removeprefix("-") for value in above)}, i
         assert not re.findall(r"\d\.\d|\d%", re.sub(r"\*\*.*?\*\*", "", text)), i
+        n_found += len(bold)
+    assert n_found >= 25
 
 
 def row(title):
@@ -176,10 +169,9 @@ def test_it_is_a_small_notebook_whose_cells_ran_in_order():
     assert LESSON.stat().st_size < 600_000 and len(CELLS) <= 25
     assert len({cell["id"] for cell in CELLS}) == len(CELLS)
     assert [CELLS[i]["execution_count"] for i in CODE] == [*range(1, len(CODE) + 1)]
-    outputs = [output for i in CODE for output in CELLS[i]["outputs"]]
-    assert {output.get("name", "picture") for output in outputs} == {"stdout", "picture"}  # no stderr
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
-    assert all(len(line) <= 110 for i in CODE for line in source(i).splitlines())
+    kinds = [output.get("name", "picture") for i in CODE for output in CELLS[i]["outputs"]]
+    assert {*kinds} == {"stdout", "picture"} and kinds.count("picture") == 5  # no stderr
+    assert max(len(line) for i in CODE for line in SOURCES[i].splitlines()) <= 110
 
 
 def test_it_says_nothing_of_the_machine_that_made_it():
@@ -189,48 +181,42 @@ def test_it_says_nothing_of_the_machine_that_made_it():
 
 def test_the_core_is_used_by_its_public_names():
     """A lesson on private names teaches what may change."""
-    nodes = [node for i in CODE for node in ast.walk(ast.parse(source(i)))]
-    imports = {node.module: node.names for node in nodes if isinstance(node, ast.ImportFrom)}
-    used = [alias.name for module in ("mdpo", "data", "train") for alias in imports[module]]
-    assert not [name for name in used if name.startswith("_")]
-    attributes = [
-        node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr.startswith("_")
-    ]
-    assert {*attributes} == {"_replace", "_asdict"}  # of a NamedTuple, where they are public
+    private = re.findall(r"\b_[a-z]\w*", "\n".join(SOURCES[i] for i in CODE))
+    assert {*private} == {"_replace", "_asdict"}  # of a NamedTuple, where they are public
 
 
 def test_each_exercise_changes_one_line_of_the_lesson():
     """An answer that changes no line that is there, or more than one."""
-    [exercises] = [text for text in map(source, range(len(CELLS))) if "## Exercises" in text]
-    answers = re.findall(r"<summary>Answer</summary>\n\n`(.*)`", exercises)
+    [exercises] = [text for text in SOURCES if "## Exercises" in text]
+    answers = re.findall(r"<summary>Answer</summary>\n\n`((\w+ = ).*)`", exercises)
     assert len(answers) == 3
-    for answer in answers:
-        name = answer.partition(" = ")[0]
-        lines = [line for i in CODE for line in source(i).splitlines() if line.startswith(f"{name} = ")]
-        assert len(lines) == 1 and lines[0].partition("  #")[0] != answer
+    for answer, name in answers:
+        [line] = [line for i in CODE for line in SOURCES[i].splitlines() if line.startswith(name)]
+        assert line.partition("  #")[0] != answer
         compile(answer, "answer", "exec")
 
 
-def set_up(folder, monkeypatch, address="", finds=lambda name: True):
+def set_up(folder, monkeypatch, address="", missing=()):
     """Run the first cell in a folder -> the commands that it starts."""
     commands, names = [], {}
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
-    monkeypatch.setattr("importlib.util.find_spec", finds)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name not in missing)
     monkeypatch.setattr("warnings.simplefilter", lambda action: None)
-    cell = source(CODE[0]).replace('REPOSITORY = ""', f"REPOSITORY = {address!r}")
-    exec(compile(cell, "first cell", "exec"), names)  # noqa: S102
+    exec(SOURCES[CODE[0]].replace('REPOSITORY = ""', f"REPOSITORY = {address!r}"), names)  # noqa: S102
     assert sys.path[0] == str(names["root"])
     return commands
 
 
 def test_the_first_cell_clones_and_installs_only_what_is_missing(tmp_path, monkeypatch):
-    """In a clone it may touch nothing; in Colab it has to bring everything, once."""
+    """In a clone it may touch nothing; in Colab it has to bring everything, once. Without an address, git
+    would fail with a message about an empty path."""
     assert set_up(LESSON.parent, monkeypatch) == set_up(ROOT, monkeypatch) == []
-    [install] = set_up(LESSON.parent, monkeypatch, finds=lambda name: name != "peft")
+    [install] = set_up(LESSON.parent, monkeypatch, missing=["peft"])
     assert install[1:4] == ["-m", "pip", "install"] and install[-1] == str(ROOT / "requirements.txt")
-
+    with pytest.raises(SystemExit, match="Write the repository's address into REPOSITORY"):
+        set_up(tmp_path, monkeypatch)
     address, to = "https://example.org/mdpo", tmp_path / "mdpo"
     clone, install = set_up(tmp_path, monkeypatch, address)
     assert clone[:2] == ["git", "clone"] and clone[-2:] == [address, str(to)]
@@ -238,9 +224,3 @@ def test_the_first_cell_clones_and_installs_only_what_is_missing(tmp_path, monke
     to.mkdir()
     (to / "mdpo.py").touch()
     assert set_up(tmp_path, monkeypatch, address) == []
-
-
-def test_the_first_cell_asks_for_the_address_that_it_needs(tmp_path, monkeypatch):
-    """Outside a clone, without an address, git would fail with a message about an empty path."""
-    with pytest.raises(SystemExit, match="Write the repository's address into REPOSITORY"):
-        set_up(tmp_path, monkeypatch)
