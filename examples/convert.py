@@ -2,9 +2,7 @@
 
     python examples/convert.py IN OUT [--images DIR]
 
-IN is JSON, JSON lines, parquet or a data set of the hub; the last two need `pip install datasets`. Embedded images are
-written untouched, named by their hash. Image files stay where they are, by absolute paths. OUT/records-*.jsonl notes
-what became of each record, so that the same command goes on. `python data.py OUT/data.jsonl` checks the result.
+IN is JSON, JSON lines, parquet or a data set of the hub; the last two need `pip install datasets`.
 """
 
 import base64
@@ -22,41 +20,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 from data import BadInput, about, first
 
-NAMES = {  # of fields in published data; the first that is not empty counts, and no other is looked at
-    "system": "system",
-    "history": "history",
-    "question": "prompt question query instruction conversations messages",
-    "chosen": "chosen chosen_response chosen_conversations chosen_messages response conversations messages",
-    "rejected": "rejected reject rejected_response rejected_conversations rejected_messages",
-}
+# Who speaks, and names of fields in published data: the first that is not empty counts, and no other is looked at.
+NAMES = [*map(str.split, ("user prompt question query instruction conversations messages",
+         "assistant chosen chosen_response chosen_conversations chosen_messages response conversations messages",
+         "assistant rejected reject rejected_response rejected_conversations rejected_messages"))]  # fmt: skip
 IMAGE = ("images", "image", "img_path", "image_path", "image_url", "image_id", "bytes", "url", "path")
-ROLES = {"human": "user", "gpt": "assistant", "question": "user", "system": "system"}  # other fields: assistant
 OF_OTHERS = r"<video>|<audio>|<\|im_start\|>|<\|im_end\|>|<\|start_header_id\|>|<start_of_turn>|\[/INST\]"
 REFUSED = {name: f"{pattern}|{OF_OTHERS}" for name, pattern in data.forbidden(None).items()}
 
 
 def open_records(source, split):
     """A file, or the name of a data set of the hub -> its records. Embedded images of parquet stay bytes."""
-    is_file = Path(source).is_file()
-    if is_file and Path(source).open("rb").read(4) != b"PAR1":
+    if source.is_file() and source.open("rb").read(4) != b"PAR1":
         with suppress(ValueError):
-            if isinstance(found := json.loads(Path(source).read_text("utf-8-sig")), dict):
+            if isinstance(found := json.loads(source.read_text("utf-8-sig")), dict):
                 return found.get("data") or found.get(split) or [found]
         return [record for _, record in data.load_records(source)]  # a list, lines, or it says what else this is
-    with about("cannot be read as parquet" if is_file else "no such file, nor a data set of the hub"):
-        with about("`pip install datasets`"):
-            import datasets
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-        what = {"path": "parquet", "data_files": source} if is_file else {"path": source}
-        records = datasets.load_dataset(**what, split=split, streaming=True)
+    from datasets import load_dataset
+
+    name, file = ("parquet", str(source)) if source.is_file() else (str(source), None)
+    records = load_dataset(name, data_files=file, split=split, streaming=True)
     return records.decode(False) if records.features else records
 
 
 def rows(value):
     """The rows of a dict of lists, which `datasets` may make of a list of dicts, at any depth. Others stay."""
-    if not isinstance(value, dict) or not all(isinstance(column, list | dict) for column in value.values()):
-        return value
-    return [dict(zip(value, row)) for row in zip(*map(rows, value.values()), strict=True)]
+    columns = isinstance(value, dict) and all(isinstance(column, list | dict) for column in value.values())
+    return [dict(zip(value, row)) for row in zip(*map(rows, value.values()), strict=True)] if columns else value
 
 
 def turns(value, role):
@@ -67,13 +57,12 @@ def turns(value, role):
                 return messages
         return [{"role": role, "content": value}]
     if isinstance(value := rows(value or []), list):
-        pairs = [turn for pair in value if isinstance(pair, list) for turn in zip(("user", role), pair, strict=True)]
-        said = [{"role": who, "content": text} for who, text in pairs] or value
-        return [message for part in said for message in turns(part, role)]
+        said = [zip(("user", role), part, strict=True) if isinstance(part, list) else [(role, part)] for part in value]
+        return [message for pair in said for who, part in pair for message in turns(part, who)]
     role, content = (value["from"], value["value"]) if "from" in value else (value["role"], value["content"])
     if isinstance(content := rows(content), list):
         content = [{"type": "image", "image": part} if "image" in part["type"] else part for part in content]
-    return [{"role": ROLES.get(role, role), "content": content}]
+    return [{"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content}]
 
 
 def find_images(value, folder, embedded):
@@ -101,20 +90,15 @@ def convert(record, number, folder, embedded):
     with suppress(Exception):  # RLHF-V
         record = json.loads(record["text"]) | record
     id = str(next((record[name] for name in ("id", "idx", "question_id") if record.get(name) is not None), number))
-    if record.get("completions") and not first(record, NAMES["chosen"].split()):  # VLFeedback, whose id names images
-        chosen, rejected = data.best_and_worst(rows(record["completions"]))
-        record |= {"chosen": chosen, "rejected": rejected, "image_id": f"{id}.jpg"}
+    if record.get("completions") and not record.get("chosen"):  # VLFeedback, whose id names images
+        best, worst = data.best_and_worst(rows(record["completions"]))
+        record |= {"chosen": best, "rejected": worst, "image_id": f"{id}.jpg"}
     if record.get("instruction") and record.get("input"):  # Alpaca
         record |= {"instruction": f"{record['instruction']}\n{record['input']}"}
-    said = {}
-    for kind, names in NAMES.items():
-        name = next(filter(record.get, names.split()), "")
-        with about(f"'{name}'"):
-            said[kind] = turns(record.get(name), ROLES.get(kind, "assistant"))
-    system, history, question, chosen, rejected = said.values()
-    if question and question[-1]["role"] == "assistant":
-        question = question[:-1]
-    question = system + history + max(chosen[:-1], question, key=len)  # the chosen conversation holds it, too
+    question, chosen, rejected = (about(f"'{names[0]}'")(turns)(first(record, names), role) for role, *names in NAMES)
+    question = question[:-1] if question and question[-1]["role"] == "assistant" else question
+    before = turns(record.get("system"), "system") + turns(record.get("history"), "assistant")
+    question = before + max(chosen[:-1], question, key=len)  # the chosen conversation holds it, too
     if rejected[1:] and rejected[:-1] != chosen[:-1]:
         raise BadInput("two conversations that differ before their last turn, or HA-DPO's several answers")
     parts = [part for turn in question if isinstance(turn["content"], list) for part in turn["content"]]
@@ -123,7 +107,7 @@ def convert(record, number, folder, embedded):
     own = find_images([first(record, ("rejected_images", "rejected_image"))], folder, embedded)
     shown |= {"rejected_images": own} if own not in ([], shown["images"]) else {}  # of ms-swift, often the same
     if not (question and chosen and rejected and shown["images"]):
-        script = ", which OPA-DPO's own script makes," if "standard_response" in record else ""
+        script = ", which OPA-DPO's own script makes," * ("standard_response" in record)
         raise BadInput(f"no image, or no question with two answers{script} in the fields {', '.join(record)}")
     prompt = question if parts or [turn["role"] for turn in question] != ["user"] else question[0]["content"]
     pair = {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
@@ -133,25 +117,6 @@ def convert(record, number, folder, embedded):
     return {"id": id} | shown | pair | {"chosen": answers.chosen, "rejected": answers.rejected}
 
 
-def convert_all(records, lines, log, folder):
-    """Add a line for each record that has none yet, to the log, too: the example, or why it is left out."""
-    bar = data.progress(islice(records, len(lines), None), "converting", None, initial=len(lines))
-    with open(log, "a", buffering=1, encoding="utf-8", errors="backslashreplace") as file:
-        for number, record in enumerate(bar, len(lines) + 1):
-            embedded = {}
-            try:
-                with about(f"record {number}"):
-                    result = convert(record, number, folder, embedded)
-            except BadInput as error:
-                result = str(error)
-            else:
-                for path in {*result["images"], *result.get("rejected_images", ())} & {*embedded}:
-                    (log.parent / "images").mkdir(exist_ok=True)
-                    (log.parent / path).write_bytes(embedded[path])
-            lines.append(json.dumps(result, ensure_ascii=False))
-            file.write(lines[-1] + "\n")
-
-
 def run(argv):
     parser = data.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="IN", help="a file, or the name of a data set of the hub")
@@ -159,29 +124,34 @@ def run(argv):
     parser.add_argument("--images", metavar="DIR", help="where relative paths begin (default: IN's folder)")
     parser.add_argument("--split", default="train", help="of a data set of the hub (default: train)")
     args = parser.parse_args(argv)
-    made, folder = args.out / "data.jsonl", Path(args.images or Path(args.source).parent).absolute()
-    content = hashlib.file_digest(open(args.source, "rb"), "sha256").hexdigest() if Path(args.source).is_file() else ""
-    what = hashlib.sha256(json.dumps([args.source, content, str(folder), args.split]).encode())
-    log = args.out / f"records-{what.hexdigest()[:16]}.jsonl"
-    if any(args.out.glob("*")) and not log.exists():
-        raise BadInput(f"{args.out}: is there already, and is not what this command makes")
-    *lines, _ = log.read_text("utf-8").split("\n") if log.exists() else [""]  # _: cut by a kill, or empty
-    if not made.exists():
-        with about(args.source):
-            records = open_records(args.source, args.split)
-            args.out.mkdir(parents=True, exist_ok=True)
-            log.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-            convert_all(records, lines, log, folder)
+    source, folder = Path(args.source), Path(args.images or Path(args.source).parent).absolute()
+    what = [args.source, source.stat().st_mtime_ns if source.is_file() else None, str(folder), args.split]
+    log = args.out / f"records-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.jsonl"
+    read = about(f"{args.out}: is there already, and is not what this command makes")(log.read_text)
+    *lines, _ = read("utf-8").split("\n") if args.out.exists() else [""]  # _: cut by a kill, or empty
+    with about(args.source if source.is_file() else f"{source}: no such file, nor a data set of the hub"):
+        bar = data.progress(islice(open_records(source, args.split), len(lines), None), "converting", None)
+        (args.out / "images").mkdir(parents=True, exist_ok=True)
+        with open(log, "w", buffering=1, encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{line}\n" for line in lines)
+            for number, record in enumerate(bar, len(lines) + 1):
+                try:
+                    result = about(f"record {number}")(convert)(record, number, folder, embedded := {})
+                except BadInput as error:
+                    result, embedded = str(error), {}
+                for path, content in embedded.items():
+                    (args.out / path).write_bytes(content)
+                lines.append(json.dumps(result, ensure_ascii=False))
+                file.write(lines[-1] + "\n")
     examples = [line for line in lines if line.startswith("{")]
     left_out = {}
     for reason in (json.loads(line) for line in lines if line.startswith('"')):
         left_out.setdefault(tuple(reason.split()[2:5]), []).append(reason)  # record N: three words
-    report = [f"{made}: {len(examples)} examples of {len(lines)} records"]
+    report = [f"{args.out / 'data.jsonl'}: {len(examples)} examples of {len(lines)} records"]
     report += [f"left out {len(those)}: {those[0]}" for those in left_out.values()]
     if not examples:
-        log.unlink()
-        raise BadInput("\n  ".join(report))
-    made.write_text("\n".join([*examples, ""]), "utf-8", "backslashreplace")
+        raise BadInput("\n  ".join([*report, f"to convert again, first remove {args.out}"]))
+    (args.out / "data.jsonl").write_text("\n".join([*examples, ""]), "utf-8", "backslashreplace")
     print("\n  ".join([*report, f"complete: to convert again, first remove {args.out}"]))
     return 0
 

@@ -1,8 +1,9 @@
 """The paper's tables and figures: a shell script that makes each, and its cells beside the paper's.
 
-python examples/reproduce.py --list                              # runs, questions, scorers and cells python
-examples/reproduce.py table2 > table2.sh; bash table2.sh  # again, to go on where it stopped python
-examples/reproduce.py --collect table2                    # the paper's values, and what was found
+python examples/reproduce.py --list                 # runs, questions, scorers and cells
+python examples/reproduce.py table2 > table2.sh
+bash table2.sh                                      # again, to go on where it stopped
+python examples/reproduce.py --collect table2       # the paper's values, and what was found
 """
 
 import json
@@ -41,35 +42,26 @@ METRICS = {  # name: benchmark, heading, decimals
     **{kind: ("mmhal", kind, 2) for kind in TYPES}, "answers": ("mmhal", "answers", 0),
 }  # fmt: skip
 MAIN, ABLATION = [*METRICS][:8], [*METRICS][:4]
-
-
-class Run(NamedTuple):
-    model: str  # of MODELS
-    flags: str | None  # of train.py; None is the base model
-    paper: str = ""  # its values, in the order of METRICS
-    n_pairs: int = 10_000
-
-
 DPO = "--no-conditional --anchors none"
-RUNS = {  # values of arXiv:2406.11839v2
-    "bunny": Run("bunny", None, "2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0 3.92 0.83 2.17 2.33 2.67 2.25 1.75 1.00"),
-    "bunny-dpo": Run("bunny", DPO, "2.28 0.56 44.3 7.6 7.9 74.1 58.9 4.8 3.25 1.50 1.42 2.50 2.67 4.25 1.75 0.92"),
-    "bunny-mdpo": Run("bunny", "", "2.96 0.42 27.0 4.6 4.9 67.4 37.7 2.4 3.08 4.17 2.00 3.50 3.25 4.08 2.17 1.42"),
-    "llava": Run("llava", None, "2.19 0.57 54.7 15.9 7.4 51.8 34.7 4.1"),
-    "llava-dpo": Run("llava", DPO, "2.14 0.65 49.0 13.0 6.5 55.1 34.5 2.3"),
-    "llava-mdpo": Run("llava", "", "2.39 0.54 35.7 9.8 4.4 52.4 24.5 2.4"),
-    "bunny-no-conditional": Run("bunny", "--no-conditional", "2.36 0.53 40.3 7.1"),
-    "bunny-no-anchor": Run("bunny", "--anchors none", "2.50 0.48 34.3 5.7"),
-    "bunny-random-image": Run("bunny", "--reject random", "2.81 0.46 40.7 6.6"),
-    "bunny-crop-20-50": Run("bunny", "--crop 0.2 0.5", "2.92 0.42 33.7 5.4"),
-    "bunny-moco": Run("bunny", "--reject moco", "2.82 0.44 32.3 5.9"),
-    "bunny-anchors-2": Run("bunny", "--anchors chosen rejected", "2.98 0.39 29.3 5.0"),
-    "bunny-anchors-3": Run("bunny", "--anchors chosen rejected image_rejected", "2.85 0.40 34.7 6.1"),
-    "bunny-no-image": Run("bunny", "--no-image"),
+RUNS = {  # MODEL or MODEL-NAME: flags of train.py (None: the base), METRICS' values in arXiv:2406.11839v2
+    "bunny": (None, "2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0 3.92 0.83 2.17 2.33 2.67 2.25 1.75 1.00"),
+    "bunny-dpo": (DPO, "2.28 0.56 44.3 7.6 7.9 74.1 58.9 4.8 3.25 1.50 1.42 2.50 2.67 4.25 1.75 0.92"),
+    "bunny-mdpo": ("", "2.96 0.42 27.0 4.6 4.9 67.4 37.7 2.4 3.08 4.17 2.00 3.50 3.25 4.08 2.17 1.42"),
+    "llava": (None, "2.19 0.57 54.7 15.9 7.4 51.8 34.7 4.1"),
+    "llava-dpo": (DPO, "2.14 0.65 49.0 13.0 6.5 55.1 34.5 2.3"),
+    "llava-mdpo": ("", "2.39 0.54 35.7 9.8 4.4 52.4 24.5 2.4"),
+    "bunny-no-conditional": ("--no-conditional", "2.36 0.53 40.3 7.1"),
+    "bunny-no-anchor": ("--anchors none", "2.50 0.48 34.3 5.7"),
+    "bunny-random-image": ("--reject random", "2.81 0.46 40.7 6.6"),
+    "bunny-crop-20-50": ("--crop 0.2 0.5", "2.92 0.42 33.7 5.4"),
+    "bunny-moco": ("--reject moco", "2.82 0.44 32.3 5.9"),
+    "bunny-anchors-2": ("--anchors chosen rejected", "2.98 0.39 29.3 5.0"),
+    "bunny-anchors-3": ("--anchors chosen rejected image_rejected", "2.85 0.40 34.7 6.1"),
+    "bunny-no-image": ("--no-image", ""),
 }
 SIZES = (2500, 5000)
-RUNS |= {f"bunny-dpo-{n}": Run("bunny", f"{DPO} --limit {n}", n_pairs=n) for n in SIZES}
-RUNS |= {f"bunny-mdpo-{n}": Run("bunny", f"--limit {n}", n_pairs=n) for n in SIZES}
+RUNS |= {f"bunny-dpo-{n}": (f"{DPO} --limit {n}", "") for n in SIZES}
+RUNS |= {f"bunny-mdpo-{n}": (f"--limit {n}", "") for n in SIZES}
 
 
 class Table(NamedTuple):
@@ -107,45 +99,42 @@ def script(names, work, judge, models):
     """The shell script that makes these tables in the folder `work`. Raises BadInput if nothing can run."""
     cells = [(*METRICS[metric][:2], run) for name in names for metric in TABLES[name].metrics
              for run in TABLES[name].rows.values()]  # fmt: skip
-    answers = dict.fromkeys((benchmark, run) for benchmark, _, run in cells)  # a dict keeps their order
-    scores = dict.fromkeys((benchmark, run) for benchmark, heading, run in cells if heading != "answers")
+    answers = [*dict.fromkeys((benchmark, run) for benchmark, _, run in cells)]  # a dict keeps their order
+    scores = [*dict.fromkeys((benchmark, run) for benchmark, heading, run in cells if heading != "answers")]
     if not answers:
         raise BadInput(f"{', '.join(names)}: nothing to run (--list says what there is)")
-    runs = {run: RUNS[run] for _, run in answers}
-    trained = {name: run for name, run in runs.items() if run.flags is not None}
-    calls = {(benchmark, run): BENCHMARKS[benchmark][-1] for benchmark, run in scores}
-    gigabytes = sum(MODEL_GB[model] for model in {run.model for run in runs.values()})
-    gigabytes += sum(RUN_GB[run.model] for run in trained.values()) + (PAIRS_GB if trained else 0)
-    hours = sum(HOURS[run.model] * run.n_pairs / 10_000 for run in trained.values())
+    model = {run: run.split("-")[0] for _, run in answers}
+    trained = {run: RUNS[run][0] for run in model if RUNS[run][0] is not None}
+    calls = sum(BENCHMARKS[name][-1] for name, _ in scores)
+    gigabytes = sum(MODEL_GB[name] for name in {*model.values()}) + sum(RUN_GB[model[run]] for run in trained)
+    gigabytes += PAIRS_GB * bool(trained)
+    sizes = {run: int(flags.partition("--limit ")[2] or 10_000) for run, flags in trained.items()}
+    hours = sum(HOURS[model[run]] * n_pairs / 10_000 for run, n_pairs in sizes.items())
     comments = [f"{TABLES[name].title}. {TABLES[name].note}".rstrip() for name in names]
     comments += [
         "Printed by examples/reproduce.py, whose authors had no hub, GPU or judge to run it with.",
         f"Disk: {gigabytes:.0f} GB for models, pairs and runs. Not known: benchmarks, the scorers' packages.",
         f"Training: {len(trained)} runs, {hours:.1f} hours on one H200 (predicted). Other times: not known.",
     ]
-    quoted = {name: shlex.quote(path) for name, path in models.items()}
+    comments += [f"Judge: {calls} calls of {judge}, key in OPENAI_API_KEY.", *JUDGES_NOTE.split("\n")] if calls else []
     steps = ["pairs"] * bool(trained) + [f"questions_{name}" for name in dict.fromkeys(name for name, _ in answers)]
     steps += ["scorers"] * bool(scores)
-    steps += [f"train {name} {quoted[run.model]} {run.flags}".rstrip() for name, run in trained.items()]
-    adapters = {name: f' --adapter "$W/runs/{name}"' for name in trained}
-    steps += [f"answer {name} {run} {quoted[RUNS[run].model]}{adapters.get(run, '')}" for name, run in answers]
-    steps += [f"score_{name} {run}" for name, run in scores if not calls[name, run]]
-    if any(calls.values()):
-        comments += [
-            f"Judge: {sum(calls.values())} calls of {judge}, key in OPENAI_API_KEY.",
-            *JUDGES_NOTE.split("\n"),
-        ]
-        steps += ["key", *(f"score_{name} {run}" for name, run in scores if calls[name, run])]
+    quoted = {run: shlex.quote(models[name]) for run, name in model.items()}
+    steps += [f"train {run} {quoted[run]} {flags}".rstrip() for run, flags in trained.items()]
+    adapters = {run: f' --adapter "$W/runs/{run}"' for run in trained}
+    steps += [f"answer {name} {run} {quoted[run]}{adapters.get(run, '')}" for name, run in answers]
+    steps += [f"score_{name} {run}" for name, run in scores if name == "amber"] + ["key"] * bool(calls)
+    steps += [f"score_{name} {run}" for name, run in scores if name != "amber"]
     lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in comments), "set -Eeuo pipefail"]
     lines += [f"ROOT={shlex.quote(str(ROOT))} W={shlex.quote(str(work))} JUDGE={judge}", ""]
     return "\n".join([*lines, Path(__file__).with_suffix(".sh").read_text(), *steps])
 
 
 def read_amber(path, answers):
-    """What AMBER's inference.py prints -> {metric: value}, notes."""
+    """What AMBER's inference.py prints -> {metric: value}."""
     words = {"chair": "CHAIR", "cover": "Cover", "hal": "Hal", "cog": "Cog"}
     found = dict(re.findall(r"(?m)^(\w+):\s+([\d.]+)", path.read_text()))
-    return {metric: float(found[word]) for metric, word in words.items()}, []
+    return {metric: float(found[word]) for metric, word in words.items()}
 
 
 def read_mmhal(path, answers):
@@ -160,7 +149,7 @@ def read_mmhal(path, answers):
     unrated, judges = sum(len(one) != 1 for one in said), {reply["model"] for reply in replies}
     notes = [f"{path}: {unrated} replies without a single rating count 0"] if unrated else []
     notes += [f"{path}: judged by {', '.join(sorted(judges))}"] if judges != {path.parent.name} else []
-    return found, notes
+    return found | {"notes": notes}
 
 
 def read_objhal(path, answers):
@@ -169,21 +158,19 @@ def read_objhal(path, answers):
     The paper's CHAIRs are multiples of 1/300, so they count all answers, as CHAIRs_refine does not.
     """
     found = json.loads(path.read_text())["overall_metrics"]
-    return {"chair_s": 100 * found["CHAIRs"], "chair_i": 100 * found["CHAIRi"]}, []
+    return {"chair_s": 100 * found["CHAIRs"], "chair_i": 100 * found["CHAIRi"]}
 
 
 def read_run(work, run, judge):
-    """-> {metric: value} of the outputs that are there, and notes. Raises BadInput if one cannot be read."""
-    answers, notes = work / f"answers/{run}.mmhal.json", []
+    """-> {metric: value} of the outputs that are there, and "notes". Raises BadInput if one cannot be read."""
+    answers = work / f"answers/{run}.mmhal.json"
     found = {"answers": len(json.loads(answers.read_text()))} if answers.exists() else {}
     outputs = {f"amber/{run}.txt": read_amber, f"{judge}/{run}.mmhal.json": read_mmhal}
     for name, read in (outputs | {f"{judge}/{run}.objhal.json": read_objhal}).items():
-        path = work / "scores" / name
-        if path.exists():
+        if (path := work / "scores" / name).exists():
             with about(f"{path}: is not what its scorer writes"):
-                values, more = read(path, answers)
-            found, notes = found | values, notes + more
-    return found, notes
+                found |= read(path, answers)
+    return found
 
 
 def collect(name, work):
@@ -198,28 +185,27 @@ def collect(name, work):
 
     lines = [table.title, *(row("", words) for words in zip(*headings))]
     for label, run in table.rows.items():
-        paper = dict(zip(METRICS, RUNS[run].paper.split()))
+        paper = dict(zip(METRICS, RUNS[run][1].split()))
         lines.append(row(f"{label}: paper", [paper.get(metric, "") for metric in table.metrics]))
         for judge in judges or ["found"]:
-            found, more = read_run(work, run, judge)
+            found = read_run(work, run, judge)
             cells = [f"{found[m]:.{METRICS[m][2]}f}" if m in found else "" for m in table.metrics]
             lines.append(row(f"  {judge}", cells))
-            notes += more
+            notes += found.get("notes", [])
     return "\n".join([*lines, *([table.note] if table.note else []), *dict.fromkeys(notes)])
 
 
 def describe(name):
     """A table or figure as text: its runs, questions, scorers and cells."""
     table = TABLES[name]
-    lines = [f"{name}: {table.title}. {table.note}".rstrip()]
-    for label, run in table.rows.items():
-        flags = "the base" if RUNS[run].flags is None else RUNS[run].flags
-        lines.append(f"  {label:20}{run:22}{flags}".rstrip())
+    flags = {run: "the base" if RUNS[run][0] is None else RUNS[run][0] for run in table.rows.values()}
+    lines = [f"{name}: {table.title}. {table.note}"]
+    lines += [f"  {label:20}{run:22}{flags[run]}" for label, run in table.rows.items()]
     for benchmark in dict.fromkeys(METRICS[metric][0] for metric in table.metrics):
         cells = [METRICS[metric][1] for metric in table.metrics if METRICS[metric][0] == benchmark]
         scorer = "" if cells == ["answers"] else f", scored by {BENCHMARKS[benchmark][2]}"
         lines.append(f"  {BENCHMARKS[benchmark][1]}{scorer}: {', '.join(cells)}")
-    return "\n".join(lines)
+    return "\n".join(map(str.rstrip, lines))
 
 
 def run(argv):

@@ -31,8 +31,6 @@ clone() { # clone OWNER/NAME COMMIT OUTPUT
     mv "$3.new" "$3"
 }
 
-# ------------------------------------------------------------------------------------------------- downloads
-
 pairs() {
     if todo "$W/data/silkie.json"; then
         hf download fwnlp/mDPO-preference-data vlfeedback_llava_10k.json --repo-type dataset --local-dir "$W/data"
@@ -79,8 +77,6 @@ scorers() { # an environment of their own: they need openai<1
     touch "$W/scorers/ready"
 }
 
-# ---------------------------------------------------------------------------------------------- runs, answers
-
 train() { # train RUN MODEL [FLAG...]
     todo "$W/runs/$1.done" || return 0
     local run="$W/runs/$1"
@@ -102,8 +98,6 @@ answer() { # answer BENCHMARK RUN MODEL [--adapter FOLDER]
     todo "$to" || return 0
     "$PYTHON" examples/benchmarks.py "$1" --questions "${from[@]}" --to "$to" --model "${@:3}" ${ANSWER_FLAGS:-}
 }
-
-# ----------------------------------------------------------------------------------------------------- scores
 
 score_amber() { # score_amber RUN
     todo "$W/scores/amber/$1.txt" || return 0

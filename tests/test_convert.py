@@ -8,8 +8,9 @@ import gzip
 import hashlib
 import io
 import json
+import re
+import string
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,6 @@ from PIL import Image
 import train
 from data import read_examples, run_command
 from examples import convert
-
-Q, GOOD, BAD = "What colour is the circle?", "It is red.", "It is blue."
-IMG = "<image>"
 
 
 def picture(colour, kind="PNG"):
@@ -33,425 +31,330 @@ RED, BLUE = picture("red"), picture("blue", "JPEG")
 RED_PATH = f"images/{hashlib.sha256(RED).hexdigest()[:32]}.png"
 BLUE_PATH = f"images/{hashlib.sha256(BLUE).hexdigest()[:32]}.jpg"
 BASE64 = base64.b64encode(RED).decode()
-URI = f"data:image/png;base64,{BASE64}"
+RECORD = {"image": "img/0.png", "question": "Q", "chosen": "A", "rejected": "B"}
+SHORT = {  # names that the tables below use: $PAIR is ...
+    "PAIR": '"chosen": "A", "rejected": "B"',
+    "ASKED": '"image": "img/0.png", "question": "Q"',
+    "USER": '{"role": "user", "content": "Q"}',
+    "A": '{"role": "assistant", "content": "A"}',
+    "B": '{"role": "assistant", "content": "B"}',
+    "HUMAN": '{"from": "human", "value": "Q"}',
+    "GPT": '{"from": "gpt", "value": "A"}',
+    "SYSTEM": '{"role": "system", "content": "Be brief."}',
+    "TURNS": '{"role": "user", "content": "<image>Round?"}, {"role": "assistant", "content": "Yes."}',
+    "TEXT": '{"type": "text", "text": "Q"}',
+    "SHOWN": '{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Q"}]}',
+    "BUNNY": f"{train.BUNNY_SYSTEM} USER: <image>\\nQ ASSISTANT:",
+    "BASE64": BASE64,
+    "RED_PATH": RED_PATH,
+    "BLUE_PATH": BLUE_PATH,
+    "LONG": "QUJD" * 2000,
+    "DEEP": "[" * 100_000,
+}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The current folder, with the pictures that the records name."""
     monkeypatch.chdir(tmp_path)
-    for name in ("img/0.png", "img/1.png", "img/7.jpg", "data/coco/7.jpg", "merged_images/llava-7.jpg"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path("img").mkdir()
+    for name in ("img/0.png", "img/1.png", "llava-7.jpg"):
         Path(name).write_bytes(BLUE if name == "img/1.png" else RED)
     return tmp_path
 
 
-def write_json(published, path="in.jsonl"):
-    Path(path).write_text("".join(json.dumps(record) + "\n" for record in published))
+def cases(text):
+    """A table of records, each with `-> name: what becomes of it` below -> parameters of a test."""
+    found = re.findall("((?:.|\n)*?)\n-> (.*?): (.*)\n", string.Template(text).substitute(SHORT))
+    return [pytest.param(record.replace("\n", " "), becomes, id=name) for record, name, becomes in found]
+
+
+def write(*records):
+    lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
+    Path("in.jsonl").write_text("\n".join(lines))
 
 
 def run(*argv):
-    return run_command(convert.run, [*map(str, argv)])
+    return run_command(convert.run, [*argv])
 
 
-def converted(out="out"):
-    return [json.loads(line) for line in Path(out, "data.jsonl").read_text().splitlines()]
-
-
-def says(role, text):
-    return {"from": role, "value": text} if role in ("human", "gpt") else {"role": role, "content": text}
-
-
-human, gpt, user, assistant = (partial(says, role) for role in ("human", "gpt", "user", "assistant"))
-
-
-def parts(*parts):
-    return [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
-
-
-SYSTEM = {"role": "system", "content": "Be brief."}
-CHAT = [user("<image>Is it round?"), assistant("Yes."), user(Q)]  # an earlier turn
-SHOWN = [user(parts({"type": "image"}, Q))]
-NO_TEXT = {"type": "image", "text": None}  # as parquet has it
-PAIR = {"chosen": GOOD, "rejected": BAD}
-GPT_PAIR = {"chosen": gpt(GOOD), "rejected": gpt(BAD)}
-ENDINGS = {"chosen": [user(Q), assistant(GOOD)], "rejected": [user(Q), assistant(BAD)]}
-SWIFT = {"messages": [user(IMG + Q), assistant(GOOD)], "images": ["img/0.png"]}
-FILE, FILES = {"image": "img/0.png"}, {"images": ["img/0.png"]}
-POVID = {
-    "conversations": [human(f"{IMG}\n{Q}"), gpt(GOOD)],
-    "rejected_conversations": [human(f"{IMG}\n{Q}"), gpt(BAD)],
-}
-IN_TEXT = {"text": json.dumps({"question": Q} | PAIR), "origin_split": '{"model": "muffin"}'}
-
-SHOWN_COLUMNS = {"type": ["image", "text"], "text": [None, Q], "image": ["img/0.png", None]}
-UNUSED = {
-    "meta": {"from": "coco"},
-    "thumbnail": {"bytes": "AAAA"},
-    "note": '{"question": ',
-    "hash": "/9j/" + "A" * 100,
-    "messages": [{"from": "coco"}],
-    "completions": [1],
-    "text": "[" * 100_000,
-}
-BUNNY = f"{train.BUNNY_SYSTEM} USER: {IMG}\n{Q} ASSISTANT:"
-
-# name: a record as it was published, and what it has to become beside id 1, image img/0.png and the answers
-PUBLISHED = {
-    "prompt": (FILE | {"prompt": Q} | PAIR, {"prompt": Q}),
-    "the authors'": ({"img_path": "img/0.png", "prompt": BUNNY} | PAIR, {"prompt": BUNNY}),
-    "MMPR": ({"id": 7, "image": ["img/0.png"], "question": Q} | PAIR, {"id": "7", "prompt": Q}),
-    "SeVa": (
-        {"image_id": "img/0.png", "question": Q, "chosen": GOOD, "reject": BAD},
-        {"prompt": Q},
-    ),
-    "POVID": ({"id": "c7", "image": "./img/0.png"} | POVID, {"id": "c7", "prompt": f"{IMG}\n{Q}"}),
-    "JSON in strings": (
-        FILE | {name: json.dumps(turns) for name, turns in POVID.items()},
-        {"prompt": f"{IMG}\n{Q}"},
-    ),
-    "RLHF-V": ({"idx": 0, "image_path": "img/0.png"} | IN_TEXT, {"id": "0", "prompt": Q}),
-    "LLaMA-Factory": (FILES | {"conversations": [human(IMG + Q)]} | GPT_PAIR, {"prompt": IMG + Q}),
-    "LLaMA-Factory, turns": (
-        FILES | {"messages": CHAT, "chosen": assistant(GOOD), "rejected": assistant(BAD)},
-        {"prompt": CHAT},
-    ),
-    "LLaMA-Factory, system": (
-        FILES | {"conversations": [human(Q)], "system": "Be brief."} | GPT_PAIR,
-        {"prompt": [SYSTEM, user(Q)]},
-    ),
-    "Alpaca, input": (FILES | {"instruction": "Say.", "input": Q} | PAIR, {"prompt": f"Say.\n{Q}"}),
-    "Alpaca, history": (
-        FILES | {"instruction": Q, "history": [["<image>Is it round?", "Yes."]]} | PAIR,
-        {"prompt": CHAT},
-    ),
-    "history of messages": (
-        FILE | {"question": Q, "history": [human("<image>Is it round?"), gpt("Yes.")]} | PAIR,
-        {"prompt": CHAT},
-    ),
-    "ms-swift": (SWIFT | {"rejected_response": BAD}, {"prompt": IMG + Q}),
-    "ms-swift, turns": (
-        {"images": "img/0.png", "messages": [SYSTEM, *CHAT, assistant(GOOD)], "rejected_response": BAD},
-        {"prompt": [SYSTEM, *CHAT]},
-    ),
-    "ms-swift, rejected messages and image": (
-        SWIFT | {"rejected_messages": [user(IMG + Q), assistant(BAD)], "rejected_images": ["img/1.png"]},
-        {"prompt": IMG + Q, "rejected_images": ["img/1.png"]},
-    ),
-    "ms-swift's documentation, whose rejected image is the image": (
-        SWIFT | {"rejected_messages": [user(IMG + Q), assistant(BAD)], "rejected_images": ["img/0.png"]},
-        {"prompt": IMG + Q},
-    ),
-    "own rejected image": (
-        FILE | {"rejected_image": "img/1.png", "question": Q} | PAIR,
-        {"prompt": Q, "rejected_images": ["img/1.png"]},
-    ),
-    "STIC": (FILE | ENDINGS, {"prompt": Q}),
-    "a prompt longer than the conversations": (FILE | {"prompt": CHAT} | ENDINGS, {"prompt": CHAT}),
-    "TRL": (
-        FILES
-        | {"prompt": [user(parts(NO_TEXT, Q))]}
-        | {"chosen": [assistant(parts(GOOD))], "rejected": [assistant(parts(BAD))]},
-        {"prompt": SHOWN},
-    ),
-    "a path in a part": (
-        {"prompt": [user(parts({"type": "image", "image": "img/0.png"}, Q))]} | PAIR,
-        {"prompt": SHOWN},
-    ),
-    "a data URI in a part": (
-        {"prompt": [user(parts({"type": "image_url", "image_url": {"url": URI}}, Q))]} | PAIR,
-        {"prompt": SHOWN, "images": [RED_PATH]},
-    ),
-    "base64": ({"image": BASE64, "question": Q} | PAIR, {"prompt": Q, "images": [RED_PATH]}),
-    "base64 in a list": (
-        {"images": [{"bytes": BASE64, "path": "x.png"}], "question": Q} | PAIR,
-        {"prompt": Q, "images": [RED_PATH]},
-    ),
-    "RLAIF-V, bytes cut short beside a path": (
-        {"image": {"bytes": "/9j/4AAQ", "path": None}, "image_path": "img/0.png", "question": Q} | PAIR,
-        {"prompt": Q},
-    ),
-    "a question beside a longer conversation": (
-        FILE | {"question": Q, "conversations": [human("And?"), gpt("Yes."), human("So?")]} | PAIR,
-        {"prompt": Q},
-    ),
-    "unused fields of any form": (FILE | {"question": Q} | PAIR | UNUSED, {"prompt": Q}),
-    "conversations as columns": (
-        FILE | {"conversations": {"from": ["human", "gpt"], "value": [Q, GOOD]}, "rejected": BAD},
-        {"prompt": Q},
-    ),
-    "messages and their parts as columns": (
-        {"messages": {"role": ["user"], "content": [SHOWN_COLUMNS]}} | PAIR,
-        {"prompt": SHOWN},
-    ),
-    "images of nothing": (
-        {"images": [{"bytes": BASE64}, None], "rejected_images": [None], "question": Q} | PAIR,
-        {"prompt": Q, "images": [RED_PATH]},
-    ),
-    "a rejected image of nothing": (FILE | {"rejected_images": [""], "question": Q} | PAIR, {"prompt": Q}),
-    "RLHF-V, whose text begins with an id": (
-        FILE | {"text": json.dumps({"id": 5, "question": Q} | PAIR)},
-        {"id": "5", "prompt": Q},
-    ),
-    "a prompt without the image that the conversation has": (
-        {"prompt": Q, "chosen": [user(parts({"type": "image", "image": "img/0.png"}, Q)), assistant(GOOD)]}
-        | {"rejected": BAD},
-        {"prompt": SHOWN},
-    ),
-    "MIA-DPO": (FILE | {"prompt": f"<image-placeholder>\n{Q}"} | PAIR, {"prompt": f"{IMG}\n{Q}"}),
-}
-
-
-def expected(folder, changes):
-    """The record in the plain form; files by absolute paths."""
-    record = {"id": "1", "images": ["img/0.png"]} | PAIR | changes
-    for name in {"images", "rejected_images"} & {*record}:
-        record[name] = [path if path == RED_PATH else str(folder / path) for path in record[name]]
-    return record
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_record(folder, name):
-    """Names are read as their authors meant them, and the project reads what is written."""
-    published, changes = PUBLISHED[name]
-    write_json([published])
+def converted(*records):
+    """The examples that a file of these records becomes."""
+    write(*records)
     assert run("in.jsonl", "out") == 0
-    assert converted() == [expected(folder, changes)]
+    return written()
+
+
+def written():
+    return [json.loads(line) for line in Path("out/data.jsonl").read_text().splitlines()]
+
+
+# Records as published, and below each what it becomes: what differs from the plain RECORD with the id 1.
+PUBLISHED = r"""
+{"image": "img/0.png", "prompt": "Q", $PAIR}
+-> prompt: {}
+{"img_path": "img/0.png", "prompt": "$BUNNY", $PAIR}
+-> the authors': {"prompt": "$BUNNY"}
+{"id": 7, "image": ["img/0.png"], "question": "Q", $PAIR}
+-> MMPR: {"id": "7"}
+{"image": ["img/1.png", "img/0.png"], "question": "Image-1: <image>\nImage-2: <image>\nQ", $PAIR}
+-> MMPR's marks: {"images": ["img/1.png", "img/0.png"], "prompt": "Image-1: <image>\nImage-2: <image>\nQ"}
+{"image": ["img/1.png", "img/0.png"], "question": "1: <image-placeholder> 2: <image-placeholder> Q", $PAIR}
+-> MIA-DPO: {"images": ["img/1.png", "img/0.png"], "prompt": "1: <image> 2: <image> Q"}
+{"image_id": "img/0.png", "question": "Q", "chosen": "A", "reject": "B"}
+-> SeVa: {}
+{"id": "c7", "image": "./img/0.png", "conversations": [{"from": "human", "value": "<image>\nQ"}, $GPT],
+"rejected_conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "B"}]}
+-> POVID: {"id": "c7", "prompt": "<image>\nQ"}
+{"image": "img/0.png",
+"conversations": "[{\"from\": \"human\", \"value\": \"Q\"}, {\"from\": \"gpt\", \"value\": \"A\"}]",
+"rejected_conversations": "[{\"from\": \"human\", \"value\": \"Q\"}, {\"from\": \"gpt\", \"value\": \"B\"}]"}
+-> JSON in strings: {}
+{"idx": 0, "image_path": "img/0.png", "origin_split": "{\"model\": \"muffin\"}",
+"text": "{\"question\": \"Q\", \"chosen\": \"A\", \"rejected\": \"B\"}"}
+-> RLHF-V: {"id": "0"}
+{"image": "img/0.png", "text": "{\"id\": 5, \"question\": \"Q\", \"chosen\": \"A\", \"rejected\": \"B\"}"}
+-> RLHF-V, whose text begins with an id: {"id": "5"}
+{"id": "llava-7", "prompt": "Q", "models": ["a", "b"], "completions": [
+{"response": "A", "annotations": {"Helpfulness": {"Rating": "5", "Rationale": ""}}},
+{"response": "B", "annotations": {"Helpfulness": {"Rating": "1", "Rationale": ""}}}]}
+-> VLFeedback: {"id": "llava-7", "images": ["llava-7.jpg"]}
+{"id": "llava-7", "prompt": "Q",
+"completions": {"response": ["B", "A"], "annotations": {"Helpfulness": {"Rating": ["1", "5"]}}}}
+-> VLFeedback as columns: {"id": "llava-7", "images": ["llava-7.jpg"]}
+{"images": ["img/0.png"], "conversations": [{"from": "human", "value": "<image>Q"}], "chosen": $GPT,
+"rejected": {"from": "gpt", "value": "B"}}
+-> LLaMA-Factory: {"prompt": "<image>Q"}
+{"images": ["img/0.png"], "messages": [$TURNS, $USER], "chosen": $A, "rejected": $B}
+-> LLaMA-Factory, turns: {"prompt": [$TURNS, $USER]}
+{"images": ["img/0.png"], "conversations": [$HUMAN], "system": "Be brief.", $PAIR}
+-> LLaMA-Factory, system: {"prompt": [$SYSTEM, $USER]}
+{"images": ["img/0.png"], "instruction": "Say.", "input": "Q", $PAIR}
+-> Alpaca, input: {"prompt": "Say.\nQ"}
+{"images": ["img/0.png"], "instruction": "Q", "history": [["<image>Round?", "Yes."]], $PAIR}
+-> Alpaca, history: {"prompt": [$TURNS, $USER]}
+{$ASKED, "history": [{"from": "human", "value": "<image>Round?"}, {"from": "gpt", "value": "Yes."}], $PAIR}
+-> history of messages: {"prompt": [$TURNS, $USER]}
+{"messages": [{"role": "user", "content": "<image>Q"}, $A], "images": ["img/0.png"], "rejected_response": "B"}
+-> ms-swift: {"prompt": "<image>Q"}
+{"images": "img/0.png", "messages": [$SYSTEM, $TURNS, $USER, $A], "rejected_response": "B"}
+-> ms-swift, turns: {"prompt": [$SYSTEM, $TURNS, $USER]}
+{"messages": [$USER, $A], "images": ["img/0.png"], "rejected_messages": [$USER, $B],
+"rejected_images": ["img/1.png"]}
+-> ms-swift, rejected messages and image: {"rejected_images": ["img/1.png"]}
+{"messages": [$USER, $A], "images": ["img/0.png"], "rejected_messages": [$USER, $B],
+"rejected_images": ["img/0.png"]}
+-> ms-swift's documentation, whose rejected image is the image: {}
+{$ASKED, "rejected_image": "img/1.png", $PAIR}
+-> own rejected image: {"rejected_images": ["img/1.png"]}
+{$ASKED, "rejected_images": [""], $PAIR}
+-> a rejected image of nothing: {}
+{"image": "img/0.png", "chosen": [$USER, $A], "rejected": [$USER, $B]}
+-> STIC: {}
+{"image": "img/0.png", "prompt": [$TURNS, $USER], "chosen": [$USER, $A], "rejected": [$USER, $B]}
+-> a prompt longer than the conversations: {"prompt": [$TURNS, $USER]}
+{"images": ["img/0.png"], "prompt": [{"role": "user", "content": [{"type": "image", "text": null}, $TEXT]}],
+"chosen": [{"role": "assistant", "content": [{"type": "text", "text": "A"}]}], "rejected": [$B]}
+-> TRL: {"prompt": [$SHOWN]}
+{"prompt": [{"role": "user", "content": [{"type": "image", "image": "img/0.png"}, $TEXT]}], $PAIR}
+-> a path in a part: {"prompt": [$SHOWN]}
+{"prompt": [{"role": "user", "content": [
+{"type": "image_url", "image_url": {"url": "data:image/png;base64,$BASE64"}}, $TEXT]}], $PAIR}
+-> a data URI in a part: {"prompt": [$SHOWN], "images": ["$RED_PATH"]}
+{"prompt": "Q", "rejected": "B",
+"chosen": [{"role": "user", "content": [{"type": "image", "image": "img/0.png"}, $TEXT]}, $A]}
+-> a prompt without the image that the conversation has: {"prompt": [$SHOWN]}
+{"image": "$BASE64", "question": "Q", $PAIR}
+-> base64: {"images": ["$RED_PATH"]}
+{"images": [{"bytes": "$BASE64", "path": "x.png"}, null], "rejected_images": [null], "question": "Q", $PAIR}
+-> base64 and nothing in a list: {"images": ["$RED_PATH"]}
+{"image": {"bytes": "/9j/4AAQ", "path": null}, "image_path": "img/0.png", "question": "Q", $PAIR}
+-> RLAIF-V, bytes cut short beside a path: {}
+{$ASKED, "conversations": [$HUMAN, $GPT, {"from": "human", "value": "So?"}], $PAIR}
+-> a question beside a longer conversation: {}
+{$ASKED, $PAIR, "meta": {"from": "coco"}, "thumbnail": {"bytes": "AAAA"}, "note": "{\"question\": ",
+"hash": "/9j/$LONG", "messages": [{"from": "coco"}], "completions": [1], "text": "$DEEP"}
+-> unused fields of any form: {}
+{"image": "img/0.png", "conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}, "rejected": "B"}
+-> conversations as columns: {}
+{"messages": {"role": ["user"], "content":
+[{"type": ["image", "text"], "text": [null, "Q"], "image": ["img/0.png", null]}]}, $PAIR}
+-> messages and their parts as columns: {"prompt": [$SHOWN]}
+{$ASKED, "chosen": "[{\"role\": \"user\", \"content\": \"Hi\"}]", "rejected": "B"}
+-> an answer that is a conversation of the user's: {"chosen": "[{\"role\": \"user\", \"content\": \"Hi\"}]"}
+{$ASKED, "chosen": "{\"question\": \"What?\", \"answer\": \"cat\"}", "rejected": "B"}
+-> an answer that is an object: {"chosen": "{\"question\": \"What?\", \"answer\": \"cat\"}"}
+{$ASKED, "chosen": "[\"a circle\", \"red\"]", "rejected": "B"}
+-> an answer that is a list: {"chosen": "[\"a circle\", \"red\"]"}
+{$ASKED, "chosen": "[[\"a circle\", \"red\"]]", "rejected": "B"}
+-> an answer that is a table: {"chosen": "[[\"a circle\", \"red\"]]"}
+{$ASKED, "chosen": "\"It is red.\"", "rejected": "B"}
+-> an answer in quotes: {"chosen": "\"It is red.\""}
+{$ASKED, "chosen": "42", "rejected": "B"}
+-> an answer that is a number: {"chosen": "42"}
+{$ASKED, "chosen": "{\"from\": \"gpt\", \"value\": \"A\"}", "rejected": "B"}
+-> a message as JSON: {}
+{$ASKED, "rejected": "B",
+"chosen": "[{\"role\": \"user\", \"content\": \"Q\"}, {\"role\": \"assistant\", \"content\": \"A\"}]"}
+-> a conversation as JSON: {}
+"""
+
+
+@pytest.mark.parametrize("record, becomes", cases(PUBLISHED))
+def test_published_record(folder, record, becomes):
+    """Names are read as their authors meant them, and the project reads what is written. Data sets hold
+    messages as JSON in a text, but the answer to a question may be JSON, too."""
+    plain = {"id": "1", "images": ["img/0.png"], "prompt": "Q", "chosen": "A", "rejected": "B"}
+    plain |= json.loads(becomes)
+    for name in {"images", "rejected_images"} & {*plain}:  # files by absolute paths
+        plain[name] = [path if path == RED_PATH else str(folder / path) for path in plain[name]]
+    assert converted(record) == [plain]
     (example,) = read_examples("out/data.jsonl")
-    assert (example.chosen, example.rejected) == (GOOD, BAD)
-    assert example.question[-1]["content"][-1]["text"].endswith(Q)
-    assert [Path(path).read_bytes() for path in example.images] == [RED]
-    assert [*example.images_rejected] == [str(folder / "img/1.png")] * ("rejected_images" in changes)
+    assert (example.chosen, example.question[-1]["content"][-1]["text"][-1]) == (plain["chosen"], "Q")
+    assert [*map(Path, example.images)] == [folder / "out" / path for path in plain["images"]]
+    assert [*example.images_rejected] == plain.get("rejected_images", [])
 
 
-@pytest.mark.parametrize("mark", [IMG, "<image-placeholder>"])
-def test_marks_stay_where_they_are(folder, mark):
-    """MMPR and MIA-DPO name their images in the text: moved marks would show the wrong one first."""
-    text, images = "Image-1: {0}\nImage-2: {0}\nWhich is red?", ["img/1.png", "img/0.png"]
-    write_json([{"image": images, "question": text.format(mark)} | PAIR])
-    assert run("in.jsonl", "out") == 0
-    assert converted()[0]["prompt"] == text.format(IMG)
-    (example,) = read_examples("out/data.jsonl")
-    assert example.images == tuple(str(folder / image) for image in images)
-    said = [part.get("text", "") for part in example.question[0]["content"]]
-    assert said == ["Image-1: ", "", "\nImage-2: ", "", "\nWhich is red?"]
+LEFT_OUT = r"""
+{$ASKED, "chosen": ["A", "C"], "rejected": ["B", "D"]}
+-> HA-DPO: several answers
+{$ASKED, "chosen": ["A", "C"], "rejected": ["A", "D"]}
+-> several answers, the first alike: roles
+{"queries": "Q", "standard_response": "A"}
+-> OPA-DPO: which OPA-DPO's own script makes, in the fields queries, standard_response
+{"messages": [$USER, $A], "image": "data:image/png;base64,$BASE64"}
+-> no rejected answer: no question with two answers in the fields mess
+{"image": "img/0.png", "messages": [$USER], "rejected": "B"}
+-> no chosen answer: 'chosen' must end in an assistant
+{"image": "img/0.png", $PAIR}
+-> no question: no question
+{"image": "img/0.png", "messages": [$SYSTEM], $PAIR}
+-> only a system text: user last
+{$ASKED, "prompt": "  ", $PAIR}
+-> a prompt of white space: no text
+{$ASKED, "chosen": "A", "rejected": " A"}
+-> equal answers: equal
+{$ASKED, "chosen": " ", "rejected": "B"}
+-> an empty answer: has no text
+{$ASKED, "chosen": $HUMAN, "rejected": "B"}
+-> an answer by the user: must end in an assistant
+{$ASKED, "chosen": [$USER, $A], "rejected": [$USER, {"role": "user", "content": "B"}]}
+-> a rejected conversation that ends in a question: must end in an assistant
+{$ASKED, "chosen": "<ImageHere>A", "rejected": "B"}
+-> an answer with an image: an assistant
+{"image": "img/0.png", "chosen": [$USER, $A], "rejected": [{"role": "user", "content": "Why?"}, $B]}
+-> other turns before: before their last turn
+{$ASKED, "chosen": {"from": "gpt"}, "rejected": "B"}
+-> a message without text: 'chosen': has no 'value'
+{"question": "Q", $PAIR}
+-> no image: no image
+{"images": ["img/0.png", "img/9.png"], "question": "Q", $PAIR}
+-> one of two missing: img/9.png
+{"image": "../secret.png", "question": "Q", $PAIR}
+-> outside the folder: secret.png
+{"image": "data:image/png;base64,$LONG", "question": "Q", $PAIR}
+-> bytes of no image: no image itself
+{"images": ["img/0.png", "img/0.png"], "rejected_image": "img/1.png", "question": "Q", $PAIR}
+-> two images, one rejected: 2 images and 1 rejected images
+{$ASKED, "chosen": [{"role": "assistant", "content": [{"type": "video"}]}], "rejected": "B"}
+-> a video: 'text'
+{"messages": [{"role": "user", "content": "<image><video>Q"}, $A], "videos": ["v.mp4"],
+"rejected_response": "B", "images": ["img/0.png"]}
+-> ms-swift's video: holds '<video>'
+{"image": "img/0.png", "question": "<image 1>Q", $PAIR}
+-> a mark with a number: holds '<image 1>'
+{"image": "img/0.png", "prompt": "<|im_start|>user\nQ", $PAIR}
+-> a prompt out of a template: holds '<|im_start|>'
+{$ASKED, "chosen": "A", "rejected": "B[/INST]"}
+-> an answer out of a template: holds '[/INST]'
+{$ASKED, "history": [["[INST] Q [/INST]", "Yes."]], $PAIR}
+-> an earlier turn out of a template: holds '[/INST]'
+{"image": "img/0.png", $PAIR,
+"prompt": [{"role": "user", "content": [{"type": "text", "text": "<start_of_turn>Q"}]}]}
+-> a part out of a template: holds '<start_of_turn>'
+{"image": "img/0.png", "question": "\ud800$LONG", $PAIR}
+-> a lone surrogate: character '\ud800' in position 0
+{"\u001b[31m": "Q"}
+-> control characters: fields \x1b[31m
+7
+-> not an object: not in a known form
+"""
 
 
-RATED = [
-    {"model": model, "response": text, "annotations": {"Helpfulness": {"Rating": rating, "Rationale": ""}}}
-    for model, text, rating in (("a", GOOD, "5"), ("b", BAD, "1"))
-]
-COLUMNS = {
-    "response": [GOOD, BAD],
-    "annotations": {"Helpfulness": {"Rating": ["5", "1"]}},
-}  # as `datasets` may
-
-
-@pytest.mark.parametrize("completions", [RATED, COLUMNS], ids=["rows", "columns"])
-def test_vlfeedbacks_ratings_choose_the_pair_and_its_ids_name_the_images(folder, completions):
-    """The worse answer would be trained as the better one, or about another image."""
-    write_json([{"id": "llava-7", "prompt": Q, "models": ["a", "b"], "completions": completions}])
-    assert run("in.jsonl", "out", "--images", "merged_images") == 0
-    image = str(folder / "merged_images/llava-7.jpg")
-    assert converted() == [{"id": "llava-7", "images": [image], "prompt": Q} | PAIR]
-
-
-ASKED = FILE | {"question": Q}
-LEFT_OUT = {  # what is left out, and a part of the reason
-    "HA-DPO": (ASKED | {"chosen": [GOOD, "Red."], "rejected": [BAD, "Blue."]}, "several answers"),
-    "OPA-DPO": (
-        {"queries": Q, "standard_response": GOOD},
-        "which OPA-DPO's own script makes, in the fields queries, standard_response",
-    ),
-    "no rejected answer": (SWIFT | {"image": URI}, "no question with two answers in the fields mess"),
-    "no chosen answer": (
-        FILE | {"messages": [user(Q)], "rejected": BAD},
-        "'chosen' must end in an assistant",
-    ),
-    "no question": (FILE | PAIR, "no question"),
-    "only a system text": (FILE | {"messages": [SYSTEM]} | PAIR, "user last"),
-    "equal answers": (ASKED | {"chosen": GOOD, "rejected": f" {GOOD}"}, "equal"),
-    "an empty answer": (ASKED | {"chosen": " ", "rejected": BAD}, "has no text"),
-    "other turns before": (
-        ENDINGS | FILE | {"rejected": [user("Why?"), assistant(BAD)]},
-        "before their last turn",
-    ),
-    "no image": ({"question": Q} | PAIR, "no image"),
-    "one of two missing": ({"images": ["img/0.png", "img/9.png"], "question": Q} | PAIR, "img/9.png"),
-    "outside the folder": ({"image": "../secret.png", "question": Q} | PAIR, "secret.png"),
-    "bytes of no image": (
-        ASKED | {"image": f"data:image/png;base64,{'QUJD' * 2000}"} | PAIR,
-        "no image itself",
-    ),
-    "a video": (ASKED | {"chosen": [assistant(parts({"type": "video"}))], "rejected": BAD}, "'text'"),
-    "a prompt out of a template": (
-        FILE | {"prompt": f"<|im_start|>user\n{Q}"} | PAIR,
-        "holds '<|im_start|>'",
-    ),
-    "an answer out of a template": (ASKED | {"chosen": GOOD, "rejected": f"{BAD}[/INST]"}, "holds '[/INST]'"),
-    "an earlier turn out of a template": (
-        ASKED | {"history": [[f"[INST] {Q} [/INST]", "Yes."]]} | PAIR,
-        "holds '[/INST]'",
-    ),
-    "a part out of a template": (
-        FILE | {"prompt": [user(parts(f"<start_of_turn>user {Q}"))]} | PAIR,
-        "holds '<start_of_turn>'",
-    ),
-    "several answers, the first alike": (ASKED | {"chosen": [GOOD, "a"], "rejected": [GOOD, "b"]}, "roles"),
-    "an answer by the user": (ASKED | {"chosen": human(GOOD), "rejected": BAD}, "must end in an assistant"),
-    "a rejected conversation that ends in a question": (
-        ASKED | {"chosen": ENDINGS["chosen"], "rejected": [user(Q), user(BAD)]},
-        "must end in an assistant",
-    ),
-    "two images, one rejected": (
-        FILES | {"images": ["img/0.png"] * 2, "rejected_image": "img/1.png", "question": Q} | PAIR,
-        "2 images and 1 rejected images",
-    ),
-    "a prompt of white space": (ASKED | {"prompt": "  "} | PAIR, "no text"),
-    "a mark with a number": (FILE | {"question": f"<image 1>{Q}"} | PAIR, "holds '<image 1>'"),
-    "an answer with an image": (ASKED | {"chosen": f"<ImageHere>{GOOD}", "rejected": BAD}, "an assistant"),
-    "ms-swift's video": (
-        {"messages": [user(f"{IMG}<video>{Q}"), assistant(GOOD)], "videos": ["v.mp4"]}
-        | {"rejected_response": BAD, "images": ["img/0.png"]},
-        "holds '<video>'",
-    ),
-    "a message without text": (
-        ASKED | {"chosen": {"from": "gpt"}, "rejected": BAD},
-        "'chosen': has no 'value'",
-    ),
-    "a lone surrogate": (
-        FILE | {"question": "\ud800" + 5000 * Q} | PAIR,
-        "character '\\ud800' in position 0",
-    ),
-    "control characters": ({"\033[31m": Q}, "fields \\x1b[31m"),
-    "not an object": (7, "not in a known form"),
-}
-
-
-@pytest.mark.parametrize("name", LEFT_OUT)
-def test_left_out_with_the_reason(folder, capsys, name):
+@pytest.mark.parametrize("record, reason", cases(LEFT_OUT))
+def test_left_out_with_the_reason(folder, capsys, record, reason):
     """Among good records, a bad one is counted and named by number, never trained."""
     (folder.parent / "secret.png").write_bytes(RED)
-    bad, reason = LEFT_OUT[name]
-    good = FILE | {"question": Q} | PAIR
-    write_json([good, bad, good, bad])
-    assert run("in.jsonl", "out") == 0
-    assert [example["id"] for example in converted()] == ["1", "3"]
+    assert [example["id"] for example in converted(RECORD, record, RECORD, record)] == ["1", "3"]
     out = capsys.readouterr().out
-    assert not Path("out/images").exists()  # a data set without rejected answers would fill the disk first
+    assert not [
+        *Path("out/images").iterdir()
+    ]  # a data set without rejected answers would fill the disk first
     assert "2 examples of 4 records" in out and "left out 2: record 2: " in out and reason in out
     assert max(map(len, out.splitlines())) < 400
-
-
-ANSWERS = {  # as published, and what is trained
-    "a conversation as an answer": ('[{"role": "user", "content": "Hi"}]',) * 2,
-    "an object": ('{"question": "What?", "answer": "cat"}',) * 2,
-    "a list": ('["a circle", "red"]',) * 2,
-    "a table": ('[["a circle", "red"]]',) * 2,
-    "a text in quotes": ('"It is red."',) * 2,
-    "a number": ("42",) * 2,
-    "a message": (json.dumps(gpt(GOOD)), GOOD),
-    "a conversation": (json.dumps([user(Q), assistant(GOOD)]), GOOD),
-}
-
-
-@pytest.mark.parametrize("name", ANSWERS)
-def test_json_in_an_answer(folder, name):
-    """Data sets hold messages as JSON, but the answer to a question may be JSON, too."""
-    published, trained = ANSWERS[name]
-    write_json([FILE | {"question": Q, "chosen": published, "rejected": BAD}])
-    assert run("in.jsonl", "out") == 0
-    assert converted()[0]["chosen"] == trained and converted()[0]["prompt"] == Q
 
 
 def encoded(kind):
     return base64.b64encode(picture("red", kind)).decode()
 
 
-EMBEDDED = {  # an image's format, and how it is published
-    "BMP": ("BMP", encoded("BMP")),
-    "TIFF": ("TIFF", encoded("TIFF")),
-    "the alphabet of addresses": ("JPEG", encoded("JPEG").replace("+", "-").replace("/", "_").rstrip("=")),
-    "an address without a type": ("PNG", "data:;base64," + encoded("PNG")),
-    "an address of any type": ("GIF", "data:application/octet-stream;base64," + encoded("GIF")),
-    "numbers": ("WEBP", {"bytes": [*picture("red", "WEBP")], "path": None}),
-}
-
-
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_embedded_image(folder, name):
+@pytest.mark.parametrize("kind, image", {
+    "BMP": encoded("BMP"),
+    "TIFF": encoded("TIFF"),
+    "JPEG": encoded("JPEG").replace("+", "-").replace("/", "_").rstrip("="),  # the alphabet of addresses
+    "PNG": "data:;base64," + encoded("PNG"),
+    "GIF": "data:application/octet-stream;base64," + encoded("GIF"),
+    "WEBP": {"bytes": [*picture("red", "WEBP")], "path": None},
+}.items())  # fmt: skip
+def test_embedded_image(folder, kind, image):
     """Whatever its format and its encoding, the bytes of the image are written as they were."""
-    kind, image = EMBEDDED[name]
-    write_json([{"image": image, "question": Q} | PAIR])
-    assert run("in.jsonl", "out") == 0
-    (path,) = converted()[0]["images"]
+    (path,) = converted(RECORD | {"image": image})[0]["images"]
     assert Path("out", path).read_bytes() == picture("red", kind)
     assert path.endswith(kind.lower().replace("jpeg", "jpg"))
 
 
-def test_nothing_left_is_an_error(folder, capsys):
-    """A command that forgot --images says so, and may be given again with it."""
-    write_json([{"image": "0.png", "question": Q} | PAIR])
-    assert run("in.jsonl", "out") == 2
-    assert "--images" in capsys.readouterr().err and not Path("out/data.jsonl").exists()
-    assert run("in.jsonl", "out", "--images", "img") == 0
-    assert converted() == [expected(folder, {"prompt": Q})]
-
-
-RECORD = {"image": "img/0.png", "question": Q} | PAIR
-LAYOUTS = {
+@pytest.mark.parametrize("content", {
     "JSON lines": json.dumps(RECORD) + "\r\n\n" + json.dumps(RECORD),
     "an indented list": json.dumps([RECORD, RECORD], indent=1),
     "a list as data": json.dumps({"data": [RECORD, RECORD]}, indent=1),
     "a list beside other fields": json.dumps({"version": 1, "data": [RECORD, RECORD]}),
     "a list under the split's name": json.dumps({"test": [{}], "train": [RECORD, RECORD]}),
     "a byte order mark": "\ufeff" + json.dumps([RECORD, RECORD]),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_of_json(folder, name):
+}.values())  # fmt: skip
+def test_layouts_of_json(folder, content):
     """Published files differ in it: none of their records may be lost."""
-    Path("in.json").write_text(LAYOUTS[name])
-    assert run("in.json", "out") == 0
-    assert [example["id"] for example in converted()] == ["1", "2"]
+    assert [example["id"] for example in converted(content)] == ["1", "2"]
 
 
 def test_broken_lines_are_left_out(folder, capsys):
     """A damaged line takes no other line with it."""
-    line, cut = json.dumps(RECORD), json.dumps(RECORD)[:40]
+    cut = json.dumps(RECORD)[:45]
     bad = [cut, "{]", cut, f'{{"id": {"1" * 5000}}}', '{"id": ' + "[" * 100_000]
-    Path("in.jsonl").write_text("\n".join([f"{line}\n{one}" for one in bad]))
-    assert run("in.jsonl", "out") == 0
-    assert [example["id"] for example in converted()] == ["1", "3", "5", "7", "9"]
+    records = [record for one in bad for record in (RECORD, one)]
+    assert [example["id"] for example in converted(*records)] == ["1", "3", "5", "7", "9"]
     out = capsys.readouterr().out
-    assert "left out 3: record 2: not valid JSON: Unterminated string starting at: line 1 column 36" in out
+    assert "left out 3: record 2: not valid JSON: Unterminated string starting at: line 1 column 41" in out
     assert "left out 1: record 8: " in out and "left out 1: record 10: " in out
 
 
-OTHER_FILES = {
-    "csv": (b"question,chosen\n1,2\n", 'begins with "question,chosen'),
-    "gzip": (gzip.compress(b"{}"), "a gzip file: unpack it"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
-    "utf-16": ("[{}]".encode("utf-16"), "UTF-16"),
-    "two lists": (b"[{}, {}]\n[{}]", "not valid JSON: Extra data: line 2 column 1"),
-    "a broken list": (b'[{"id": 1}, {"id": }]', "not valid JSON: Expecting value: line 1 column 20"),
-    "latin-1": (b'{"question": "' + 5000 * b"x" + b'\xe9"}', "byte 0xe9 in position 5014"),
-    "empty": (b"", 'begins with ""'),
-    "damaged parquet": (b"PAR1" + bytes(100) + b"PAR1", "cannot be read as parquet"),
-}
-
-
-@pytest.mark.parametrize("name", OTHER_FILES)
-def test_other_files_are_named_in_one_line(folder, capsys, name):
-    """Thousands of bad lines would not say what is wrong."""
-    content, says = OTHER_FILES[name]
-    if "parquet" in name:
-        pytest.importorskip("datasets")
+@pytest.mark.parametrize("content, says", [
+    (b"question,chosen\n1,2\n", 'begins with "question,chosen'),
+    (gzip.compress(b"{}"), "a gzip file: unpack it"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    ("[{}]".encode("utf-16"), "UTF-16"),
+    (b"[{}, {}]\n[{}]", "not valid JSON: Extra data: line 2 column 1"),
+    (b'[{"id": 1}, {"id": }]', "not valid JSON: Expecting value: line 1 column 20"),
+    (b'{"question": "' + 5000 * b"x" + b'\xe9"}', "byte 0xe9 in position 5014"),
+    (b"", 'begins with ""'),
+    (b"PAR1", "datasets"),
+])  # fmt: skip
+def test_other_files_are_named_in_one_line(folder, monkeypatch, capsys, content, says):
+    """Thousands of bad lines would not say what is wrong. JSON does not need `datasets`, parquet does."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
     Path("in.x").write_bytes(content)
     assert run("in.x", "out") == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: in.x: ")]
-    assert len(lines) == 1 and says in lines[0]
+    error = capsys.readouterr().err
+    assert error.startswith("error: in.x: ") and error.count("\n") == 1 and says in error
 
 
 @pytest.mark.parametrize("name", ["silkie.json", "data/silkie.json"])
@@ -464,66 +367,68 @@ def test_a_file_that_is_not_there(folder, monkeypatch, capsys, name):
     assert f"error: {name}: no such file" in capsys.readouterr().err and not Path("out").exists()
 
 
-def test_without_datasets(folder, monkeypatch, capsys):
-    """JSON needs no more than the project; parquet says what to install."""
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    write_json([RECORD])
-    Path("in.parquet").write_bytes(b"PAR1")
-    assert run("in.jsonl", "out") == 0 and run("in.parquet", "other") == 2
-    assert "pip install datasets" in capsys.readouterr().err
+HUB = r"""
+{"image": {"bytes": "RED", "path": "red.png"}, "question": "Q", "image_path": "red.jpg", "idx": 40, $PAIR}
+-> RLAIF-V: {"id": "40"}
+{"image": {"bytes": "RED", "path": "red.png"}, "idx": 40, "origin_split": "{\"model\": \"muffin\"}",
+"text": "{\"question\": \"Q\", \"chosen\": \"A\", \"rejected\": \"B\"}"}
+-> RLHF-V: {"id": "40"}
+{"images": [{"bytes": "RED", "path": "red.png"}], "chosen": [$A], "rejected": [$B],
+"prompt": [{"role": "user", "content": [{"type": "image", "text": null}, $TEXT]}]}
+-> TRL's: {}
+{"question": "Q", "image": {"bytes": "BLUE", "path": null}, $PAIR}
+-> SPA-VL: {"images": ["$BLUE_PATH"]}
+{"id": "l-7", "image": {"bytes": "RED", "path": "red.png"}, "prompt": "Q", "completions": [
+{"response": "A", "annotations": {"Helpfulness": {"Rating": "5", "Rationale": ""}}},
+{"response": "B", "annotations": {"Helpfulness": {"Rating": "1", "Rationale": ""}}}]}
+-> VLFeedback: {"id": "l-7"}
+{"chosen": [$A], "rejected": [$B], "prompt": [{"role": "user", "content": [
+{"type": "image", "text": null, "image": {"bytes": "RED", "path": "red.png"}},
+{"type": "image", "text": null, "image": {"bytes": "BLUE", "path": null}},
+{"type": "text", "text": "Q", "image": null}]}]}
+-> messages with images: {"images": ["$RED_PATH", "$BLUE_PATH"]}
+"""
 
 
-RED_FILE, BLUE_FILE = {"bytes": RED, "path": "red.png"}, {"bytes": BLUE, "path": None}
-IN_CHAT = {"chosen": [assistant(parts(GOOD))], "rejected": [assistant(parts(BAD))]}
-TWO_SHOWN = [
-    NO_TEXT | {"image": RED_FILE},
-    NO_TEXT | {"image": BLUE_FILE},
-    {"type": "text", "text": Q, "image": None},
-]
-HUB = {  # as the hub has them: a record, its images and its id
-    "RLAIF-V": (
-        {"image": RED_FILE, "question": Q, "image_path": "red.jpg", "idx": 40} | PAIR,
-        [RED_PATH],
-        "40",
-    ),
-    "RLHF-V": (IN_TEXT | {"image": RED_FILE, "idx": 40}, [RED_PATH], "40"),
-    "TRL's": ({"images": [RED_FILE], "prompt": [user(parts(NO_TEXT, Q))]} | IN_CHAT, [RED_PATH], "1"),
-    "SPA-VL": ({"question": Q, "image": BLUE_FILE} | PAIR, [BLUE_PATH], "1"),
-    "VLFeedback": ({"id": "l-7", "prompt": Q, "completions": RATED, "image": RED_FILE}, [RED_PATH], "l-7"),
-    "messages with images": ({"prompt": [user(TWO_SHOWN)]} | IN_CHAT, [RED_PATH, BLUE_PATH], "1"),
-}
+def embedded(value):
+    """Bytes in the place of their names."""
+    return value | {"bytes": {"RED": RED, "BLUE": BLUE}[value["bytes"]]} if "bytes" in value else value
 
 
 def write_parquet(path, record, n=1):
     datasets = pytest.importorskip("datasets")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    record = json.loads(record, object_hook=embedded)
     table = datasets.Dataset.from_list([record] * n)
     for name, kind in ("image", datasets.Image()), ("images", [datasets.Image()]):
         table = table.cast_column(name, kind) if name in record else table
-    table.to_parquet(str(path))
+    table.to_parquet(path)
 
 
-@pytest.mark.parametrize("name", HUB)
-def test_parquet(folder, name):
+@pytest.mark.parametrize("record, becomes", cases(HUB))
+def test_parquet(folder, record, becomes):
     """Embedded images are written untouched, wherever they stand, and go with their own question."""
-    record, images, id = HUB[name]
     write_parquet("in.parquet", record)
     assert run("in.parquet", "out") == 0
-    (written,), (example,) = converted(), read_examples("out/data.jsonl")
-    content = {path: (RED if path == RED_PATH else BLUE) for path in images}
-    assert written["images"] == images
-    assert {f"images/{path.name}": path.read_bytes() for path in Path("out/images").iterdir()} == content
-    assert (example.id, example.chosen, example.rejected) == (id, GOOD, BAD)
-    shown = [{"type": "image"}] * len(images)
-    assert example.question == [user([*shown, {"type": "text", "text": Q}])]
+    (made,), (example,) = written(), read_examples("out/data.jsonl")
+    expected = {"id": "1", "images": [RED_PATH]} | json.loads(becomes)
+    assert {name: made[name] for name in expected} == expected
+    for path in made["images"]:
+        assert Path("out", path).read_bytes() == {RED_PATH: RED, BLUE_PATH: BLUE}[path]
+    assert (example.chosen, example.rejected) == ("A", "B")
+    shown = [{"type": "image"}] * len(made["images"])
+    assert example.question == [{"role": "user", "content": [*shown, {"type": "text", "text": "Q"}]}]
+
+
+SPA_VL = '{"question": "Q", "image": {"bytes": "BLUE", "path": null}, "chosen": "A", "rejected": "B"}'
 
 
 def test_a_name_of_the_hub(folder):
     """The library takes a folder laid out as on the hub in the place of a name."""
     for shard in range(2):
-        write_parquet(f"owner/name/data/train-0000{shard}-of-00002.parquet", HUB["SPA-VL"][0])
+        write_parquet(f"owner/name/data/train-0000{shard}-of-00002.parquet", SPA_VL)
     assert run("owner/name", "out") == 0
-    assert [example["images"] for example in converted()] == [[BLUE_PATH]] * 2
+    assert [example["images"] for example in written()] == [[BLUE_PATH]] * 2
     assert run("owner/name", "other", "--split", "test") == 2
 
 
@@ -533,9 +438,8 @@ def test_continues_where_it_was_stopped(folder, monkeypatch, source, stop):
     """Stopped at any record, even within a line, it writes what it writes in one go, and nothing twice. A
     result that was removed is made again."""
     if source == "in.parquet":
-        write_parquet(source, HUB["SPA-VL"][0], n=5)
-    else:
-        write_json([RECORD, RECORD | {"rejected": None}, RECORD | {"image": URI}, RECORD, RECORD])
+        write_parquet(source, SPA_VL, n=5)
+    write(RECORD, RECORD | {"rejected": None}, RECORD | {"image": BASE64}, RECORD, RECORD)
     assert run(source, "whole") == 0
     seen, real = [], convert.convert
 
@@ -559,17 +463,25 @@ def test_continues_where_it_was_stopped(folder, monkeypatch, source, stop):
 
 
 def test_no_folder_of_others_is_touched(folder, capsys):
-    """Neither a user's folder, nor the conversion of another file, of other flags, or of a changed file."""
-    write_json([RECORD])
-    write_json([RECORD], "other.jsonl")
+    """Neither a user's folder, nor the conversion of another file, of other flags, or of a changed file. One
+    that forgot --images says so."""
     Path("mine").mkdir()
     Path("mine/data.jsonl").write_text("precious")
-    assert run("in.jsonl", "out") == 0
+    write(RECORD | {"image": "0.png"})
+    Path("other.jsonl").write_bytes(Path("in.jsonl").read_bytes())
+    assert run("in.jsonl", "none") == 2 and not Path("none/data.jsonl").exists()
+    assert "--images" in capsys.readouterr().err
+    assert run("in.jsonl", "out", "--images", "img") == 0
+    assert written()[0]["images"] == [str(folder / "img/0.png")]
     assert "complete: to convert again, first remove out" in capsys.readouterr().out
-    before = {path: path.read_bytes() for path in [*Path("out").iterdir(), *Path("mine").iterdir()]}
-    for argv in (["in.jsonl", "mine"], ["other.jsonl", "out"], ["in.jsonl", "out", "--images", "img"]):
-        assert run(*argv) == 2
-        assert f"{argv[1]}: is there already" in capsys.readouterr().err
-    write_json([RECORD | {"rejected": BAD[::-1]}])  # as long as before
-    assert run("in.jsonl", "out") == 2
-    assert before == {path: path.read_bytes() for path in [*Path("out").iterdir(), *Path("mine").iterdir()]}
+    before = {path: path.read_bytes() for path in [*Path("out").glob("*.jsonl"), Path("mine/data.jsonl")]}
+
+    def refused(source, out, *flags):
+        assert run(source, out, *flags) == 2
+        assert f"{out}: is there already" in capsys.readouterr().err
+
+    for argv in "in.jsonl mine --images img", "other.jsonl out --images img", "in.jsonl out":
+        refused(*argv.split())
+    write(RECORD | {"image": "1.png"})  # as long as before
+    refused("in.jsonl", "out", "--images", "img")
+    assert before == {path: path.read_bytes() for path in before}

@@ -11,10 +11,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,24 +91,18 @@ def test_papers_values_stand_in_the_cells_of_their_rows(name, tmp_path, printed)
     assert {found for _, found in rows} == {""}
 
 
-def steps(text):
-    """The steps of a script, its lines behind the last heading -> their words."""
-    return [line.split() for line in text.rpartition("- steps\n")[2].split("\n")[1:-1]]
-
-
 @pytest.mark.parametrize("name", FLAGS)
 def test_rows_are_trained_with_the_readmes_flags(name, printed):
     """A row with another row's flags is a number in the wrong cell. Bases are answered without an adapter."""
-    found = steps(printed(name))
-    trained = {step[1]: step[2:] for step in found if step[0] == "train"}
+    lines = printed(name).split("\n")
     for (label, run), flags in zip(reproduce.TABLES[name].rows.items(), FLAGS[name], strict=True):
-        model = "llava-hf/llava-1.5-7b-hf" if "LLaVA" in label else "BAAI/Bunny-v1_0-3B"
-        answers = [step[3:] for step in found if step[0] == "answer" and step[2] == run]
-        adapter = [] if flags == "base" else ["--adapter", f'"$W/runs/{run}"']
-        assert answers and all(rest == [model, *adapter] for rest in answers)
-        assert trained.get(run) == (None if flags == "base" else [model, *flags.split()])
-        if flags != "base":
-            train.parse_args(["--model", model, "--data", "x", *flags.split()])  # flags that train.py has
+        model, adapter = "BAAI/Bunny-v1_0-3B", f' --adapter "$W/runs/{run}"' * (flags != "base")
+        model = "llava-hf/llava-1.5-7b-hf" if "LLaVA" in label else model
+        trained = [line for line in lines if line.startswith(f"train {run} ")]
+        assert trained == [f"train {run} {model} {flags}".rstrip()] * (flags != "base")
+        train.parse_args(["--model", model, "--data", "x", *flags.replace("base", "").split()])
+        answered = {line.split(" ", 3)[3] for line in lines if re.match(rf"answer \w+ {run} ", line)}
+        assert answered == {model + adapter}
 
 
 def test_list_has_every_table_and_figure_with_runs_questions_scorers_and_cells(printed):
@@ -116,56 +111,45 @@ def test_list_has_every_table_and_figure_with_runs_questions_scorers_and_cells(p
     assert [*parts] == [f"{kind}{i}" for kind in ("table", "figure") for i in range(1, 6)]
     assert re.search(r"- conditional +bunny-no-conditional +--no-conditional\n", parts["table2"])
     assert re.search(r"(?m)^  AMBER, .* inference.py: CHAIRs, Cover, HalRate, Cog$", parts["table1"])
-    assert "MMHalBench, 96 questions, scored by its eval_gpt4.py: Score, attribute, adv" in parts["table5"]
+    assert parts["figure3"].endswith("MMHalBench, 96 questions: answers")  # not scored
 
 
-@pytest.mark.parametrize("names", [[], *([name] for name in FLAGS)])
-def test_every_script_is_accepted_by_bash(names, tmp_path, printed):
+def test_every_script_is_accepted_by_bash(tmp_path, printed):
     """The paths of the folder hold what a shell would take for its own."""
     work = tmp_path / 'it\'s $(here) & "there"'
-    text = printed(*names, "--work", work)
-    checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
-    assert (checked.returncode, checked.stderr) == (0, "")
-    line = next(line for line in text.split("\n") if line.startswith("ROOT="))
-    shown = subprocess.check_output(["bash", "-c", f'{line}; printf %s "$W"'], text=True)
-    assert shown == str(work)
+    text = printed("--work", work)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    (line,) = re.findall("^ROOT=.*$", text, re.MULTILINE)
+    assert subprocess.check_output(["bash", "-c", f'{line}; printf %s "$W"'], text=True) == str(work)
 
 
-@pytest.mark.parametrize(
-    "name, disk, runs, hours, calls",
-    [
-        # 6.4 Bunny + 14.1 LLaVA + 2 * 1.5 + 2 * 2.6 adapters + 5.8 pairs; 2 * 1.0 + 2 * 2.3; 6 * 396
-        ("table1", "34 GB", "4 runs", "6.6 hours", "2376 calls of j-1"),
-        # 6.4 + 4 * 1.5 + 5.8; 4 * 1.0; 4 * 396
-        ("table2", "18 GB", "4 runs", "4.0 hours", "1584 calls of j-1"),
-        # 6.4 + 2 * 1.5 + 5.8; 2 * 1.0; 3 * 96
-        ("table5", "15 GB", "2 runs", "2.0 hours", "288 calls of j-1"),
-        # 6.4 + 6 * 1.5 + 5.8; (2 * 0.25 + 2 * 0.5 + 2) * 1.0; 6 * 96
-        ("figure5", "21 GB", "6 runs", "3.5 hours", "576 calls of j-1"),
-        ("figure3", "15 GB", "2 runs", "2.0 hours", None),
-    ],
-)
+@pytest.mark.parametrize("name, disk, runs, hours, calls", [
+    # 6.4 Bunny + 14.1 LLaVA + 2 * 1.5 + 2 * 2.6 adapters + 5.8 pairs; 2 * 1.0 + 2 * 2.3; 6 * 396
+    ("table1", "34 GB", "4 runs", "6.6 hours", "2376 calls of j-1"),
+    # 6.4 + 4 * 1.5 + 5.8; 4 * 1.0; 4 * 396
+    ("table2", "18 GB", "4 runs", "4.0 hours", "1584 calls of j-1"),
+    # 6.4 + 2 * 1.5 + 5.8; 2 * 1.0; 3 * 96
+    ("table5", "15 GB", "2 runs", "2.0 hours", "288 calls of j-1"),
+    # 6.4 + 6 * 1.5 + 5.8; (2 * 0.25 + 2 * 0.5 + 2) * 1.0; 6 * 96
+    ("figure5", "21 GB", "6 runs", "3.5 hours", "576 calls of j-1"),
+    ("figure3", "15 GB", "2 runs", "2.0 hours", None),
+])  # fmt: skip
 def test_script_begins_with_its_price(name, disk, runs, hours, calls, printed):
     """Somebody rents a disk, a GPU and a judge by these lines, which are predictions and say so."""
-    text = printed(name, "--judge", "j-1")
-    head = text.partition("set -E")[0]
-    assert all(line.startswith("#") for line in head.splitlines())
-    assert f"Disk: {disk}" in head and f"Training: {runs}, {hours} on one H200 (predicted)" in head
-    assert (f"Judge: {calls}," in head) == ("rows of one judge" in head) == (calls is not None)
-    assert (["key"] in steps(text)) == (calls is not None)
+    head, _, rest = printed(name, "--judge", "j-1").partition("set -E")
+    assert f"# Disk: {disk}" in head and f"# Training: {runs}, {hours} on one H200 (predicted)" in head
+    assert (f"# Judge: {calls}," in head) == ("rows of one judge" in head) == (calls is not None)
+    assert ("\nkey\n" in rest) == (calls is not None)
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        ("figure2", "figure2: nothing to run"),
-        ("table6", "invalid choice: 'table6'"),
-        ("table1 --judge a/b", "--judge a/b: has to do as a folder's name"),
-        ("table1 --judge $(x)", "has to do as a folder's name"),
-        ("table1 --judge ..", "has to do as a folder's name"),
-        ("table1 --judge amber", "has to do as a folder's name"),
-    ],
-)
+@pytest.mark.parametrize("argv, message", [
+    ("figure2", "figure2: nothing to run"),
+    ("table6", "invalid choice: 'table6'"),
+    ("table1 --judge a/b", "--judge a/b: has to do as a folder's name"),
+    ("table1 --judge $(x)", "has to do as a folder's name"),
+    ("table1 --judge ..", "has to do as a folder's name"),
+    ("table1 --judge amber", "has to do as a folder's name"),
+])  # fmt: skip
 def test_what_cannot_be_run_is_refused_in_one_line(argv, message, capsys):
     """A judge's name becomes a folder and a part of commands: any other text would run as such."""
     assert run_command(reproduce.run, argv.split()) == 2
@@ -178,11 +162,6 @@ def test_what_cannot_be_run_is_refused_in_one_line(argv, message, capsys):
 JUDGE = "judge-2"
 IMAGE = io.BytesIO()
 Image.new("RGB", (32, 32), "red").save(IMAGE, "JPEG")
-KINDS = ["attribute", "adversarial", "attribute"]  # of the three questions of MMHal
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions."
-)
 
 # Each stand-in notes its call in $LOG. `hf`, `git` and `curl` copy $STORE, where the hub's files lie.
 HF = """#!/bin/bash
@@ -275,77 +254,69 @@ json.dump({"sentences": [], "overall_metrics": metrics}, open(result, "w"))
 """
 
 
+PAIR = '{"img_path": "0.jpg", "prompt": "What colour is it?", "chosen": "red.", "rejected": "blue."}'
+QUERY = '{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this image."}'
+QUESTION = """{"question_type": "attribute", "image_content": [], "image_src": "https://x.org/0_o.jpg",
+"question": "What colour?", "gt_answer": "Red.", "model_answer": ""}"""
+PICTURE = (
+    f'{{"question": "Describe.", "image": "{base64.b64encode(IMAGE.getvalue()).decode()}", "image_id": 1}}\n'
+)
+STORE = {  # the hub's and the repositories' files, each by its own name, with three records instead of many
+    "vlfeedback_llava_10k.json": f"[{PAIR}, {PAIR}, {PAIR}]",
+    "merged_images/0.jpg": IMAGE.getvalue(),
+    "annotations/captions_val2014.json": "{}",
+    "mmhal/response_template.json": f"[{QUESTION}, {QUESTION.replace('attribute', 'other')}, {QUESTION}]",
+    "mmhal/eval_gpt4.py": EVAL_GPT4,
+    "mmhal/images/0_o.jpg": IMAGE.getvalue(),
+    "AMBER/data/query/query_generative.json": f"[{QUERY}, {QUERY}, {QUERY}]",
+    "AMBER/data/annotations.json": "[]",
+    "AMBER/inference.py": INFERENCE,
+    "RLAIF-V/eval/data/obj_halbench_300_with_image.jsonl": 3 * PICTURE,
+    "RLAIF-V/eval/data/synonyms_refine.txt": "person",
+    "RLAIF-V/eval/eval_gpt_obj_halbench.py": OBJHAL,
+}
+PROGRAMS = {
+    "hf": HF,
+    "git": GIT,
+    "curl": CURL,
+    "python": PYTHON.replace("{python}", shlex.quote(sys.executable)),
+}
+OURS = {"train.py": train.main, "examples/benchmarks.py": partial(run_command, benchmarks.run)}
+
+
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-def write_store(store):
-    """The hub's and the repositories' files, each by its own name, with three records instead of many."""
-    prompt = f"{SYSTEM} USER: <image>\nWhat colour is it? ASSISTANT:"
-    pairs = [
-        {"img_path": f"{i}.jpg", "prompt": prompt, "chosen": "red.", "rejected": "blue."} for i in range(3)
-    ]
-    write(store / "vlfeedback_llava_10k.json", pairs)
-    with zipfile.ZipFile(store / "merged_images.zip", "w") as file:
-        for i in range(3):
-            file.writestr(f"merged_images/{i}.jpg", IMAGE.getvalue())
-    with zipfile.ZipFile(store / "annotations_trainval2014.zip", "w") as file:
-        file.writestr("annotations/captions_val2014.json", "{}")
-    questions = [
-        {"question_type": kind, "image_content": [], "image_src": f"https://x.org/{i}_o.jpg",
-         "question": "What colour?", "gt_answer": "Red.", "model_answer": ""}
-        for i, kind in enumerate(KINDS)
-    ]  # fmt: skip
-    write(store / "mmhal/response_template.json", questions)
-    write(store / "mmhal/eval_gpt4.py", EVAL_GPT4)
-    (store / "mmhal/images").mkdir()
-    for i in range(3):
-        (store / f"mmhal/images/{i}_o.jpg").write_bytes(IMAGE.getvalue())
-    ids = range(1, 4)
-    queries = [{"id": i, "image": f"AMBER_{i}.jpg", "query": "Describe this image."} for i in ids]
-    write(store / "AMBER/data/query/query_generative.json", queries)
-    write(store / "AMBER/data/annotations.json", [])
-    write(store / "AMBER/inference.py", INFERENCE)
-    encoded = base64.b64encode(IMAGE.getvalue()).decode()
-    lines = [json.dumps({"question": "Describe it.", "image": encoded, "image_id": i}) for i in ids]
-    write(store / "RLAIF-V/eval/data/obj_halbench_300_with_image.jsonl", "\n".join(lines) + "\n")
-    write(store / "RLAIF-V/eval/data/synonyms_refine.txt", "person")
-    write(store / "RLAIF-V/eval/eval_gpt_obj_halbench.py", OBJHAL)
 
 
 @pytest.fixture
 def bash(tmp_path):
     """A function that runs a script among stand-ins -> (exit status, its output, the calls that it made)."""
-    write_store(tmp_path / "store")
-    for name, text in {"hf": HF, "git": GIT, "curl": CURL, "python": PYTHON}.items():
-        path = write(tmp_path / "bin" / name, text.replace("{python}", shlex.quote(sys.executable)))
-        path.chmod(0o755)
-    ask, reply, log = (tmp_path / name for name in ("ask", "reply", "log"))
+    store, log, output, ask, reply = (tmp_path / name for name in ("store", "log", "output", "ask", "reply"))
+    for path, content in STORE.items():
+        write(store / path, content)
+    shutil.make_archive(store / "merged_images", "zip", store, "merged_images")
+    shutil.make_archive(store / "annotations_trainval2014", "zip", store, "annotations")
+    for name, text in PROGRAMS.items():
+        write(tmp_path / "bin" / name, text).chmod(0o755)
     os.mkfifo(ask)
     os.mkfifo(reply)
-    own = "--epochs 1 --batch-size 2 --lora-rank 2 --workers 0 --device cpu"
-    variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STORE": tmp_path / "store", "LOG": log,
-                 "ASK": ask, "REPLY": reply, "ANSWER_FLAGS": "--max-new-tokens 2 --device cpu",
-                 "TRAIN_FLAGS": own}  # fmt: skip
-    programs = {
-        "train.py": train.main,
-        "examples/benchmarks.py": lambda argv: run_command(benchmarks.run, argv),
-    }
+    flags = "--epochs 1 --batch-size 2 --lora-rank 2 --workers 0 --device cpu"
+    variables = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STORE": store, "LOG": log, "ASK": ask}
+    variables |= {"REPLY": reply, "TRAIN_FLAGS": flags, "ANSWER_FLAGS": "--max-new-tokens 2 --device cpu"}
 
     def run(script, **more):
         log.write_text("")
-        environment = os.environ | {name: str(value) for name, value in (variables | more).items()}
         # At its end the shell asks for nothing, so that the loop below ends, too.
         command = f'trap \'printf "" > "$ASK"\' EXIT; bash {shlex.quote(str(script))}'
-        with open(tmp_path / "output", "w") as file:
-            options = {"env": environment, "stdout": file, "stderr": file, "start_new_session": True}
-            process = subprocess.Popen(["bash", "-c", command], **options)
+        with open(output, "w") as file:
+            options = {"env": os.environ | variables | more, "stdout": file, "stderr": file}
+            process = subprocess.Popen(["bash", "-c", command], start_new_session=True, **options)
         try:
             while argv := shlex.split(ask.read_text()):
-                reply.write_text(str(programs[argv[0]](argv[1:])))
-            return process.wait(), (tmp_path / "output").read_text(), log.read_text().splitlines()
+                reply.write_text(str(OURS[argv[0]](argv[1:])))
+            return process.wait(), output.read_text(), log.read_text()
         finally:
             if process.poll() is None:  # a program raised: nobody would reply to the script
                 os.killpg(process.pid, signal.SIGKILL)
@@ -367,46 +338,40 @@ def test_table_from_nothing_to_its_cells(bash, tmp_path, monkeypatch, printed):
     script = write(tmp_path / "script.sh", printed("table1", "table5", *flags))
 
     status, output, calls = bash(script)
-    assert status != 0 and output.count("error:") == 1 and not any("train.py" in call for call in calls)
+    assert status != 0 and output.count("error:") == 1 and "train.py" not in calls
     assert "AMBER/image/AMBER_1.jpg. Download AMBER's images from https://drive.google.com" in output
-    assert sum(call.startswith("hf ") for call in calls) == 3
-    clones = [call.split()[3] for call in calls if call.startswith("git clone")]
-    assert clones == ["https://github.com/RLHF-V/RLAIF-V", "https://github.com/junyangwang0410/AMBER"]
-    assert sum(call.startswith("git -C") and "checkout" in call for call in calls) == 2
+    assert [calls.count(call) for call in ("hf download", "git clone", "checkout", "curl ")] == [3, 2, 2, 1]
 
-    (work / "data/AMBER/image").mkdir()
-    for i in range(1, 4):
-        (work / f"data/AMBER/image/AMBER_{i}.jpg").write_bytes(IMAGE.getvalue())
+    write(work / "data/AMBER/image/AMBER_1.jpg", IMAGE.getvalue())
     status, output, calls = bash(script)
     assert status != 0 and "could not make the judge's scores. Set OPENAI_API_KEY." in output
-    assert not any(call.startswith(("hf ", "git ", "curl ")) for call in calls)
-    assert [call.partition(" --")[0] for call in calls].count("train.py") == 2
-    answered = [call for call in calls if call.startswith("examples/benchmarks.py")]
-    assert len(answered) == 9 and sum("--adapter" in call for call in answered) == 6
+    assert [calls.count(call) for call in ("hf ", "git ", "train.py", "benchmarks.py", "--adapter")] == [
+        0,
+        0,
+        2,
+        9,
+        6,
+    ]
     assert len([*work.glob("scores/amber/*.txt")]) == 3 and not [*work.glob(f"scores/{JUDGE}/*")]
-    assert sum(call.startswith("scorers -m spacy download en_core_web_") for call in calls) == 2
+    assert calls.count("spacy download en_core_web_") == 2
 
-    (work / "answers/hall_bunny.objhal_-1.json").write_text("cut sh")  # left by a scorer that was killed
+    write(work / "answers/hall_bunny.objhal_-1.json", "cut sh")  # left by a scorer that was killed
     (work / "runs/bunny-dpo.done").unlink()
     status, output, calls = bash(script, OPENAI_API_KEY="secret")
     assert status == 0 and output.count("making") == 7
-    assert len(calls) == 1 and calls[0].startswith(f"train.py --resume {work}/runs/bunny-dpo --epochs 1")
-    times = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    assert calls.startswith(f"train.py --resume {work}/runs/bunny-dpo --epochs 1") and calls.count("\n") == 1
     status, output, calls = bash(script, OPENAI_API_KEY="secret")
-    assert status == 0 and calls == [] and "making" not in output
-    assert times == {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    assert status == 0 and calls == "" and "making" not in output
 
     began = json.loads((work / "runs/bunny-dpo/args.json").read_text())
     assert (began["conditional"], began["anchors"]) == (False, ["none"])
     text = printed("--collect", "table1", "table5", "figure3", "--work", work)
-    rows = [line.split()[1:] for line in text.split("\n") if line.startswith(f"  {JUDGE}")]
-    expected = [
-        ["1.33", "0.67", "33.3", "12.5", "10.5", "50.0", "30.0", "2.0"],
-        ["1.33", "0.67", "33.3", "12.5", "11.5", "51.0", "31.0", "3.0"],
-        ["4.00", "0.33", "33.3", "12.5", "12.5", "52.0", "32.0", "4.0"],
+    assert [" ".join(found.split()) for found in re.findall(rf"(?m)^  {JUDGE}(.*)", text)] == [
+        "1.33 0.67 33.3 12.5 10.5 50.0 30.0 2.0",
+        "1.33 0.67 33.3 12.5 11.5 51.0 31.0 3.0",
+        "4.00 0.33 33.3 12.5 12.5 52.0 32.0 4.0",
+        *("1.33 2.00 0.00", "1.33 2.00 0.00", "4.00 4.00 4.00", "3", "3"),
     ]
-    expected += [["1.33", "2.00", "0.00"], ["1.33", "2.00", "0.00"], ["4.00", "4.00", "4.00"]]
-    assert rows == [*expected, ["3"], ["3"]]
     assert "compare rows of one judge" in text
 
 
@@ -414,69 +379,62 @@ def test_table_from_nothing_to_its_cells(bash, tmp_path, monkeypatch, printed):
 
 
 def replies(*texts, model=JUDGE):
-    return [{"model": model, "choices": [{"message": {"content": text}}]} for text in texts]
+    return json.dumps([{"model": model, "choices": [{"message": {"content": text}}]} for text in texts])
 
 
 @pytest.fixture
 def scored(tmp_path):
-    """A function: {a scorer's output: its content} -> the flags that collect them. Answers are there, too."""
+    """A function: a scorer's output, its content -> the flags that collect it. Two answers are there, too."""
 
-    def scored(outputs):
-        write(tmp_path / "answers/bunny.mmhal.json", [{"question_type": "other"}] * 2)
-        write(tmp_path / "answers/bunny-mdpo.mmhal.json", [{"question_type": "other"}])
-        for path, content in outputs.items():
-            write(tmp_path / "scores" / path, content)
+    def scored(path, content):
+        write(tmp_path / "scores" / path, content)
         return "--work", str(tmp_path), "--collect"
 
+    write(tmp_path / "answers/bunny.mmhal.json", '[{"question_type": "other"}, {"question_type": "other"}]')
     return scored
 
 
 def test_each_judge_has_rows_of_its_own(scored, printed):
     """Two judges' scores in one row would be compared with each other. What is missing stays empty, AMBER's
     cells need no judge."""
-    flags = scored({
-        "a-1/bunny-mdpo.mmhal.json": replies("Rating: 5", model="a-1"),
-        "b-2/bunny-mdpo.objhal.json": {"overall_metrics": {"CHAIRs": 0.27, "CHAIRi": 0.046}},
-        "amber/bunny-mdpo.txt": "CHAIR:\t\t 4.9\nCover:\t\t 67.4\nHal:\t\t 37.7\nCog:\t\t 2.4 \n",
-    })  # fmt: skip
-    lines = printed(*flags, "table1").split("\n")
-    at = next(i for i, line in enumerate(lines) if line.startswith("+ mDPO: paper"))
-    assert lines[at - 2 : at] == ["  a-1", "  b-2"]
-    assert lines[at + 1].split() == ["a-1", "5.00", "0.00", "4.9", "67.4", "37.7", "2.4"]
-    assert lines[at + 2].split() == ["b-2", "27.0", "4.6", "4.9", "67.4", "37.7", "2.4"]
-    paper, first, second = ([m.end() for m in re.finditer(r"\S+", line)] for line in lines[at : at + 3])
-    assert first[1:] == paper[3:5] + paper[7:] and second[1:3] == paper[5:7]  # below their own columns
+    scored("a-1/bunny.mmhal.json", replies("Rating: 5", "Rating: 5", model="a-1"))
+    scored("b-2/bunny.objhal.json", '{"overall_metrics": {"CHAIRs": 0.27, "CHAIRi": 0.046}}')
+    flags = scored("amber/bunny.txt", "CHAIR:\t\t 4.9\nCover:\t\t 67.4\nHal:\t\t 37.7\nCog:\t\t 2.4 \n")
+    assert printed(*flags, "table1").split("\n")[3:6] == [
+        "Bunny-v1.0-3B: paper        2.11     0.58    43.0     8.9     9.8    75.6     64.9     6.0",
+        "  a-1                       5.00     0.00                     4.9    67.4     37.7     2.4",
+        "  b-2                                        27.0     4.6     4.9    67.4     37.7     2.4",
+    ]
 
 
-@pytest.mark.parametrize("said, score", {
-    "Rating: 5, very informative": "5.00",
-    "rating: 2": "2.00",
-    "**Rating:** 5": None,
-    "Rating: 5 or Rating: 4": None,
-}.items())  # fmt: skip
+@pytest.mark.parametrize("said, score", [
+    ("Rating: 5, very informative", "5.00"),
+    ("rating: 2", "2.00"),
+    ("**Rating:** 5", None),
+    ("Rating: 5 or Rating: 4", None),
+])  # fmt: skip
 def test_ratings_are_read_as_the_official_scorer_reads_them(said, score, scored, printed):
     """eval_gpt4.py looks for "rating: N" in lower case and counts 0 unless there is exactly one. A judge that
     writes it otherwise makes every model bad, which has to be seen."""
-    text = printed(*scored({"judge-2/bunny.mmhal.json": replies(said, said)}), "table5")
+    text = printed(*scored("judge-2/bunny.mmhal.json", replies(said, said)), "table5")
     assert re.search(rf"(?m)^  judge-2 +{score or '0.00'} +{score or '0.00'}$", text)
     assert ("2 replies without a single rating count 0" in text) == (score is None)
 
 
 def test_another_judge_than_the_folders_is_named(scored, printed):
     """A server may answer by another model than it was asked for."""
-    both = replies("Rating: 3") + replies("Rating: 3", model="else")
-    text = printed(*scored({"judge-2/bunny.mmhal.json": both}), "table5")
-    assert "bunny.mmhal.json: judged by else, judge-2\n" in text
+    flags = scored("judge-2/bunny.mmhal.json", replies("Rating: 3", "Rating: 3", model="else"))
+    assert "bunny.mmhal.json: judged by else\n" in printed(*flags, "table5")
 
 
 @pytest.mark.parametrize("path, content", [
     ("amber/bunny.txt", "Traceback"),
-    ("judge-2/bunny.objhal.json", {"sentences": []}),
+    ("judge-2/bunny.objhal.json", '{"sentences": []}'),
     ("judge-2/bunny.mmhal.json", replies("Rating: 3")),  # one reply to two answers
-    ("judge-2/bunny.mmhal.json", [{"error": "quota"}] * 2),
+    ("judge-2/bunny.mmhal.json", '[{"error": "quota"}, {"error": "quota"}]'),
 ])  # fmt: skip
 def test_output_that_is_not_its_scorers_is_refused_by_name(path, content, scored, capsys):
     """An empty cell means that nothing was run, so a broken file must not look like one."""
-    assert run_command(reproduce.run, [*scored({path: content}), "table1"]) == 2
+    assert run_command(reproduce.run, [*scored(path, content), "table1"]) == 2
     error = capsys.readouterr().err
     assert f"{Path(path).name}: is not what its scorer writes" in error and error.count("\n") == 1
