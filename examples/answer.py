@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -52,21 +52,19 @@ def read_adapter(adapter):
         return peft.PeftConfig.from_pretrained(adapter)
 
 
-@contextmanager
 def speaking_as(model, number):
-    """Inside, the model has this adapter of `load_tuned`, counted from 0; None: it is the base."""
+    """-> a context: inside, the model has this adapter of `load_tuned`, counted from 0; None: it is the base."""
     if number is not None:
         model.set_adapter(f"adapter_{number}")
     bare = number is None and hasattr(model, "disable_adapter")
-    with model.disable_adapter() if bare else nullcontext():
-        yield
+    return model.disable_adapter() if bare else nullcontext()
 
 
-def system_of(adapters):
-    """The system text that the first of these runs was trained with; "" if none, or if there is no run."""
-    path = Path(*adapters[:1], "args.json")
+def read_run(adapter=None):
+    """What args.json says of the run in this folder; {} if there is none."""
+    path = Path(adapter or "", "args.json")
     with about(f"{path}: cannot be read"):
-        return str(json.loads(path.read_text()).get("system", "")) if adapters and path.is_file() else ""
+        return {**json.loads(path.read_text())} if adapter and path.is_file() else {}
 
 
 def chat_prompt(processor, question, n_images=1, system=""):
@@ -78,9 +76,9 @@ def chat_prompt(processor, question, n_images=1, system=""):
 
 def refuse_image_tokens(processor, text):
     """Raise BadInput if a question holds a token that stands for an image: it would be one too many."""
-    parts, kinds = (processor, getattr(processor, "tokenizer", None)), ("image", "boi", "video")
-    tokens = {getattr(part, f"{kind}_token", None) for part in parts for kind in kinds} - {None}
-    for token in sorted(tokens | {"<image>"}):
+    parts, names = (processor, getattr(processor, "tokenizer", None)), ("image_token", "boi_token", "video_token")
+    tokens = {getattr(part, name, None) for part in parts for name in names}
+    for token in sorted({"<image>", *tokens} - {None}):
         if token in text:
             raise BadInput(f"the question {text!r} holds the image token {token!r}: leave it out")
 
@@ -100,20 +98,19 @@ def generate_answers(model, processor, questions, max_new_tokens=256, batch_size
         inputs = encode(processor, prompts, images).to(model.device, model.dtype)
         options = {"do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
-        tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        answers += [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     return answers
 
 
-def text_of(question):
-    """A question's text; of chat messages, their texts without the system's."""
-    if isinstance(question, str):
-        return question
-    return "\n".join(texts_of([message for message in question if message["role"] != "system"]))
+def text_of(example):
+    """An example's question as text, its earlier turns included, without a system text."""
+    said = [message for message in chat_messages(example.question, 0) if message["role"] != "system"]
+    return "\n".join(texts_of(said))
 
 
-# JSON lines: first what the answers belong to (`identity`), then {"question", "answer"} for each question.
-# A question is (paths of images, or bytes of image files; text or chat messages).
+# A file of answers is JSON lines: what they belong to (`identity`), then {"question", "answer"} for each question.
+# Questions are `Example`s, whose images are paths, or the bytes of image files.
 
 
 def opened(image):
@@ -122,9 +119,9 @@ def opened(image):
 
 def digest(*contents):
     """The SHA-256 of bytes, or of the files with these paths."""
-    sha256 = lambda path: hashlib.file_digest(path.open("rb"), "sha256")
-    each = [hashlib.sha256(content) if isinstance(content, bytes) else sha256(content) for content in contents]
-    return hashlib.sha256(b"".join(one.digest() for one in each)).hexdigest()
+    stream = lambda content: io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")
+    each = [hashlib.file_digest(stream(content), "sha256").digest() for content in contents]
+    return hashlib.sha256(b"".join(each)).hexdigest()
 
 
 def identity(questions, model, adapter=None, **more):
@@ -132,8 +129,8 @@ def identity(questions, model, adapter=None, **more):
     name_of = lambda image: digest(image) if isinstance(image, bytes) else os.path.abspath(image)
     files = sorted(path for pattern in ("*.safetensors", "*.json") for path in Path(model).glob(pattern))
     return {
-        "questions": digest(json.dumps([question for _, question in questions]).encode()),
-        "images": digest(json.dumps([[*map(name_of, images)] for images, _ in questions]).encode()),
+        "questions": digest(json.dumps([one.question for one in questions]).encode()),
+        "images": digest(json.dumps([[*map(name_of, one.images)] for one in questions]).encode()),
         "model": digest(*files) if files else model,
         "adapter": adapter and digest(*sorted(Path(adapter).glob("adapter_*"))),
     } | more
@@ -151,28 +148,23 @@ def answer_all(path, belongs, questions, ask, batch_size=8):
     ask: [(PIL images, question)] -> answers. Answers that the file holds are not asked for again. Raises BadInput if
     the file belongs to anything but `belongs`, an `identity`.
     """
-    path, texts = Path(path), [text_of(question) for _, question in questions]
-    with about(f"{path}: cannot be written to"):
+    path = Path(path)
+    with about(f"{path}: cannot go on"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or not path.stat().st_size:
             path.write_text(json.dumps(belongs) + "\n")
-    with about(f"{path}: cannot go on"):
-        content = path.read_bytes()
-        if b"\n" not in content:
-            raise BadInput("is no file of answers: move it away")
-        head, *lines, cut = content.split(b"\n")  # cut: by a kill in the middle of a line, else empty
-        refuse_others(json.loads(head), belongs)
-        kept = [json.loads(line) for line in lines]
-        if [record["question"] for record in kept] != texts[: len(kept)]:
+        *lines, cut = path.read_bytes().split(b"\n")  # cut: by a kill in the middle of a line, else empty
+        records = [*map(json.loads, lines)]
+        refuse_others(records[0], belongs)
+        answers = [record["answer"] for record in records[1:]]
+        if [record["question"] for record in records[1:]] != [*map(text_of, questions[: len(answers)])]:
             raise BadInput("two commands wrote into it: move it away")
-        answers = [record["answer"] for record in kept]
-        os.truncate(path, len(content) - len(cut))
-    batches = split(questions[len(answers) :], batch_size)
+        os.truncate(path, path.stat().st_size - len(cut))
     with open(path, "a") as file:
-        for batch in tqdm(batches, path.name, leave=False, disable=None):
-            new = ask([([*map(opened, images)], question) for images, question in batch])
-            records = [{"question": text_of(q), "answer": a} for (_, q), a in zip(batch, new, strict=True)]
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        for batch in tqdm(split(questions[len(answers) :], batch_size), path.name, leave=False, disable=None):
+            new = ask([([*map(opened, one.images)], one.question) for one in batch])
+            for one, answer in zip(batch, new, strict=True):
+                file.write(json.dumps({"question": text_of(one), "answer": answer}) + "\n")
             file.flush()
             answers += new
     return answers
@@ -183,16 +175,16 @@ def answer_as(files, name_or_path, questions, max_new_tokens, batch_size=8, devi
 
     loaded: model and processor of `load_tuned`; without, they are read if there is something to ask.
     """
-    adapters = [name for name in files if name]
-    for name in adapters:
-        read_adapter(name)
-    load, system, said = cache(lambda: loaded or load_tuned(name_or_path, adapters, device)), system_of(adapters), {}
+    adapters, said = [name for name in files if name], {}
+    for adapter in adapters:
+        read_adapter(adapter)
+    load = cache(lambda: loaded or load_tuned(name_or_path, adapters, device))
+    system = read_run(*adapters[:1]).get("system", "")
     for name, file in files.items():
-        number = adapters.index(name) if name else None
 
-        def ask(batch, number=number):
+        def ask(batch, name=name):
             model, processor = load()
-            with speaking_as(model, number):
+            with speaking_as(model, adapters.index(name) if name else None):
                 return generate_answers(model, processor, batch, max_new_tokens, batch_size, system)
 
         belongs = identity(questions, name_or_path, name, max_new_tokens=max_new_tokens, system=system)
@@ -221,7 +213,7 @@ def read_answers(path, questions):
             refuse_others(records.pop(0), {name: belongs[name] for name in ("questions", "images")})
         if len(records) != len(questions):
             raise BadInput(f"holds {len(records)} answers to {len(questions)} questions")
-        for number, (record, (_, question)) in enumerate(zip(records, questions), 1):
+        for number, (record, question) in enumerate(zip(records, questions), 1):
             answer = first(record, fields)
             if not isinstance(answer, str):
                 raise BadInput(f"answer {number} has no text in a field {' or '.join(fields)}")
@@ -251,7 +243,7 @@ def run(argv):
     for question in args.question:
         refuse_image_tokens(processor, question)
     model, processor = load_tuned(args.model, args.adapter, args.device)
-    names, system = ["base", *args.adapter], system_of(args.adapter)
+    names, system = ["base", *args.adapter], read_run(*args.adapter[:1]).get("system", "")
     for question in args.question:
         if len(args.question) > 1:
             print(question)

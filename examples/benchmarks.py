@@ -10,9 +10,6 @@ free of hallucination. Nothing is fetched: MMHal's questions hold URLs, so downl
 first word is yes or no, it becomes Yes or No for POPE and AMBER's discriminative questions. Any other is written as it
 is: AMBER's scorer counts it as wrong, POPE's as yes, unless its first sentence has a no or a not.
 AMBER's script rounds before it computes F1, so its last digit may differ from the one printed here.
-
-The public scripts of prior work decode at temperature 0 (LLaVA-RLHF's for MMHal-Bench), or at temperature 0 with
-three beams and 1,024 new tokens (those based on RLAIF-V's `muffin_vqa.py`).
 """
 
 import base64
@@ -25,59 +22,32 @@ from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, about, find_images, forbidden, parse_record, run_command, shown
+from data import BadInput, Example, about, find_images, forbidden, parse_record, run_command, shown
 from examples.answer import answer_as, make_parser, opened, read_items, refuse_image_tokens
 from train import load_processor, replacing, whole
 
-# A benchmark is a function: number, item of its file, image folder, answer -> image, question, the record that its
-# scorer reads. The image is the path of a file, or a file in base64.
-
-
-def local(name, folder):
-    """The image of this name in the folder -> its path. Raises BadInput."""
-    return Path(find_images(text_of(name, "image"), [Path(folder or ".")])[0])
-
-
-def amber(number, item, images, answer):
-    """query_generative.json: AMBER's inference.py reads `id` and `response`."""
-    if item["id"] > 1004:
-        raise BadInput(f"question {item['id']} is discriminative: answer it by amber-discriminative")
-    return local(item["image"], images), item["query"], {"id": item["id"], "response": answer}
-
-
-def amber_discriminative(number, item, images, answer):
-    """query_discriminative*.json."""
-    return local(item["image"], images), item["query"], {"id": item["id"], "response": yes_or_no(answer)}
-
-
-def pope(number, item, images, answer):
-    """coco_pope_*.json, JSON lines with labels: POPE's evaluate.py reads the answers by order."""
-    return local(item["image"], images), item["text"], {"question": item["text"], "answer": yes_or_no(answer)}
+# What a benchmark's file calls its images and questions, and the record that its scorer reads: a function of the
+# question's number, its item in the file and the answer.
+AMBER = ("image", "query", lambda number, item, answer: {"id": item["id"], "response": answer})
+BENCHMARKS = {
+    # query_generative.json or query_discriminative*.json; AMBER's inference.py
+    "amber": AMBER,
+    "amber-discriminative": AMBER,
+    # coco_pope_*.json, JSON lines with labels; POPE's evaluate.py reads the answers by order
+    "pope": ("image", "text", lambda number, item, answer: {"question": item["text"], "answer": answer}),
+    # response_template.json, whose images are URLs; MMHal's eval_gpt4.py
+    "mmhal": ("image_src", "question", lambda number, item, answer: item | {"model_answer": answer}),
+    # JSON lines, images in base64; RLAIF-V's eval_gpt_obj_halbench.py
+    "objhal": ("image", "question", lambda number, item, answer: {
+        "question_id": number, "image_id": item["image_id"], "prompt": item["question"], "text": answer,
+        "model_id": "mdpo"}),
+}  # fmt: skip
+YES_NO, LINES = ("amber-discriminative", "pope"), ("objhal", "pope")  # answers are Yes or No; written as JSON lines
 
 
 def yes_or_no(answer):
     word = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
     return word[1].capitalize() if word else answer
-
-
-def mmhal(number, item, images, answer):
-    """response_template.json, which MMHal's eval_gpt4.py reads with `model_answer` filled.
-
-    Its images are URLs: they are looked up in the folder of images by their last part.
-    """
-    url = text_of(item["image_src"], "image_src")
-    image = local(url.rpartition("/")[2], images) if images else url
-    return image, item["question"], item | {"model_answer": answer}
-
-
-def objhal(number, item, images, answer):
-    """JSON lines, images in base64. RLAIF-V's eval_gpt_obj_halbench.py reads `image_id`, `prompt`, `text`."""
-    record = {"question_id": number, "image_id": item["image_id"], "prompt": item["question"], "text": answer}
-    return item["image"], item["question"], record | {"model_id": "mdpo"}
-
-
-BENCHMARKS = {"amber": amber, "amber-discriminative": amber_discriminative, "pope": pope, "mmhal": mmhal}
-BENCHMARKS |= {"objhal": objhal}
 
 
 def text_of(value, name):
@@ -107,26 +77,35 @@ def report(answers, truths, positive):
     print(", ".join(f"{name} {100 * value:.1f}" for name, value in values.items()))
 
 
+def find_image(name, value, folder):
+    """Base64 -> bytes; a name, or the last part of MMHal's URL -> the path of this file in the folder."""
+    if "://" in value and not (name == "mmhal" and folder):
+        raise BadInput(f"its image is an address, {value}: download all, and give --images")
+    if name == "objhal":
+        return base64.b64decode(value)
+    return find_images(value.rpartition("/")[2] if name == "mmhal" else value, [Path(folder or ".")])[0]
+
+
 def read_questions(name, path, folder, processor=None):
-    """The items of a benchmark's file, and [([path or bytes of an image], question)], checked as data are.
+    """The items of a benchmark's file, and an `Example` for each, checked as data are.
 
     Raises BadInput that lists the questions that cannot be asked.
     """
     items, questions, problems, marks = read_items(path), [], [], forbidden(processor)
+    of_image, of_text, make_record = BENCHMARKS[name]
     check_image = cache(lambda image: opened(image).size)
     for number, item in enumerate(items, 1):
         try:
             with about(f"question {number} of {name}"):
-                image, text, _ = BENCHMARKS[name](number, item, folder, "")
-                record = {"prompt": text_of(text, "question"), "chosen": "Yes.", "rejected": "No."}
-                parse_record(record, "", "", None, marks)
+                image, text = text_of(item[of_image], of_image), text_of(item[of_text], "question")
+                make_record(number, item, "")
+                parse_record({"prompt": text, "chosen": "Yes.", "rejected": "No."}, "", "", None, marks)
                 refuse_image_tokens(processor, text)
-                if not isinstance(image, Path):
-                    if "://" in text_of(image, "image"):
-                        raise BadInput(f"its image is an address, {image}: download all, and give --images")
-                    image = base64.b64decode(image)
+                if name == "amber" and item["id"] > 1004:
+                    raise BadInput(f"question {item['id']} is discriminative: answer it by amber-discriminative")
+                image = find_image(name, image, folder)
                 check_image(image)
-                questions.append(([image], text))
+                questions.append(Example(text, "", "", (image,), id=str(item.get("id", number))))
         except BadInput as error:
             problems.append(str(error))
     if problems or not items:
@@ -161,26 +140,25 @@ def run(argv):
     add("--max-new-tokens", type=whole, default=512)
     add("--batch-size", type=whole, default=8)
     args = parser.parse_args(argv)
-    to, apply, truths = Path(args.to), BENCHMARKS[args.benchmark], []
+    to, name, truths = Path(args.to), args.benchmark, []
     if os.path.lexists(to):
         raise BadInput(f"{to}: already exists")
-    processor = load_processor(args.model)
-    items, questions = read_questions(args.benchmark, args.questions, args.images, processor)
-    if apply in (pope, amber_discriminative):
+    items, questions = read_questions(name, args.questions, args.images, load_processor(args.model))
+    if name in YES_NO:
         with about(f"{args.annotations or args.questions}: no annotations for these questions"):
             truths = read_truths(items, args.annotations)
     partial, limits = f"{to}.partial", (args.max_new_tokens, args.batch_size)
     answers = answer_as({args.adapter: partial}, args.model, questions, *limits, args.device)[args.adapter]
-    records = [apply(i, item, args.images, answer)[2] for i, (item, answer) in enumerate(zip(items, answers))]
+    given = [*map(yes_or_no, answers)] if name in YES_NO else answers
+    records = [BENCHMARKS[name][2](*record) for record in zip(range(len(items)), items, given)]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     with replacing(to.parent) as new:
-        (new / to.name).write_text(lines if apply in (objhal, pope) else json.dumps(records, indent=1))
+        (new / to.name).write_text(lines if name in LINES else json.dumps(records, indent=1))
     os.remove(partial)
     words = statistics.mean(len(answer.split()) for answer in answers)  # short answers hallucinate less
     print(f"{to}: {len(answers)} answers, {words:.1f} words on average, {answers.count('')} empty")
-    if apply in (pope, amber_discriminative):
-        given = [record.get("answer", record.get("response")) for record in records]
-        report(given, truths, "yes" if apply is pope else "no")
+    if name in YES_NO:
+        report(given, truths, "yes" if name == "pope" else "no")
     return 0
 
 

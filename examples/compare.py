@@ -22,7 +22,7 @@ from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Example, about, read_examples, run_command
+from data import BadInput, about, read_examples, run_command
 from examples import answer, benchmarks, evaluate
 from train import Parser, load_processor, whole
 
@@ -32,9 +32,7 @@ def read_questions(args, processor):
     if not args.benchmark:
         options = {"with_images": not args.no_image, "processor": processor, "limit": args.limit}
         return read_examples(args.data, args.images, skip_bad=True, **options)
-    items, asked = benchmarks.read_questions(args.benchmark, args.data, args.images, processor)
-    ids = [str(item.get("id", number)) for number, item in enumerate(items, 1)]
-    questions = [Example(text, "", "", (*images,), id=id) for id, (images, text) in zip(ids, asked)]
+    _, questions = benchmarks.read_questions(args.benchmark, args.data, args.images, processor)
     sample = random.Random(0).sample(range(len(questions)), min(args.limit or sys.maxsize, len(questions)))
     return [questions[number] for number in sorted(sample)]
 
@@ -61,7 +59,7 @@ def make_page(questions, said, blind=False):
     numbers, items, rng = {image: n for n, image in enumerate(uris)}, [], random.Random(json.dumps(said))
     for number, question in enumerate(questions):
         images = [numbers[image] for image in question.images]
-        asked = {"id": question.id, "question": answer.text_of(question.question), "images": images}
+        asked = {"id": question.id, "question": answer.text_of(question), "images": images}
         for names in combinations(said, 2) if blind else [tuple(said)]:
             shown = rng.sample(names, 2) if blind else names
             texts = [said[name][number] for name in shown]
@@ -114,29 +112,27 @@ def run(argv):
     text = "two or more of: base, a run's folder, a file of answers"
     parser = evaluate.make_parser(__doc__, needs_model=False, nargs="+", help=text)
     add = parser.add_argument
-    add(
-        "--benchmark", choices=benchmarks.BENCHMARKS, help="whose questions FILE holds; without: pairs as for training"
-    )
+    add("--benchmark", choices=benchmarks.BENCHMARKS, help="whose questions FILE holds; without: pairs")
     add("--answers", metavar="DIR", help="where answers are kept as they come (default: PAGE-answers)")
     add("--max-new-tokens", type=whole, default=256, help="of an answer (default: 256)")
     add("--batch-size", type=whole, default=8, help="questions at a time (default: 8)")
     add("--blind", action="store_true", help="hide the names, and take votes")
     add("--to", required=True, metavar="PAGE", help="the page to write, .html")
     args = parser.parse_args(argv)
-    files = [name for name in args.adapter if name != "base" and Path(name).is_file()]
-    models = [None if name == "base" else name for name in args.adapter if name not in files]
-    if len({*args.adapter}) < max(2, len(args.adapter)):
+    names = [None if name == "base" else name for name in args.adapter]
+    files = [name for name in names if name and Path(name).is_file()]
+    models = [name for name in names if name not in files]
+    if len({*names}) < max(2, len(names)):
         raise BadInput(f"--adapter takes {text}, all different")
     if models and not args.model:
         raise BadInput("--model is needed: whose answers?")
     if Path(args.to).exists():
         raise BadInput(f"{args.to}: already exists")
     questions = read_questions(args, load_processor(args.model) if models else None)
-    asked = [(question.images, question.question) for question in questions]
-    said = {file: answer.read_answers(file, asked) for file in files}
+    said = {file: answer.read_answers(file, questions) for file in files}
     kept = answer.files_in(args.answers or f"{args.to.removesuffix('.html')}-answers", models)
-    said |= answer.answer_as(kept, args.model, asked, args.max_new_tokens, args.batch_size, args.device)
-    said = {name: said[None if name == "base" else name] for name in args.adapter}  # in the order of the command
+    said |= answer.answer_as(kept, args.model, questions, args.max_new_tokens, args.batch_size, args.device)
+    said = {name or "base": said[name] for name in names}  # in the order of the command
     Path(args.to).write_text(make_page(questions, said, args.blind), "utf-8")
     n_equal = sum(len({*answers}) == 1 for answers in zip(*said.values()))
     print(f"{args.to}: {len(questions)} questions, {n_equal} of them with equal answers")

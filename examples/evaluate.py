@@ -12,12 +12,12 @@ when the image is taken away; what is left was learned from the words alone. Int
 means.
 """
 
-import json
 import math
 import os
 import re
 import statistics
 import sys
+from argparse import Namespace
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -27,14 +27,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import SCORED, Pairs, about, make_batch, open_image, read_examples, run_command
+from data import SCORED, Pairs, about, make_batch, read_examples, run_command
 from examples import answer, variants
 from mdpo import mdpo_loss, mdpo_step
 
 LEVEL = 0.95  # of the intervals
-# What scoring takes of a run, as flags of train.py.
-VALUES = ("beta", "delta", "anchors", "reject", "crop", "seed", "max_length", "max_pixels")
-SWITCHES = ("no_image", "no_conditional")
+# What scoring takes of a run.
+VALUES = "beta delta anchors reject crop seed max_length max_pixels no_image no_conditional loss".split()
 MARGINS = {"image": "margin, image", "no_image": "margin, no image", "other_image": "margin, other image"}
 REFUSAL = re.compile(
     r"\b(there (is|are) (no|not)|there (isn't|aren't)|(is|are) not (visible|shown|depicted|present)|"
@@ -45,14 +44,11 @@ REFUSAL = re.compile(
 
 
 @torch.no_grad()
-def score(objective, processor, pair_of, indices, names, batch_size=8, max_length=2048):
-    """-> {metric of the objective, a partial `mdpo_step`: a float for each index}.
-
-    pair_of: index -> `Example` with its images. names: of `make_batch`.
-    """
+def score(objective, processor, pairs, names, batch_size=8, max_length=2048):
+    """-> {metric of the objective, a partial `mdpo_step`: a float for each of the `Pairs`}. names: of `make_batch`"""
     metrics = defaultdict(list)
-    for some in tqdm(train.split(indices, batch_size), leave=False, disable=None):
-        batch = make_batch([pair_of(i) for i in some], processor, names, max_length)
+    for some in tqdm(train.split(range(len(pairs)), batch_size), leave=False, disable=None):
+        batch = make_batch([pairs["held out", i] for i in some], processor, names, max_length)
         for name, values in objective(batch)[1].items():
             metrics[name] += values.tolist()
     return metrics
@@ -67,10 +63,10 @@ def score_margins(model, processor, examples, beta=0.1, batch_size=8):
     }
     objective, margins = partial(mdpo_step, model, beta=beta, conditional=False, anchors=()), {}
     for name, paths in shown.items():
-        pair_of = lambda i: examples[i]._replace(images=tuple(map(open_image, paths[i])), images_rejected=())
-        indices = [i for i in range(len(examples)) if paths[i] is not None]
+        pairs = zip(examples, paths)
+        pairs = [one._replace(images=images, images_rejected=()) for one, images in pairs if images is not None]
         options = ("chosen", "rejected"), batch_size, sys.maxsize
-        margins[name] = score(objective, processor, pair_of, indices, *options)["rewards/margins"]
+        margins[name] = score(objective, processor, Pairs(pairs), *options)["rewards/margins"]
     return margins
 
 
@@ -91,8 +87,8 @@ def diagnose(margins):
 def bootstrap(values, resamples=2000, seed=0):
     """Percentile interval of the mean, at LEVEL -> [low, high]."""
     generator, values = torch.Generator().manual_seed(seed), torch.tensor(values, dtype=torch.float64)
-    draws = (torch.randint(len(values), values.shape, generator=generator) for _ in range(resamples))
-    means = torch.stack([values[draw].mean() for draw in draws])
+    draws = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    means = values[draws].mean(1)
     return means.quantile(means.new_tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2])).tolist()
 
 
@@ -116,52 +112,33 @@ def make_parser(doc, needs_adapter=True, **adapter):
 
 
 def read_run(adapter):
-    """A run's arguments, as train.py reads them, and its loss. Without args.json: train.py's defaults."""
-    began, flags, path = {}, [], Path(adapter or "", "args.json")
-    with about(f"{path}: cannot be read"):
-        if adapter and path.is_file():
-            began = json.loads(path.read_text())
-        began["no_conditional"] = began.get("no_conditional") or began.get("conditional") is False
-        for name in (*VALUES, *SWITCHES):
-            flag, value = f"--{name.replace('_', '-')}", began.get(name)
-            if name in SWITCHES:
-                flags += [flag] * bool(value)
-            elif value is not None:
-                flags += [flag, *value] if isinstance(value, list) else [f"{flag}={value}"]
-        trained = train.parse_args(["--model", "?", "--data", "?", *map(str, flags)])
-    trained.loss = began.get("loss", "mdpo_loss")
-    return trained
+    """A run's arguments, and its loss. What its args.json does not say has train.py's default."""
+    defaults = vars(train.parse_args(["--model", "?", "--data", "?"])) | {"loss": "mdpo_loss"}
+    return Namespace(**defaults | answer.read_run(adapter))
 
 
 def load(args):
     """-> what the first run was trained with, examples, `Pairs`, model with its adapters, processor."""
     trained = read_run(args.adapter[0] if isinstance(args.adapter, list) else args.adapter)
     args.no_image |= trained.no_image
-    options = {"limit": args.limit, "with_images": not args.no_image, "max_length": trained.max_length}
-    options["max_pixels"] = trained.max_pixels
     processor = train.load_processor(args.model)
-    examples = read_examples(args.data, args.images, processor=processor, skip_bad=True, **options)
+    options = {"limit": args.limit, "with_images": not args.no_image, "processor": processor, "skip_bad": True}
+    options |= {"max_length": trained.max_length, "max_pixels": trained.max_pixels}
+    examples = read_examples(args.data, args.images, **options)
     pairs = Pairs(examples, trained.reject, trained.crop, trained.seed, max_pixels=trained.max_pixels)
     return trained, examples, pairs, *answer.load_tuned(args.model, args.adapter, args.device)
 
 
-def print_line(title, values, note=""):
-    if not values:
-        print(f"  {title:26}        n/a")
-        return
-    low, high = bootstrap(values)
-    print(f"  {title:26} {statistics.fmean(values):10.4f} {low:11.4f} to {high:7.4f}   {note}".rstrip())
-
-
-def print_metrics(metrics, shares={}):
-    """A line for each metric. shares: of `diagnose`, what is left of a margin without its image."""
-    shares = {MARGINS[name]: shares.get(f"{name}_share", math.nan) for name in MARGINS}
+def print_metrics(metrics, notes={}):
+    """A line for each metric. notes: what stands behind the intervals of some."""
     n_examples = max(map(len, metrics.values()))
     for title, values in metrics.items():
-        share = shares.get(title, math.nan)
-        note = "" if math.isnan(share) else f"{share:.1%} of the first"
-        note += f" ({len(values)} examples)" * (0 < len(values) < n_examples)
-        print_line(title, values, note)
+        if not values:
+            print(f"  {title:26}        n/a")
+            continue
+        low, high = bootstrap(values)
+        note = notes.get(title, "") + f" ({len(values)} examples)" * (len(values) < n_examples)
+        print(f"  {title:26} {statistics.fmean(values):10.4f} {low:11.4f} to {high:7.4f}   {note}".rstrip())
 
 
 def measure(answers):
@@ -178,19 +155,17 @@ def run(argv):
     trained, examples, pairs, model, processor = load(args)
     for adapter in args.adapter[1:]:
         other = vars(read_run(adapter))
-        if differ := [name for name in (*VALUES, *SWITCHES, "loss") if other[name] != vars(trained)[name]]:
+        if differ := [name for name in VALUES if other[name] != vars(trained)[name]]:
             print(f"{adapter}: trained with other {', '.join(differ)}; scored as {args.adapter[0]} is")
     names, anchors, conditional = tuple(SCORED), set(trained.anchors) - {"none"}, trained.conditional
     if args.no_image:  # less the terms that need a rejected image
         names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False
     options = {"beta": trained.beta, "delta": trained.delta, "conditional": conditional, "anchors": anchors}
     losses = {f.__qualname__: f for f, _ in [(mdpo_loss, ()), *variants.VARIANTS.values()]}
-    pair_of = lambda i: pairs["held out", i]
     said = {}
     if args.answers:
-        questions = [(example.images, example.question) for example in examples]
         files = answer.files_in(args.answers, [None, *args.adapter])
-        said = answer.answer_as(files, args.model, questions, args.max_new_tokens, loaded=(model, processor))
+        said = answer.answer_as(files, args.model, examples, args.max_new_tokens, loaded=(model, processor))
     print(f"{len(examples)} examples: means, and bootstrap intervals of level {LEVEL:.0%}")
     metrics = {name: measure(answers) for name, answers in said.items()}
     if said:
@@ -200,23 +175,25 @@ def run(argv):
         with answer.speaking_as(model, number):
             with about(f"the run's loss, {trained.loss} of mdpo.py or variants.py"):
                 objective = partial(mdpo_step, model, loss=losses[trained.loss], **options)
-                indices, max_length = range(len(pairs)), trained.max_length
-                scores = score(objective, processor, pair_of, indices, names, max_length=max_length)
+                scores = score(objective, processor, pairs, names, max_length=trained.max_length)
             margins = score_margins(model, processor, examples, trained.beta)
         scores |= {MARGINS[kind]: values for kind, values in margins.items()}
         metrics[name] = scores | metrics.get(name, {})
         if len(args.adapter) > 1 or said:
             print(name)
-        print_metrics(metrics[name], diagnose(margins))
+        left = {MARGINS[kind]: diagnose(margins)[f"{kind}_share"] for kind in ("no_image", "other_image")}
+        notes = {title: f"{share:.1%} of the first" for title, share in left.items() if not math.isnan(share)}
+        print_metrics(metrics[name], notes)
     first, *others = args.adapter
     for name, other in [(name, None) for name in args.adapter if said] + [(name, first) for name in others]:
         print(f"{name} minus {other or 'base'}")
+        differences = {}
         for title in filter(metrics[other].__contains__, metrics[name]):
             values = zip(metrics[name][title], metrics[other][title], strict=True)
-            print_line(title, [a - b for a, b in values])
+            differences[title] = [a - b for a, b in values]
         if said:
-            equal = [float(a == b) for a, b in zip(said[name], said[other], strict=True)]
-            print_line("answers, equal", equal, "of all, no difference")
+            differences["answers, equal"] = [float(a == b) for a, b in zip(said[name], said[other], strict=True)]
+        print_metrics(differences, {"answers, equal": "of all, no difference"})
     return 0
 
 

@@ -2,9 +2,9 @@
 
     python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
 
-Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder is made under a
-name of its own, merged.*.tmp, beside its place. It gets its name only after it was loaded again and compared with base
-and adapter. If anything stops the merge before that, it is removed.
+Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder gets its name
+only after it was loaded again and compared with base and adapter. If anything stops the merge before that, it is
+removed.
 
 The folder holds the base's own processor files. If torchvision is installed, the library takes another image
 processor for them, whose pixels may be a grey level apart. The one of training:
@@ -15,59 +15,34 @@ import os
 import signal
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import transformers
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Example, about, make_batch, run_command
+from data import BadInput, Example, make_batch, run_command
 from examples.answer import generate_answers, load_tuned, read_adapter
 from mdpo import response_logps
-from train import UMASK, Parser, load_processor, read_config, save_processor
+from train import Parser, load_processor, read_config, replacing, save_processor
 
 MOST_OFF = 0.01  # nats a response: in float32 the merge only adds in another order
 QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is it?", "Is there a person?")
 
 
-def merge_into(folder, adapter, base):
-    """Merge, save, load again, compare -> a line for each model that was compared. Raises BadInput if one is wrong."""
+@torch.no_grad()
+def measure(model, processor):
+    """-> log-probabilities of responses, and answers, about a picture."""
     images = (Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB"),)
     pairs = [Example(text, "I cannot tell from this picture.", "No.", images, images) for text in QUESTIONS]
+    logps = torch.cat(response_logps(model, make_batch(pairs, processor)))
+    return logps, generate_answers(model, processor, [(images, question) for question in QUESTIONS], 40)
 
-    def measure(model, processor):
-        with torch.no_grad():
-            logps = torch.cat(response_logps(model, make_batch(pairs, processor)))
-        return logps, generate_answers(model, processor, [(images, question) for question in QUESTIONS], 40)
 
-    model, processor = load_tuned(base, adapter, "cpu")
-    config = ((whole := read_config(base)).get("text_config") or {}) | {k: v for k, v in whole.items() if v}
-    dtype = getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
-    expected, answers = measure(model.eval(), processor)
-    merged = model.merge_and_unload(safe_merge=True)
-    exact, exact_answers = measure(merged, processor)
-    off = (exact - expected).abs().max()
-    if not off < MOST_OFF:
-        raise BadInput(f"{adapter}: the merge is wrong, and not saved: {off:.1e} nats off base + adapter")
-    with about(f"{folder.name}: cannot be written and loaded again"):
-        # Under its original names a Bunny could not be read again by the library.
-        merged.to(dtype).save_pretrained(folder, save_original_format=False)
-        save_processor(processor, folder)
-        for file in filter(Path.is_file, folder.rglob("*")):
-            file.chmod(0o666 & ~UMASK)  # safetensors writes for its user alone
-        again = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    if wrong := different_weights(merged, again):
-        raise BadInput(f"{folder.name}: removed, {len(wrong)} weights are not read back, such as {wrong[0]}")
-    saved, saved_answers = measure(again, load_processor(str(folder)))
-
-    lines = []
-    results = ("merged in float32", exact, exact_answers), (f"as saved, {dtype}", saved, saved_answers)
-    for name, logps, given in results:
-        same = sum(a == b for a, b in zip(answers, given))
-        apart = f"within {(logps - expected).abs().max():.1e} nats"
-        lines.append(f"  {name + ':':28} log-probs {apart}, {same} of {len(answers)} answers the same")
-    return lines
+def dtype_of(config):
+    """The dtype of a base, or of its text model if its config.json has none."""
+    config = (config.get("text_config") or {}) | {name: value for name, value in config.items() if value}
+    return getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def different_weights(merged, again):
@@ -89,13 +64,27 @@ def run(argv):
     base = args.model or read_adapter(args.adapter).base_model_name_or_path
     if base is None:
         raise BadInput(f"{args.adapter}: names no base model, --model has to")
-    with about(f"{to}: cannot be made"):
-        own = TemporaryDirectory(".tmp", f"{to.name}.", to.parent)  # on the disk of `to`: renamed at the end
-    with own as folder:
-        lines = merge_into(Path(folder, to.name), args.adapter, base)
-        with about(f"{to}: cannot be made"):
-            Path(folder, to.name).rename(to)
-    print(f"{to}: merged, saved and loaded again; against base + adapter in float32", *lines, sep="\n")
+    model, processor = load_tuned(base, args.adapter, "cpu")
+    expected, answers = measure(model.eval(), processor)
+    merged, dtype = model.merge_and_unload(safe_merge=True), dtype_of(read_config(base))
+    exact = measure(merged, processor)
+    off = (exact[0] - expected).abs().max()
+    if not off < MOST_OFF:
+        raise BadInput(f"{args.adapter}: the merge is wrong, and not saved: {off:.1e} nats off base + adapter")
+    with replacing(to.parent) as new:
+        folder = new / to.name
+        # Under its original names a Bunny could not be read again by the library.
+        merged.to(dtype).save_pretrained(folder, save_original_format=False)
+        save_processor(processor, folder)
+        again = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        if wrong := different_weights(merged, again):
+            raise BadInput(f"{to.name}: removed, {len(wrong)} weights are not read back, such as {wrong[0]}")
+        saved = measure(again, load_processor(str(folder)))
+    print(f"{to}: merged, saved and loaded again; against base + adapter in float32")
+    for name, (logps, given) in ("merged in float32", exact), (f"as saved, {dtype}", saved):
+        same = sum(a == b for a, b in zip(answers, given))
+        apart = f"within {(logps - expected).abs().max():.1e} nats"
+        print(f"  {name + ':':28} log-probs {apart}, {same} of {len(answers)} answers the same")
     return 0
 
 

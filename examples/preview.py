@@ -29,7 +29,7 @@ TITLES = dict(zip(data.SCORED, ("y_w with m_w", "y_l with m_w", "y_w with m_l"))
 BRACKETS, GREEN = ("[", "]"), ("\033[32m", "\033[0m")
 PANELS = {"crop 1-20%": ("crop", data.CROP), "crop 20-50%": ("crop", (0.2, 0.5))}  # --reject and --crop
 PANELS |= {name: (name, data.CROP) for name in ("random", "moco")}
-WIDTH, HEIGHT, GAP, TEXT_HEIGHT = 240, 180, 10, 120  # of a panel, between panels, of the texts below
+WIDTH, HEIGHT, GAP = 240, 180, 10  # of a panel, between panels
 
 
 def show_rows(processor, pair, names, max_length, marks=BRACKETS):
@@ -70,28 +70,22 @@ def unlike_generation(processor, pair):
 
 def contact_sheet(args, pairs, keys):
     """`Pairs` of a run and (epoch, index) of examples -> one image, a row each, of its first image if any."""
-    font, row_height = ImageFont.load_default(14), 20 + HEIGHT + TEXT_HEIGHT
-    size = (2 + len(PANELS)) * (WIDTH + GAP) + GAP, len(keys) * row_height + GAP
-    draw = ImageDraw.Draw(sheet := Image.new("RGB", size, "white"))
     bare = [example._replace(images_rejected=()) for example in pairs.examples]  # not the records' own
     made_by = {"m_l of this run": pairs}
     for title, (strategy, crop) in PANELS.items():
         with suppress(BadInput):  # there is no second image
             made_by[title] = Pairs(bare, strategy, crop, args.seed, max_pixels=args.max_pixels)
-    for top, pair in zip(range(GAP, size[1], row_height), map(pairs.__getitem__, keys)):
-        panels = {title: strategy[pair.key].images_rejected for title, strategy in made_by.items()}
-        panels["m_w"] = pair.images
-        for left, title in zip(range(GAP, size[0], WIDTH + GAP), ("m_w", "m_l of this run", *PANELS)):
-            draw.text((left, top), title if pair.images else "", "black", font)
-            if title not in panels:
-                draw.text((left, top + 40), "needs a second image", "grey", font)
-            for panel in panels.get(title, ())[:1]:
-                panel = ImageOps.contain(panel, (WIDTH - 2, HEIGHT - 2))
-                sheet.paste(ImageOps.expand(panel, 1, "grey"), (left, top + 20))
-        said = [message for message in chat_messages(pair.question, 0) if message["role"] != "system"]
-        texts = [f"q: {' / '.join(data.texts_of(said))}", f"y_w: {pair.chosen}", f"y_l: {pair.rejected}"]
-        lines = [line for text in texts for line in textwrap.wrap(text, 200, max_lines=2, placeholder=" ...")]
-        draw.multiline_text((GAP, top + 24 + HEIGHT), "\n".join(lines), "black", font)
+    font, step, row_height = ImageFont.load_default(14), WIDTH + GAP, 20 + HEIGHT + GAP
+    sheet = Image.new("RGB", (GAP + (1 + len(made_by)) * step, GAP + len(keys) * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for top, key in zip(range(GAP, sheet.height, row_height), keys):
+        panels = {"m_w": pairs[key].images}
+        panels |= {title: strategy[key].images_rejected for title, strategy in made_by.items()}
+        for left, (title, images) in zip(range(GAP, sheet.width, step), panels.items()):
+            for image in images[:1]:
+                draw.text((left, top), title, "black", font)
+                image = ImageOps.contain(image, (WIDTH - 2, HEIGHT - 2))
+                sheet.paste(ImageOps.expand(image, 1, "grey"), (left, top + 20))
     return sheet
 
 

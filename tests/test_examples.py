@@ -22,11 +22,9 @@ import weakref
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import peft
 import pytest
-import safetensors.torch
 import torch
 import transformers
 from PIL import Image, ImageChops, ImageStat
@@ -64,6 +62,7 @@ from examples import (
 from examples.answer import generate_answers
 from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps, sequence_logps
 from test_mdpo import (
+    CONVERSATION,
     PAIRS,
     POLICY,
     REF,
@@ -890,40 +889,31 @@ def test_methods_of_the_study_are_the_readmes():
     assert len([f for f in ran.values() if f is not None]) == 9 and miniature.METHODS["mDPO"] == ""
 
 
-CONVERSATIONS = {  # of two images in the last; no template of these families refuses a system message
-    "question": [("user", 1, "What is in it?")],
-    "system": [("system", 0, "Be brief."), ("user", 1, "What is in it?")],
-    "turns": [("user", 1, "Which?"), ("assistant", 0, "A red one."), ("user", 1, "And this?")],
-    "all": [("system", 0, "Be brief."), ("user", 2, "Which?"), ("assistant", 0, "It."), ("user", 0, "Why?")],
-}
-
-
 # The template of LLaVA-OneVision writes another white space before an answer than for one to come.
 IN_TRAINING = {"llava_onevision": ("<|im_start|>assistant\n", "<|im_start|>assistant \n")}
 
 
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", ["bunny", "llava", *families.FAMILIES])
-def test_a_model_is_asked_as_it_was_trained(name, conversation, request):
+def test_a_model_is_asked_as_it_was_trained(name, request):
     """In other words than those of training, another model is asked. What answer.py gives the model is the
     beginning of the row, as text: tokens may merge where an answer begins."""
     if name in families.FAMILIES:
         _, processor = families.FAMILIES[name]()
     else:
         processor = train.load_processor(str(request.getfixturevalue(name)))
-    question = [{"role": role, "content": [{"type": "image"}] * n + [{"type": "text", "text": text}]}
-                for role, n, text in CONVERSATIONS[conversation]]  # fmt: skip
-    images = [noise(i) for i in range(sum(n for _, n, _ in CONVERSATIONS[conversation]))]
-    batch = make_batch([pair(question, "There is one.", "No.", images, images)], processor)
-    row = batch.inputs["input_ids"][0]
-    prompt = answering.chat_prompt(processor, question, len(images))
-    (asked_with,) = data.encode(processor, [prompt], [images])["input_ids"]
-    row, asked_with = (processor.tokenizer.decode(ids) for ids in (row, asked_with))
     written, in_training = IN_TRAINING.get(name, ("", ""))
-    assert asked_with.endswith(written)
-    before = asked_with.removesuffix(written) + in_training
-    assert row.startswith(before)
-    assert re.fullmatch(r" ?There is one\.<\S+>", row.removeprefix(before))
+    system, _, answer, _ = CONVERSATION
+    turns = [system, *asked("Which?", 2), answer, *asked("Why?", 0)]
+    for question, images in (asked("What is in it?"), [noise(1)]), (turns, [noise(1), noise(2)]):
+        batch = make_batch([pair(question, "There is one.", "No.", images, images)], processor)
+        prompt = answering.chat_prompt(processor, question, len(images))
+        (asked_with,) = processor.tokenizer.batch_decode(
+            data.encode(processor, [prompt], [images])["input_ids"]
+        )
+        before = asked_with.removesuffix(written) + in_training
+        row = processor.tokenizer.decode(batch.inputs["input_ids"][0])
+        assert asked_with.endswith(written) and row.startswith(before)
+        assert re.fullmatch(r" ?There is one\.<\S+>", row.removeprefix(before))
 
 
 def test_a_template_that_takes_text_and_no_parts_is_asked(bunny):
@@ -940,541 +930,14 @@ def test_answers_do_not_depend_on_the_batch(loaded):
     together = generate_answers(model, processor, questions, 8)
     assert not model.training  # under checkpointing, one in training mode forgets its cache
     assert together == [generate_answers(model, processor, [question], 8)[0] for question in questions]
-    assert (
-        together == generate_answers(model, processor, questions, 8, batch_size=2) and len(set(together)) == 3
-    )
+    assert together == generate_answers(model, processor, questions, 8, batch_size=2)
+    assert len(set(together)) == 3
     assert not any(text in answer for (_, text), answer in zip(questions, together))
     model.train()
 
 
-def test_answer_command_shows_both_answers(finished, bunny, tmp_path, capsys):
-    """The paper's Figure 3."""
-    noise(1).save(tmp_path / "x.png")
-    arguments = [
-        "--model",
-        str(bunny),
-        "--image",
-        str(tmp_path / "x.png"),
-        "--question",
-        "What?",
-        "--max-new-tokens",
-        "4",
-    ]
-    assert run_command(answering.run, [*arguments, "--adapter", str(finished)]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("base:") and f"\n{finished}:" in out
-    assert (
-        run_command(answering.run, [*arguments, "--adapter", str(tmp_path)]) == 2
-        and "holds no adapter: no adapter_config.json" in capsys.readouterr().err
-    )
-
-
-def test_answer_command_asks_the_base_without_the_adapter(finished, bunny, tmp_path, monkeypatch, capsys):
-    """Two answers of one model would show that training changes nothing."""
-    noise(1).save(tmp_path / "x.png")
-
-    def say(model, processor, questions, max_new_tokens, **options):
-        layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)]
-        adapted = bool(layers) and not any(layer.disable_adapters for layer in layers)
-        return [f"{questions[0][1]} {'adapted' if adapted else 'bare'} {max_new_tokens}"]
-
-    monkeypatch.setattr(answering, "generate_answers", say)
-    arguments = f"--model {bunny} --image {tmp_path / 'x.png'} --question What? --max-new-tokens 4".split()
-    assert run_command(answering.run, arguments) == 0 and capsys.readouterr().out == "base: What? bare 4\n"
-    assert run_command(answering.run, [*arguments, "--adapter", str(finished)]) == 0
-    said = [line.split(": ")[1].strip() for line in capsys.readouterr().out.splitlines()]
-    assert said == ["What? bare 4", "What? adapted 4"]
-
-
-@pytest.mark.parametrize("family", ["bunny", "llava"])
-def test_merged_model_loads_by_the_library_alone(family, small, tmp_path, request, capsys):
-    """Deployment: no load_model, no adapter, no remote code; and the same log-probs, up to the base's own
-    precision."""
-    base = request.getfixturevalue(family)
-    assert train.main(command(base, small, tmp_path / "out", "--epochs", 1)) == 0
-    assert run_command(merge.run, ["--adapter", str(tmp_path / "out"), "--to", str(tmp_path / "merged")]) == 0
-    out = capsys.readouterr().out
-    in_float32, as_saved = (float(x) for x in re.findall(r"within (\S+) nats", out))
-    assert in_float32 < 1e-3 and as_saved < 0.1 and "4 of 4 answers the same" in out
-
-    merged = transformers.AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "merged", dtype=torch.float32
-    )
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "merged")
-    tuned = peft.PeftModel.from_pretrained(train.load_model(str(base))[0], tmp_path / "out")
-    expected = response_logps(tuned, make_batch(PAIRS, train.load_processor(str(base)))).chosen
-    with torch.no_grad():
-        found = response_logps(merged, make_batch(PAIRS, processor)).chosen
-    torch.testing.assert_close(found, expected, atol=0.05, rtol=1e-3)
-    saved = safetensors.torch.load_file(next((tmp_path / "merged").glob("*.safetensors")))
-    assert {weight.dtype for weight in saved.values()} == {
-        {"bunny": torch.float16, "llava": torch.float32}[family]
-    }
-    capsys.readouterr()
-    assert run_command(merge.run, ["--adapter", str(tmp_path / "out"), "--to", str(tmp_path / "merged")]) == 2
-    assert "already exists" in capsys.readouterr().err
-    (tmp_path / "empty").mkdir()
-    assert (
-        run_command(merge.run, ["--adapter", str(tmp_path / "empty"), "--to", str(tmp_path / "other")]) == 2
-    )
-    assert "holds no adapter" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("layout", ["a file of its own", "inside the processor's", "the image processor's"])
-def test_a_part_that_needs_torchvision_is_carried_along(layout, small, tmp_path):
-    """Without torchvision a part for videos is neither loaded nor saved, and with it the library refuses a
-    processor that has lost this part. The hub has it in three ways."""
-    base, parts = families.write_family("qwen2_5_vl", tmp_path / "base"), ("base", "out", "merged")
-    processor = json.loads((base / "processor_config.json").read_text())
-    video = json.loads((base / "video_preprocessor_config.json").read_text())
-    if layout != "a file of its own":
-        (base / "video_preprocessor_config.json").unlink()
-        write(base / "processor_config.json", processor | {"video_processor": video})
-    if layout == "the image processor's":
-        (base / "processor_config.json").unlink()
-        named = {"processor_class": processor["processor_class"]}
-        write(base / "preprocessor_config.json", processor["image_processor"] | named)
-    assert train.main(command(base, small, tmp_path / "out", "--epochs", 1)) == 0
-    assert run_command(merge.run, ["--adapter", str(tmp_path / "out"), "--to", str(tmp_path / "merged")]) == 0
-    for file in base.glob("*processor_config.json"):
-        assert len({(tmp_path / part / file.name).read_bytes() for part in parts}) == 1
-    train.load_processor(str(tmp_path / "merged"))
-    if transformers.utils.is_torchvision_available():
-        loaded = [
-            transformers.AutoProcessor.from_pretrained(tmp_path / part).video_processor for part in parts
-        ]
-        assert loaded[0].to_dict() == loaded[1].to_dict() == loaded[2].to_dict()
-
-
-@pytest.mark.parametrize("family", ["bunny", "llava", *families.FAMILIES])
-def test_the_image_processor_is_not_torchvisions(family, tmp_path, request, monkeypatch):
-    """The library takes torchvision's where it is installed: a grey level apart, and so are the digits of a
-    run."""
-    in_families = family in families.FAMILIES
-    base = (
-        families.write_family(family, tmp_path / family) if in_families else request.getfixturevalue(family)
-    )
-    load = transformers.AutoProcessor.from_pretrained
-
-    def by_default(*args, **options):
-        processor = load(*args, **options)
-        processor.image_processor = None  # whatever it is in this environment
-        return processor
-
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", by_default)
-    assert type(train.load_processor(str(base)).image_processor).__name__.endswith("Pil")
-
-
-def spoiled(model, value):
-    """The model with another bias at one token of its head."""
-    bias = next(p for name, p in model.named_parameters() if name.endswith("layers.0.mlp.fc1.bias"))
-    bias.data[0] += value
-    return model
-
-
-WRONG_MERGES = {
-    "unmerged": lambda model, merged: model.unload(),
-    "a weight off": lambda model, merged: spoiled(merged(model), 30.0),
-    "nan": lambda model, merged: spoiled(merged(model), math.nan),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_MERGES)
-def test_a_wrong_merge_is_not_saved(wrong, adapted, tmp_path, monkeypatch, capsys):
-    """A deployed model that is not the one that was trained and evaluated, and nobody is told."""
-    merged, change = peft.LoraModel.merge_and_unload, WRONG_MERGES[wrong]
-    monkeypatch.setattr(peft.LoraModel, "merge_and_unload", lambda model, **options: change(model, merged))
-    assert run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
-    printed = capsys.readouterr()
-    assert "merge is wrong" in printed.err and printed.out == "" and not (tmp_path / "merged").exists()
-
-
-@pytest.mark.parametrize("change", ["off", "missing"])
-def test_a_folder_that_is_not_read_back_as_merged_is_removed(change, adapted, tmp_path, monkeypatch, capsys):
-    """A weight under a name that the library does not read is drawn anew, with a warning that scrolls by."""
-    from_pretrained = transformers.AutoModelForImageTextToText.from_pretrained
-
-    def read(*arguments, **options):
-        model = from_pretrained(*arguments, **options)
-        if change == "missing":
-            del model.lm_head.weight
-        return spoiled(model, 1e-3) if change == "off" else model
-
-    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", read)
-    monkeypatch.setattr(merge, "generate_answers", lambda model, *rest: ["yes"] * 4)
-    logps = LogPs(*torch.zeros(3, 4))
-    monkeypatch.setattr(merge, "response_logps", lambda *arguments: logps)
-    assert run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
-    printed = capsys.readouterr()
-    assert "removed, 1 weights" in printed.err and printed.out == "" and not any(tmp_path.glob("merged*"))
-
-
-def test_merge_says_how_far_each_model_is_from_the_adapter(adapted, tmp_path, monkeypatch, capsys):
-    """These numbers decide whether to deploy. Log-probs are given here: of the adapter 0; merged -0.002 at
-    one rejected answer and 0.001 at a chosen one; as saved -0.5 and 0.25. Answers: 4 of 4, and 3 of 4."""
-    numbers = iter([(0, 0), (0.001, -0.002), (0.25, -0.5)])
-    given = iter(["abcd", "abcd", "abxd"])
-
-    def logps(*arguments):
-        chosen, rejected = next(numbers)
-        values = torch.zeros(3, 4)
-        values[0, 1], values[1, 2] = chosen, rejected
-        return LogPs(*values)
-
-    monkeypatch.setattr(merge, "response_logps", logps)
-    monkeypatch.setattr(merge, "generate_answers", lambda *arguments: [*next(given)])
-    in_text_alone = {"dtype": None, "text_config": {"dtype": "bfloat16"}}  # as some new families have it
-    monkeypatch.setattr(merge, "read_config", lambda base: in_text_alone)
-    assert run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 0
-    _, exact, saved = capsys.readouterr().out.splitlines()
-    assert "merged in float32" in exact and "within 2.0e-03 nats, 4 of 4 answers" in exact
-    assert "as saved, torch.bfloat16" in saved and "within 5.0e-01 nats, 3 of 4 answers" in saved
-
-
-def of_other_names(weights):
-    return {name.replace("layers.", "blocks."): weight for name, weight in weights.items()}
-
-
-WRONG_ADAPTERS = {  # what is done to its weights or its configuration, and the reason that is shown
-    "no name": (of_other_names, "weights are missing, such as base_model"),
-    "half of the names": (lambda w: {name: w[name] for name in sorted(w)[::2]}, "weights are missing"),
-    "names beside": (
-        lambda w: w | of_other_names({name: v + 1 for name, v in w.items()}),
-        "weights are unexpected, such as base_model",
-    ),
-    "none": (lambda w: {}, "weights are missing"),
-    "another rank": (
-        lambda w: {name: torch.cat([v, v], int("lora_B" in name)) for name, v in w.items()},
-        "size",
-    ),
-    "one row less": (lambda w: {name: v[:-1] if "lora_A" in name else v for name, v in w.items()}, "size"),
-    "truncated": (lambda w: safetensors.torch.save(w)[:-1000], "not fully covered"),
-    "no safetensors": (lambda w: b"<html>", "header"),
-    "no weights": (lambda w: None, "holds no adapter: no adapter_model.safetensors"),
-    "configuration not JSON": ("{", "not valid JSON"),
-    "configuration not LoRA's": ('{"peft_type": "LOFA"}', "LOFA"),
-    "configuration of no kind": ("{}", "is no adapter of"),
-    "configuration a list": ("[]", "not in a known form"),
-    "configuration of other modules": (
-        json.dumps({"peft_type": "LORA", "target_modules": ["x"]}),
-        "not found",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", WRONG_ADAPTERS)
-def test_an_adapter_that_does_not_fit_is_refused(kind, adapted, bunny, tmp_path, capsys):
-    """peft loads what fits and leaves the rest as it was: the base model was merged, evaluated or shown under
-    the adapter's name."""
-    change, reason = WRONG_ADAPTERS[kind]
-    folder, to = tmp_path / "adapter", tmp_path / "merged"
-    shutil.copytree(adapted, folder)
-    if isinstance(change, str):
-        write(folder / "adapter_config.json", change)
-    else:
-        weights = change(safetensors.torch.load_file(file := folder / "adapter_model.safetensors"))
-        file.unlink()
-        if weights is not None:
-            file.write_bytes(weights if isinstance(weights, bytes) else safetensors.torch.save(weights))
-    run = [(merge, f"--to {to}"), (answering, "--question What? --max-new-tokens 1")]
-    for script, arguments in run if kind in ("no name", "half of the names") else run[:1]:
-        arguments = f"--model {bunny} --adapter {folder} {arguments} --device cpu".split()
-        capsys.readouterr()
-        assert run_command(script.run, arguments[: -2 if script is merge else None]) == 2
-        printed = capsys.readouterr()
-        message = printed.err.splitlines()[-1]  # under the library's bar
-        assert message.startswith(f"error: {folder}: ") and reason in message and printed.out == ""
-        assert printed.err.count("error: ") == 1 and len(message) < 1500
-    assert [*tmp_path.iterdir()] == [folder]
-
-
-def test_an_adapter_of_another_model_is_refused(adapted, llava, capsys):
-    """The wrong --model is a slip of the history in a shell."""
-    arguments = f"--model {llava} --adapter {adapted} --question What? --device cpu"
-    assert run_command(answering.run, arguments.split()) == 2
-    assert f"error: {adapted}: is no adapter of {llava}: " in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_merge_takes_the_base_from_elsewhere(adapted, bunny, tmp_path, monkeypatch, capsys):
-    """An adapter that was trained from a relative path names a folder that is not here. The merged one
-    appears under its name when it was compared."""
-    folder, to = tmp_path / "adapter", tmp_path / "merged"
-    shutil.copytree(adapted, folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    write(folder / "adapter_config.json", config | {"base_model_name_or_path": None})
-    arguments = ["--adapter", str(folder), "--to", str(to)]
-    assert run_command(merge.run, arguments) == 2 and "names no base model" in capsys.readouterr().err
-    write(folder / "adapter_config.json", config | {"base_model_name_or_path": "./not/here"})
-    assert run_command(merge.run, arguments) == 2 and "./not/here" in capsys.readouterr().err
-    measured, measure = [], merge.response_logps
-    monkeypatch.setattr(merge, "response_logps", lambda *rest: measured.append(to.exists()) or measure(*rest))
-    assert run_command(merge.run, [*arguments, "--model", str(bunny)]) == 0
-    assert measured == [False] * 3 and {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
-    assert "4 of 4 answers the same" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("off", [1.0, -1.0])
-def test_a_merge_that_is_a_nat_off_is_not_saved(off, adapted, tmp_path, monkeypatch, capsys):
-    """Either way: likelier answers are no better merge."""
-    numbers = iter([0.0, off])
-    monkeypatch.setattr(
-        merge, "response_logps", lambda *arguments: LogPs(*torch.full((3, 4), next(numbers, off)))
-    )
-    monkeypatch.setattr(merge, "generate_answers", lambda *arguments: ["yes"] * 4)
-    assert run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "merged")]) == 2
-    assert "1.0e+00 nats off" in capsys.readouterr().err and not (tmp_path / "merged").exists()
-
-
-def benchmark_files(folder):
-    """A few items of each benchmark in its own schema, with the fields that its scorer reads."""
-    image = io.BytesIO()
-    noise(1).save(image, "PNG")
-    for name in ("AMBER_1.jpg", "AMBER_2.jpg", "a_o.jpg"):
-        noise(1).save(folder / name)
-    amber = [{"id": i, "image": f"AMBER_{i}.jpg", "query": "Describe this image."} for i in (2, 1)]
-    mmhal = [
-        {"question_type": kind, "question_topic": "t", "image_id": "a", "image_content": ["cat"],
-         "image_src": "https://x.org/2/a_o.jpg", "question": f"What is it, {kind}?", "gt_answer": "A cat.",
-         "model_answer": ""}
-        for kind in ("attribute", "adversarial", "attribute")
-    ]  # fmt: skip
-    encoded = base64.b64encode(image.getvalue()).decode()
-    objhal = [{"question": "Describe it.", "image": encoded, "image_id": i} for i in (7, 5)]
-    write(folder / "amber.json", amber)
-    write(folder / "mmhal.json", mmhal)
-    write(folder / "objhal.json", "\n".join(map(json.dumps, objhal)))
-    return {"amber": amber, "mmhal": mmhal, "objhal": objhal}
-
-
-@pytest.mark.parametrize("name", ["amber", "mmhal", "objhal"])
-def test_benchmark_answers_are_in_the_scorers_format(name, bunny, tmp_path, capsys):
-    """AMBER's inference.py reads id and response; MMHal's eval_gpt4.py the template's list with model_answer,
-    by order; RLAIF-V's eval_gpt_obj_halbench.py image_id, prompt and text. A wrong field costs an
-    evaluation's API bill."""
-    items, to = benchmark_files(tmp_path)[name], tmp_path / "answers"
-    arguments = [
-        name,
-        "--questions",
-        str(tmp_path / f"{name}.json"),
-        "--images",
-        str(tmp_path),
-        "--model",
-        str(bunny),
-    ]
-    arguments += ["--to", str(to), "--max-new-tokens", "4", "--batch-size", "2"]
-    assert run_command(benchmarks.run, arguments) == 0 and "empty" in capsys.readouterr().out
-    if name == "objhal":
-        answers = [json.loads(line) for line in to.read_text().splitlines()]
-        assert [(a["question_id"], a["image_id"], a["prompt"]) for a in answers] == [
-            (i, item["image_id"], item["question"]) for i, item in enumerate(items)
-        ]
-        assert all(set(a) == {"question_id", "image_id", "prompt", "text", "model_id"} for a in answers)
-    else:
-        answers, field = json.loads(to.read_text()), {"amber": "response", "mmhal": "model_answer"}[name]
-        assert all(isinstance(a[field], str) for a in answers)
-        if name == "amber":
-            assert [a["id"] for a in answers] == [2, 1] and all(set(a) == {"id", "response"} for a in answers)
-        else:
-            assert [a | {"model_answer": ""} for a in answers] == items
-    assert not (tmp_path / "answers.partial").exists()
-    assert run_command(benchmarks.run, arguments) == 2 and "already exists" in capsys.readouterr().err
-    if name != "objhal":
-        (tmp_path / "AMBER_1.jpg").unlink()
-        (tmp_path / "a_o.jpg").unlink()
-        assert run_command(benchmarks.run, [*arguments[:-6], "--to", str(tmp_path / "other")]) == 2
-        assert f"of {name}: no image" in capsys.readouterr().err and not (tmp_path / "other.partial").exists()
-
-
 def grey(level):
     return Image.new("RGB", (8, 8), (level, level, level))
-
-
-def without_a_model(monkeypatch, ask, load=lambda *arguments: (MagicMock(), None)):
-    """`benchmarks.py` with a processor that has no token of its own, and other answers."""
-    processor = SimpleNamespace(tokenizer=SimpleNamespace(added_tokens_decoder={}, eos_token=None))
-    monkeypatch.setattr(benchmarks, "load_processor", lambda name: processor)
-    monkeypatch.setattr(answering, "load_tuned", load)
-    monkeypatch.setattr(answering, "generate_answers", ask)
-
-
-def echo(model, processor, questions, max_new_tokens=256, batch_size=8, system=""):
-    """Answers that say what was asked about which picture; nothing about the picture of level 30."""
-    assert len(questions) <= batch_size
-    levels = [image.getpixel((0, 0))[0] for (image,), _ in questions]
-    return [f"{level}: {text}" if level != 30 else "" for level, (_, text) in zip(levels, questions)]
-
-
-@pytest.mark.parametrize("name", ["amber", "mmhal", "objhal"])
-def test_each_answer_stands_at_its_own_question(name, tmp_path, monkeypatch, capsys):
-    """An answer at another's question is scored against another picture: a wrong number in a table, and no
-    error. Five items in batches of two; ids are in no order, lengths differ, picture `id` is of level 10 id.
-    The third has no answer. Words: "40: What?" 2, "10: What? What?" 3, none, "50: ..." 5, and "20: ..." 6: 16
-    / 5 = 3.2 on average."""
-    ids, texts = (4, 1, 3, 5, 2), [" ".join(["What?"] * n) for n in range(1, 6)]
-    for id in ids:
-        grey(10 * id).save(tmp_path / f"{id}_o.png")
-    encoded = lambda id: base64.b64encode((tmp_path / f"{id}_o.png").read_bytes()).decode()
-    if name == "amber":
-        items = [{"id": id, "image": f"{id}_o.png", "query": text} for id, text in zip(ids, texts)]
-    elif name == "mmhal":
-        url = "https://x.org/9/{}_o.png"
-        items = [{"image_src": url.format(id), "question": text} for id, text in zip(ids, texts)]
-        items = [item | {"model_answer": "theirs", "image_id": 0} for item in items]
-    else:
-        items = [{"question": text, "image": encoded(id), "image_id": id} for id, text in zip(ids, texts)]
-    lines = "\n\n".join(json.dumps(item) for item in items)  # with blank lines between
-    write(tmp_path / "questions", lines if name == "objhal" else items)
-    without_a_model(monkeypatch, echo)
-    arguments = [name, "--questions", str(tmp_path / "questions"), "--images", str(tmp_path), "--model", "m"]
-    assert run_command(benchmarks.run, [*arguments, "--to", str(tmp_path / "to"), "--batch-size", "2"]) == 0
-    said = [f"{10 * id}: {text}" if id != 3 else "" for id, text in zip(ids, texts)]
-    assert "5 answers, 3.2 words on average, 1 empty" in capsys.readouterr().out
-    if name == "objhal":
-        answers = [json.loads(line) for line in (tmp_path / "to").read_text().splitlines()]
-        assert [(a["question_id"], a["image_id"], a["prompt"], a["text"]) for a in answers] == [
-            (i, *one) for i, one in enumerate(zip(ids, texts, said))
-        ]
-    elif name == "mmhal":
-        answers = json.loads((tmp_path / "to").read_text())
-        assert answers == [item | {"model_answer": answer} for item, answer in zip(items, said)]
-    else:
-        answers = json.loads((tmp_path / "to").read_text())
-        assert answers == [{"id": id, "response": answer} for id, answer in zip(ids, said)]
-
-
-def test_a_line_of_json_ends_at_a_newline_alone(tmp_path):
-    """U+2028 and form feeds end a line in Python, not in JSON lines: a question that holds one would be cut
-    in two."""
-    items = [{"question": "What\u2028is it?", "image": "", "image_id": 1}]
-    write(tmp_path / "x.jsonl", json.dumps(items[0], ensure_ascii=False) + "\n")
-    assert benchmarks.read_items(tmp_path / "x.jsonl") == items
-
-
-def yes_no_run(benchmark, items, said, folder, monkeypatch, *more):
-    """`benchmarks.py` with these answers -> (exit status, the file it writes)."""
-    grey(0).save(folder / "a.png")
-    without_a_model(monkeypatch, lambda model, processor, asked, *rest, **options: said[: len(asked)])
-    lines = "\n".join(map(json.dumps, items)) if benchmark == "pope" else items
-    path, to = write(folder / "q.json", lines), folder / "to"
-    arguments = f"{benchmark} --questions {path} --images {folder} --model m --to {to} --batch-size 9".split()
-    return run_command(benchmarks.run, [*arguments, *map(str, more)]), to
-
-
-AMBER_SAID = ["Yes, it is.", "no", ' "No," I think.', "Nobody is.", "I see. Yes.", "Yesterday.", "No."]
-
-
-AMBER_ITEMS = [
-    {"id": id, "image": "a.png", "query": "Is it?"} for id in (1005, 1006, 15220, 1007, 1008, 1009, 1010)
-]
-
-
-def test_discriminative_questions_of_amber_are_answered_by_yes_or_no(tmp_path, monkeypatch, capsys):
-    """AMBER's inference.py compares with "Yes" and "No": a sentence counts as wrong, and nothing says so. By
-    hand: 3 of 7 are neither. Positive is No: said 3 times, twice rightly, of 4 that are true. Right are these
-    2 and one Yes: 3 of 7. F1 is 2 * 2 / (3 + 4)."""
-    status, to = yes_no_run("amber-discriminative", AMBER_ITEMS, AMBER_SAID, tmp_path, monkeypatch)
-    assert status == 0 and "accuracy" not in capsys.readouterr().out  # its truth is in another file
-    answers = [(answer["id"], answer["response"]) for answer in json.loads(to.read_text())]
-    expected = ["Yes", "No", "No", "Nobody is.", "I see. Yes.", "Yesterday.", "No"]
-    assert answers == [(item["id"], answer) for item, answer in zip(AMBER_ITEMS, expected)]
-    to.unlink()
-    truths = dict(
-        zip((1005, 1006, 15220, 1007, 1008, 1009, 1010), ("yes", "no", "yes", "no", "yes", "no", "no"))
-    )
-    notes = [
-        {"id": id, "type": "discriminative-hallucination", "truth": truth} for id, truth in truths.items()
-    ]
-    notes = write(tmp_path / "notes.json", [{"id": 1, "truth": ["sky"]}, *notes])
-    more = "--annotations", notes
-    assert yes_no_run("amber-discriminative", AMBER_ITEMS, AMBER_SAID, tmp_path, monkeypatch, *more)[0] == 0
-    printed = capsys.readouterr().out
-    assert "42.9% are neither Yes nor No" in printed
-    assert "accuracy 42.9, precision 66.7, recall 50.0, F1 57.1, yes 14.3" in printed
-    to.unlink()
-    items = [*AMBER_ITEMS, AMBER_ITEMS[0] | {"id": 2000}]
-    assert yes_no_run("amber-discriminative", items, AMBER_SAID, tmp_path, monkeypatch, *more)[0] == 2
-    assert "notes.json: no annotations for these questions: has no 2000" in capsys.readouterr().err
-    assert yes_no_run("amber", AMBER_ITEMS, AMBER_SAID, tmp_path, monkeypatch)[0] == 2
-    assert "question 1005 is discriminative: answer it by amber-discriminative" in capsys.readouterr().err
-    described = [AMBER_ITEMS[0] | {"id": 1004}]
-    assert yes_no_run("amber", described, ["Yes, a dog."], tmp_path, monkeypatch)[0] == 0
-    assert json.loads(to.read_text()) == [{"id": 1004, "response": "Yes, a dog."}]
-
-
-def test_pope_is_scored_as_its_own_script_does(tmp_path, monkeypatch, capsys):
-    """POPE's evaluate.py: no, where the first sentence has the word no or not; else yes, also for babble. By
-    hand: of "Yes", "No", "there is not a dog", "Perhaps", "I know. There is no dog" and "No" three are no;
-    yes is said 3 times, twice rightly, of 4 that are true; right are these and one no: 3 of 6. F1 is 2 * 2 /
-    (3 + 4)."""
-    said = ["yes, there is.", "No.", "there is, not, a dog", "Perhaps", "I know. There is no dog", "no"]
-    labels = ["yes", "no", "yes", "yes", "no", "yes"]
-    items = [
-        {"question_id": i, "image": "a.png", "text": f"Is there {i}?", "label": label}
-        for i, label in enumerate(labels, 1)
-    ]
-    status, to = yes_no_run("pope", items, said, tmp_path, monkeypatch)
-    assert status == 0
-    answers = [json.loads(line) for line in to.read_text().splitlines()]
-    written = ["Yes", "No", "there is, not, a dog", "Perhaps", "I know. There is no dog", "No"]
-    assert answers == [{"question": item["text"], "answer": text} for item, text in zip(items, written)]
-    printed = capsys.readouterr().out
-    assert "50.0% are neither Yes nor No" in printed
-    assert "accuracy 50.0, precision 66.7, recall 50.0, F1 57.1, yes 50.0" in printed
-
-
-def test_benchmark_flags_reach_the_model_and_the_partial_file(adapted, tmp_path, monkeypatch, capsys):
-    """Answers cut at another length, or half of them another model's, are scored as this one's."""
-    calls, loaded_from, out = [], [], tmp_path / "out"
-    shutil.copytree(adapted, out)
-
-    def ask(model, processor, questions, max_new_tokens=256, batch_size=8, system=""):
-        if len(calls) == 1:
-            calls.append("killed")
-            raise KeyboardInterrupt
-        calls.append((len(questions), max_new_tokens, batch_size))
-        return ["yes"] * len(questions)
-
-    without_a_model(monkeypatch, ask, lambda *arguments: loaded_from.append(arguments) or (MagicMock(), None))
-    monkeypatch.chdir(tmp_path)
-    grey(0).save(tmp_path / "a.png")
-    items = [{"id": i, "image": "a.png", "query": "What?"} for i in range(3)]
-    flags = {"questions": write(tmp_path / "q.json", items), "images": tmp_path, "model": "M", "adapter": out}
-    flags |= {"to": tmp_path / "to.json", "max-new-tokens": 7, "batch-size": 2, "device": "cpu"}
-    run = lambda **changes: run_command(
-        benchmarks.run, ["amber", *(f"--{n}={v}" for n, v in (flags | changes).items())]
-    )
-    assert run() == 130
-    assert calls == [(2, 7, 2), "killed"] and loaded_from == [("M", [str(out)], "cpu")]
-    assert len((tmp_path / "to.json.partial").read_text().splitlines()) == 1 + 2
-
-    def refused(belongs, **changes):
-        assert run(**changes) == 2 and f"holds answers of other {belongs}:" in capsys.readouterr().err
-        assert len(calls) == 2 and len(loaded_from) == 1  # and no model is read for it
-
-    refused("model", model="N")
-    refused("max new tokens", **{"max-new-tokens": 8})
-    refused(
-        "questions", questions=write(tmp_path / "other.json", [item | {"query": "Who?"} for item in items])
-    )
-    (tmp_path / "elsewhere").mkdir()
-    grey(1).save(tmp_path / "elsewhere" / "a.png")
-    refused("images", images=tmp_path / "elsewhere")
-    write(out / "args.json", {"system": "Be brief."})
-    refused("system")
-    (out / "args.json").unlink()
-    trained, config = out / "adapter_model.safetensors", out / "adapter_config.json"
-    for file in (trained, config):  # trained again in the same folder, or scaled by another alpha
-        content = file.read_bytes()
-        file.write_bytes(content + b" ")
-        refused("adapter")
-        file.write_bytes(content)
-    (tmp_path / "M").mkdir()
-    (tmp_path / "M" / "model.safetensors").write_text("another merge")
-    refused("model")
-    shutil.rmtree(tmp_path / "M")
-    shutil.copytree(out, tmp_path / "moved")
-    assert run(adapter=tmp_path / "moved") == 0 and calls[2:] == [(1, 7, 2)]
-    assert len(json.loads((tmp_path / "to.json").read_text())) == 3
 
 
 def randomly_adapted(folder, std=0.2):
@@ -1493,7 +956,21 @@ def printed(out):
     return {title: tuple(map(float, numbers)) for title, *numbers in rows}
 
 
-def test_evaluation_of_a_runs_held_out_pairs_is_its_log(bunny, tmp_path, capsys):
+@pytest.fixture
+def evaluated(bunny, small, capsys):
+    """A function: a run, flags -> what evaluate.py prints; an error if it is refused."""
+
+    def evaluated(run, *flags, data=small):
+        capsys.readouterr()
+        argv = ["--model", bunny, "--adapter", run, "--data", data, *flags]
+        status = run_command(evaluate.run, [*map(str, argv)])
+        out, err = capsys.readouterr()
+        return out if status == 0 else err.splitlines()[-1]
+
+    return evaluated
+
+
+def test_evaluation_of_a_runs_held_out_pairs_is_its_log(bunny, tmp_path, evaluated):
     """A finished adapter must get the numbers of its run: its loss, crops, seed and length, none of them the
     default here. The demo's file must hold the pairs that the run held out."""
     path, out = shapes.write_pairs(tmp_path / "data", 14), tmp_path / "out"
@@ -1501,122 +978,76 @@ def test_evaluation_of_a_runs_held_out_pairs_is_its_log(bunny, tmp_path, capsys)
     more = "--anchors chosen image_rejected --max-length 90".split()
     assert train.main(command(bunny, path, out, *flags.split(), *more)) == 0
     demo.write_held_out(path, out)
-    capsys.readouterr()
-    held_out = path.with_name("held_out.json")
-    assert run_command(evaluate.run, f"--model {bunny} --adapter {out} --data {held_out}".split()) == 0
-    found = printed(text := capsys.readouterr().out)
-    logged = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    logged = {name[5:]: value for name, value in logged.items() if name.startswith("eval/")}
+    found = printed(text := evaluated(out, data=path.with_name("held_out.json")))
+    logged = {n[5:]: value for n, value in log_of(out)[-1].items() if n.startswith("eval/")}
     assert "\n5 examples" in text and "95%" in text and len(logged) == 11
     assert {name: found[name][0] for name in logged} == pytest.approx(logged, abs=2e-4)
     assert abs(logged["rewards/margins"]) > 0.001
+    (share,) = re.findall(r"margin, no image .* (-?\d+\.\d)% of the first", text)
+    expected = 100 * found["margin, no image"][0] / found["margin, image"][0]
+    assert float(share) == pytest.approx(expected, rel=0.02)
     assert all(low <= mean <= high for mean, low, high in found.values())
 
 
-def test_evaluation_refuses_a_loss_that_it_does_not_know(finished, bunny, small, tmp_path, capsys):
-    """mDPO's numbers under another loss's name; and CHiP's loss has no part without a rejected image."""
-    shutil.copytree(finished, copy := tmp_path / "copy")
-    args = json.loads((copy / "args.json").read_text())
-    arguments = f"--model {bunny} --adapter {copy} --data {small}".split()
-    for loss, flags, reason in (("mine", [], "'mine'"), ("chip_loss", ["--no-image"], "image_rejected")):
-        write(copy / "args.json", args | {"loss": loss})
-        assert run_command(evaluate.run, [*arguments, *flags]) == 2
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"error: the run's loss, {loss}") and reason in error
-
-
-def test_evaluation_of_a_run_without_images_shows_none(bunny, small, tmp_path, capsys):
-    """Its metrics are those of the log, where no image was seen."""
-    flags = ["--no-image", "--epochs", "1", "--lr", "0.05", "--eval-data", small]
-    assert train.main(command(bunny, small, tmp_path / "out", *flags)) == 0
-    last = log_of(tmp_path / "out")[-1]
-    capsys.readouterr()
-    assert (
-        run_command(evaluate.run, f"--model {bunny} --adapter {tmp_path / 'out'} --data {small}".split()) == 0
-    )
-    assert printed(capsys.readouterr().out)["rewards/margins"][0] == pytest.approx(
-        last["eval/rewards/margins"], abs=2e-4
-    )
-
-
-def test_evaluation_takes_the_loss_of_its_run(finished, bunny, small, tmp_path, capsys):
+def test_evaluation_takes_the_loss_of_its_run(finished, tmp_path, evaluated):
     """DPO has one term. An adapter without args.json, such as another program's, counts as mDPO's, with the
-    paper's beta."""
-    record = json.loads((finished / "args.json").read_text()) | {"conditional": False, "anchors": ["none"]}
-    (finished / "args.json").rename(kept := finished / "kept.json")
-    try:
-        arguments = f"--model {bunny} --adapter {finished} --data {small}".split()
-        assert run_command(evaluate.run, arguments) == 0
-        found = printed(capsys.readouterr().out)
-        assert {"loss/dpo", "loss/conditional", "loss/anchor"} <= found.keys()
-        write(finished / "args.json", record)
-        assert run_command(evaluate.run, arguments) == 0
-        found = printed(capsys.readouterr().out)
-        assert found["loss"] == found["loss/dpo"] and "loss/anchor" not in found
-        assert found["margin, image"] == found["rewards/margins"] and found["rewards/margins"][0] != 0
-        assert "rewards/image_margins" in found  # under DPO it shows how much the image counts
-        write(finished / "args.json", "{")
-        assert run_command(evaluate.run, arguments) == 2
-        assert capsys.readouterr().err.startswith(f"error: {finished}/args.json: cannot be read")
-    finally:
-        kept.rename(finished / "args.json")
-
-
-def example(number, *images):
-    return Example(f"What is it{'?' * number}", "A red circle.", "No.", images, id=str(number))
+    paper's beta. An unknown loss is refused; and CHiP's has no part without an image."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    began = json.loads((run / "args.json").read_text())
+    (run / "args.json").unlink()
+    assert {"loss/dpo", "loss/conditional", "loss/anchor"} <= printed(evaluated(run)).keys()
+    write(run / "args.json", began | {"conditional": False, "anchors": ["none"]})
+    found = printed(evaluated(run))
+    assert found["loss"] == found["loss/dpo"] and "loss/anchor" not in found
+    assert found["margin, image"] == found["rewards/margins"] and found["rewards/margins"][0] != 0
+    assert "rewards/image_margins" in found  # under DPO it shows how much the image counts
+    write(run / "args.json", began | {"no_image": True, "anchors": ["none"]})
+    found = printed(evaluated(run))  # it never saw an image
+    assert found["margin, no image"] == found["rewards/margins"] and "rewards/image_margins" not in found
+    write(run / "args.json", "{")
+    assert evaluated(run).startswith(f"error: {run}/args.json: cannot be read")
+    for loss, flags, reason in ("mine", [], "'mine'"), ("chip_loss", ["--no-image"], "image_rejected"):
+        write(run / "args.json", began | {"loss": loss})
+        error = evaluated(run, *flags)
+        assert error.startswith(f"error: the run's loss, {loss}") and reason in error
 
 
 def test_margins_without_the_image_and_with_anothers_by_hand(bunny, tmp_path):
     """The share is what the study reports. Each margin is taken alone here, in a packed row: beta times the
     policy's log p(y_w) - log p(y_l), less the reference's. Five examples in batches of two; the other image
     is the next one's."""
-    paths = [str(tmp_path / f"{i}.png") for i in range(5)]
-    for i, path in enumerate(paths):
-        noise(i).save(path)
-    examples = [example(i, path) for i, path in enumerate(paths)]
     model, processor = randomly_adapted(bunny)
+    examples = as_examples(tmp_path, 5)
+    own = [one.images for one in examples]
 
     @torch.no_grad()
-    def margins(images):
-        values = []
-        for one, path in zip(examples, images):
-            images = (open_image(path),) if path else ()
-            pairs = [Example(one.question, one.chosen, one.rejected, images, ())]
-            batch = pack(make_batch(pairs, processor, names=DPO_NAMES))
-            policy = response_logps(model, batch)
-            with model.disable_adapter():
-                ref = response_logps(model, batch)
-            values.append(0.5 * ((policy.chosen - policy.rejected) - (ref.chosen - ref.rejected)).item())
-        return values
+    def margin(one, images):
+        one = one._replace(images=tuple(map(open_image, images)))
+        batch = pack(make_batch([one], processor, names=DPO_NAMES))
+        policy = response_logps(model, batch)
+        with model.disable_adapter():
+            ref = response_logps(model, batch)
+        return 0.5 * ((policy.chosen - policy.rejected) - (ref.chosen - ref.rejected)).item()
 
-    shown = {"image": paths, "no_image": [None] * 5, "other_image": [*paths[1:], paths[0]]}
-    expected = {name: margins(images) for name, images in shown.items()}
+    shown = {"image": own, "no_image": [()] * 5, "other_image": [*own[1:], own[0]]}
     found = evaluate.score_margins(model, processor, examples, beta=0.5, batch_size=2)
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
-    assert len({round(values[0], 4) for values in found.values()}) == 3
+    assert found.keys() == shown.keys() and len({round(values[0], 4) for values in found.values()}) == 3
+    for name, images in shown.items():
+        assert found[name] == pytest.approx([*map(margin, examples, images)], rel=1e-3, abs=1e-5)
 
 
-def test_margins_compare_the_same_texts(bunny, tmp_path, monkeypatch):
+def test_margins_compare_the_same_texts(bunny, tmp_path):
     """Cut at a length that counts the image, an answer would be longer without one; and the next example's
-    image may leave no room at all."""
-    given, make = set(), evaluate.make_batch
-    monkeypatch.setattr(
-        evaluate, "make_batch", lambda *arguments: given.add(arguments[-1]) or make(*arguments)
-    )
-    evaluate.score_margins(*randomly_adapted(bunny), as_examples(tmp_path, 2))
-    assert given == {sys.maxsize}
+    image may leave no room at all. These answers differ in their last word alone, after 2,048 tokens."""
+    long = "a red circle " * 700
+    drawn = as_examples(tmp_path, 2)
+    examples = [one._replace(chosen=f"{long}here", rejected=f"{long}there") for one in drawn]
+    margins = evaluate.score_margins(*randomly_adapted(bunny), examples)
+    assert [len(values) for values in margins.values()] == [2, 2, 2]
 
 
-def test_share_of_a_margin_that_is_left(bunny, tmp_path):
-    """A model whose text alone decides keeps its whole margin with another image: here the projector's zeros
-    take all images away. By hand: 1 is half of a mean of 2, 4 is its double; no margin has a share."""
-    model, processor = randomly_adapted(bunny, std=0.1)
-    for parameter in model.get_base_model().model.multi_modal_projector.parameters():
-        parameter.data.zero_()
-    blind = evaluate.diagnose(evaluate.score_margins(model, processor, as_examples(tmp_path)))
-    assert blind["other_image_share"] == pytest.approx(1, abs=1e-3) and blind["image"] != 0
+def test_share_of_a_margin_that_is_left():
+    """By hand: 1 is half of a mean of 2, 4 is its double; no margin has a share."""
     found = evaluate.diagnose({"image": [1.0, 3.0], "no_image": [1.0, 1.0], "other_image": [4.0]})
     shares = {"no_image_share": 0.5, "other_image_share": 2}
     assert found == {"image": 2, "no_image": 1, "other_image": 4} | shares
@@ -1629,12 +1060,10 @@ def test_another_image_is_another_file(tmp_path):
     """Many data sets ask several questions in a row about one image: the next example's image is then the
     example's own, and the margin with "another" image is the margin itself. A link is no other file. A
     question that shows one image cannot be asked about two."""
-    a, b, c, link = (str(tmp_path / f"{name}.png") for name in ("a", "b", "c", "link"))
-    for level, path in enumerate((a, b, c)):
-        grey(level).save(path)
+    a, b, c, link = (str(tmp_path / name) for name in ("a", "b", "c", "link"))
     Path(link).symlink_to(a)
     images = ((a,), (link,), (a, b), (b, c), (b,), (a,), (), ())
-    examples = [example(number, *of_one) for number, of_one in enumerate(images)]
+    examples = [Example("What is it?", "A circle.", "No.", of_one) for of_one in images]
     found = [evaluate.another_image(examples, index) for index in range(8)]
     # The only other one of two images shares one with example 2, and texts have no image to exchange.
     assert found == [(b,), (b,), None, None, (a,), (b,), None, None]
@@ -1645,11 +1074,11 @@ def test_bootstrap_interval_by_hand():
     two draws of {0, 1} is 0 or 1 with chance 1/4 each, so 95% reach from 0 to 1. The mean of 100 draws from
     50 zeros and 50 ones has a standard deviation of 0.05: 0.5 -+ 1.96 * 0.05."""
     assert evaluate.bootstrap([0.25] * 7) == [0.25, 0.25] and evaluate.bootstrap([0.0, 1.0]) == [0, 1]
-    low, high = evaluate.bootstrap([0.0] * 50 + [1.0] * 50)
-    assert (low, high) == pytest.approx((0.402, 0.598), abs=0.011)
-    assert evaluate.bootstrap([0.0] * 50 + [1.0] * 50) == [low, high]  # seeded
-    skewed = evaluate.bootstrap([0.0] * 95 + [1.0] * 5)
-    assert 0 <= skewed[0] < 0.02 and 0.08 < skewed[1] < 0.11  # 0.05 -+ 0.043, pushed to the right
+    even = evaluate.bootstrap([0.0, 1.0] * 50)
+    assert even == pytest.approx([0.402, 0.598], abs=0.011)
+    assert even == evaluate.bootstrap([0.0, 1.0] * 50)  # seeded
+    low, high = evaluate.bootstrap([0.0] * 95 + [1.0] * 5)
+    assert 0 <= low < 0.02 and 0.08 < high < 0.11  # 0.05 -+ 0.043, pushed to the right
 
 
 RECORD = {"prompt": "What?", "chosen": "A red circle.", "rejected": "No."}
@@ -1671,49 +1100,41 @@ def mixed(tmp_path):
     return write(tmp_path / "x.json", [RECORD | {"image": "c.png"}, two, RECORD | {"image": "d.png"}, RECORD])
 
 
-def test_evaluation_of_several_images_chat_messages_and_none(mixed, finished, bunny, capsys):
+def test_evaluation_of_several_images_chat_messages_and_none(mixed, finished, evaluated):
     """What can be trained on can be scored. Without images the terms that need one are left out; what has no
     other image has no margin with one."""
-    arguments = f"--model {bunny} --adapter {finished} --data {mixed}".split()
-    assert run_command(evaluate.run, arguments) == 0
-    out = capsys.readouterr().out
+    out = evaluated(finished, data=mixed)
     assert "dropped 1 bad records" in out and "record 4: has no image path" in out and "\n3 examples" in out
     assert "(2 examples)" in re.search("margin, other image.*", out)[0] and out.count("(2 examples)") == 1
-    assert run_command(evaluate.run, [*arguments, "--no-image"]) == 0
-    out = capsys.readouterr().out
-    found = printed(out)
+    found = printed(out := evaluated(finished, "--no-image", data=mixed))
     assert "\n4 examples" in out and out.count(" n/a\n") == 2 and "nan" not in out
     assert re.search("margin, other image +n/a\n", out) and not any("image_" in name for name in found)
     assert found["margin, no image"] == found["rewards/margins"] and found["rewards/margins"][0] != 0
     assert found["loss"][0] == pytest.approx(found["loss/dpo"][0] + found["loss/anchor"][0], abs=2e-4)
-    assert run_command(evaluate.run, [*arguments, "--limit", "1"]) == 0
-    assert "\n1 examples" in capsys.readouterr().out
+    assert "\n1 examples" in evaluated(finished, "--limit", "1", data=mixed)
 
 
 def test_mistakes_of_the_looking_commands_are_one_line(bunny, mixed, tmp_path, capsys):
     """A wrong flag or file is one line and status 2."""
     base, there = f"--model {bunny} --data {mixed}", tmp_path / "there.png"
     noise(1).save(there)
-    (tmp_path / "text.json").write_text(json.dumps([RECORD]))
+    text = write(tmp_path / "text.json", [RECORD])
     wrong = [
         (evaluate, base, "--adapter"),
         (evaluate, f"{base} --adapter {tmp_path}", "holds no adapter"),
         (words, f"{base} --to {there}", "already exists"),
         (words, f"{base} --to {tmp_path / 'x.png'} --example 4", "--example 4: there are 3"),
         (words, f"{base} --to {tmp_path / 'x.odd'}", "x.odd: must end in .html or .png"),
-        (words, f"--model {bunny} --data {tmp_path}/text.json --to {tmp_path}/x.png", "no example is left"),
+        (words, f"--model {bunny} --data {text} --to {tmp_path}/x.png", "no example is left"),
         (words, "study one", "study takes numbers of seeds"),
         (curves, f"{tmp_path} --to {tmp_path / 'x.png'}", "metrics.jsonl: cannot be read"),
         (curves, f"{tmp_path}", "--to"),
     ]
     for script, arguments, message in wrong:
-        if script is curves and not importlib.util.find_spec("matplotlib"):
-            continue
-        assert run_command(script.run, arguments.split()) == 2
-        err = capsys.readouterr().err
-        assert (
-            message in err.splitlines()[-1] and err.count("error: ") == 1
-        )  # under the library's bar, if any
+        if script is not curves or importlib.util.find_spec("matplotlib"):
+            assert run_command(script.run, arguments.split()) == 2
+            err = capsys.readouterr().err
+            assert message in err.splitlines()[-1] and err.count("error: ") == 1  # under the library's bar
 
 
 def test_numbers_of_the_words_are_those_of_the_librarys_own_call(bunny):

@@ -1,32 +1,25 @@
-"""What is shown before training is what is trained, and no file is lost: the user's stay whole.
+"""What is shown before training is what is trained; the user's files stay whole; no module needs Unix."""
 
-Also: a benchmark's answers belong to one set of questions and one model, and all modules import without Unix.
-"""
-
-import base64
 import errno
-import io
 import json
 import os
-import runpy
+import random
 import shutil
-import signal
-import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
-import transformers
 from PIL import Image
 
+import data
 import train
 from data import CROP, read_examples, run_command
-from examples import answer, benchmarks, curves, families, merge, miniature, minimal, preview, words
+from examples import curves, families, miniature, minimal, preview, words
 from mdpo import mdpo_loss
 from test_mdpo import ROOT, authors, command, noise, write
 from tests.helpers import one_line_of
@@ -208,35 +201,36 @@ def test_a_preview_refuses_what_train_py_refuses_and_keeps_files(flags, models, 
 
 # ------------------------------------------------------------------------------------------------------ sheet
 
-COLUMNS = [10 + 250 * column + 60 for column in range(6)]  # a pixel inside each panel of the first row
+
+def plain(colour, path=None):
+    image = Image.new("RGB", (64, 48), colour)
+    return image.save(path) if path else image
 
 
-def plain(colour):
-    return Image.new("RGB", (64, 48), colour)
-
-
-def test_each_strategy_is_drawn_under_its_title(monkeypatch, folder):
+def test_each_strategy_is_drawn_under_its_title(monkeypatch, tmp_path):
     """A user judges a strategy by its panel. Here every strategy makes a plain colour. An example's own
     rejected image is the run's, not the strategies'; `random` needs the images of the whole file."""
-    noise(5).save(folder / "own.png")
-    records = [authors(id=str(i)) for i in range(2)]
-    records[1] |= {"rejected_images": ["own.png"]}
-    examples = read_examples(write(folder / "x.json", records))
-    colours = {("crop", CROP): "lime", ("crop", (0.2, 0.5)): "blue"}
-    colours |= {("random", CROP): "yellow", ("moco", CROP): "purple"}
-    made = []
+    seen = set()
 
-    def pairs(all_examples, strategy, crop, seed, max_pixels):
-        made.append((len(all_examples), seed, max_pixels))
-        assert not any(example.images_rejected for example in all_examples)
-        return {(0, 1): SimpleNamespace(images_rejected=(plain(colours[strategy, crop]),))}
+    def making(colour):
+        def make(image, rng, area, other):
+            seen.add((image.size, rng.random()))
+            return plain(colour if area == CROP else "blue")
 
-    pair = examples[1]._replace(images=(plain("red"),), images_rejected=(plain("cyan"),), key=(0, 1))
-    run = type("Run", (dict,), {"examples": examples})({(0, 1): pair})
-    monkeypatch.setattr(preview, "Pairs", pairs)
-    sheet = preview.contact_sheet(SimpleNamespace(seed=7, max_pixels=9), run, [(0, 1)])
-    expected = [plain(colour).getpixel((0, 0)) for colour in ("red", "cyan", *colours.values())]
-    assert [sheet.getpixel((x, 100)) for x in COLUMNS] == expected and made == [(2, 7, 9)] * 4
+        return make
+
+    colours = {"crop": "lime", "random": "yellow", "moco": "purple"}
+    monkeypatch.setattr(data, "STRATEGIES", {name: making(colour) for name, colour in colours.items()})
+    for name, colour in ("a", "red"), ("b", "white"), ("own", "cyan"):
+        plain(colour, tmp_path / f"{name}.png")
+    record = RECORD | {"rejected_images": ["own.png"]}
+    examples = read_examples(write(tmp_path / "x.json", [RECORD | {"image": "b.png"}, record]))
+    run = data.Pairs(examples, seed=7, max_pixels=12)
+    sheet = preview.contact_sheet(SimpleNamespace(seed=7, max_pixels=12), run, [(0, 1)])
+    inside = range(70, sheet.width, 250)  # a pixel of each panel
+    expected = ["red", "cyan", "lime", "blue", "yellow", "purple"]
+    assert [sheet.getpixel((x, 100)) for x in inside] == [plain(name).getpixel((0, 0)) for name in expected]
+    assert seen == {((4, 3), random.Random("7 0 1").random())}
 
 
 # ----------------------------------------------------------------------------------------------- nothing lost
@@ -246,101 +240,19 @@ def full_disk(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def interrupted(*arguments, **options):
-    raise KeyboardInterrupt
-
-
-def half_a_model(model, folder, **options):
-    folder.mkdir()
-    (folder / "model.safetensors").write_text("half")
-    full_disk()
-
-
-STOPS = {  # what stops a merge, and where
-    "half a model on a full disk": (transformers.PreTrainedModel, "save_pretrained", half_a_model),
-    "no room for the processor": (merge, "save_processor", full_disk),
-    "a folder that is not read back": (
-        transformers.AutoModelForImageTextToText,
-        "from_pretrained",
-        full_disk,
-    ),
-    "Ctrl-C while it is compared": (merge, "different_weights", interrupted),
-    "a name that is taken meanwhile": (Path, "rename", full_disk),
-}
-
-
-@pytest.mark.parametrize("stop", STOPS)
-def test_half_a_model_never_stays_and_no_folder_of_the_users_goes(
-    stop, adapted, tmp_path, monkeypatch, capsys
-):
-    """`merge.py --to x` deleted the folder x.tmp of whoever had one; half a model looks like a whole one."""
-    owner, name, instead = STOPS[stop]
-    write(tmp_path / "x.tmp" / "notes.txt", "mine")
-    write(tmp_path / "x.safetensors", "mine")
-    monkeypatch.setattr(owner, name, instead)
-    status = run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "x")])
-    if instead is interrupted:
-        assert status == 130
-    else:
-        assert "No space left" in one_line_of(capsys, status)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "x.safetensors", "x.tmp"]
-
-
-def test_a_merge_is_for_all_whom_the_umask_lets_read(adapted, tmp_path, monkeypatch):
-    """Weights are written for their owner alone: a server that runs under another name cannot load them. The
-    folder is made beside its place, since a rename does not cross disks."""
-    beside, directory = [], merge.TemporaryDirectory
-    monkeypatch.setattr(
-        merge, "TemporaryDirectory", lambda *options: beside.append(options[2]) or directory(*options)
-    )
-    write(tmp_path / "x.tmp" / "notes.txt", "mine")
-    assert run_command(merge.run, ["--adapter", str(adapted), "--to", str(tmp_path / "x")]) == 0
-    assert beside == [tmp_path] and {path.name for path in tmp_path.iterdir()} == {"x", "x.tmp"}
-    assert (tmp_path / "x.tmp" / "notes.txt").read_text() == "mine"
-    if os.name == "posix":
-        modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "x").iterdir()}
-        assert modes == {0o666 & ~train.UMASK}
-        assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o777 & ~train.UMASK
-
-
-def test_a_terminated_merge_ends_as_an_interrupted_one(monkeypatch):
-    """A batch system sends SIGTERM, which ends Python where it stands: half a model would stay."""
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(sys, "argv", ["merge.py", "--help"])
-    try:
-        with pytest.raises(SystemExit, match="0"):
-            runpy.run_path(str(ROOT / "examples" / "merge.py"), run_name="__main__")
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def half_written(file, *rest, **options):
     Path(file).write_bytes(b"half")
     full_disk()
 
 
-def write_preview(to, model, path):
-    return run_command(preview.run, ["--model", str(model), "--data", path, "--to", str(to)])
-
-
-def write_words(to, model, path):
-    argv = ["--model", str(model), "--data", path, "--to", str(to), "--device", "cpu", "--limit", "2"]
-    return run_command(words.run, argv)
-
-
-def draw_curves(to):
-    return run_command(curves.run, ["a run", "--to", str(to)])
-
-
-def draw_figure(to):
+def draw_figure(argv):
     curve = {"chosen_curve": [0, 1], "image_accuracy_curve": [0, 1], "grounding": 1}
-    study = {"0": dict.fromkeys(["base", *miniature.QUICK], curve)}
-    return run_command(lambda argv: miniature.draw(study, to), [])
+    miniature.draw({"0": dict.fromkeys(["base", *miniature.QUICK], curve)}, Path(argv[-1]))
 
 
-WRITERS = {"preview.png": write_preview, "words.html": write_words, "words.png": write_words}
-FIGURES = {"curves.png": draw_curves, "figure.png": draw_figure}  # by matplotlib, over the old ones
+FEW = "--device cpu --limit 2".split()
+WRITERS = {"preview.png": (preview, []), "words.html": (words, FEW), "words.png": (words, FEW)}
+FIGURES = {"curves.png": curves.run, "figure.png": draw_figure}  # by matplotlib, over the old ones
 
 
 @pytest.fixture
@@ -359,41 +271,38 @@ def test_half_a_page_never_stays(name, bunny, small, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(Image.Image, "save", half_saved)
     monkeypatch.setattr(Path, "write_text", half_written)
-    message = one_line_of(capsys, WRITERS[name](tmp_path / name, bunny, small))
+    script, flags = WRITERS[name]
+    argv = ["--model", str(bunny), "--data", small, *flags, "--to", str(tmp_path / name)]
+    message = one_line_of(capsys, run_command(script.run, argv))
     assert "cannot be written to" in message and "No space left" in message and not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_replaced_when_the_new_one_is_whole(name, pyplot, tmp_path, monkeypatch, capsys):
     """Curves are drawn again and again while a run goes on. A full disk must not cost the last good ones."""
-    (to := tmp_path / name).write_text("the old one")
+    argv = ["a run", "--to", write(to := tmp_path / name, "the old one")]
     with monkeypatch.context() as patch:
         patch.setattr(pyplot.Figure, "savefig", lambda figure, file, **options: half_written(file))
-        message = one_line_of(capsys, FIGURES[name](to))
+        message = one_line_of(capsys, run_command(FIGURES[name], argv))
     assert "cannot be written to" in message and "No space left" in message
     assert to.read_text() == "the old one" and [*tmp_path.iterdir()] == [to]
-    assert not FIGURES[name](to) and Image.open(to).format == "PNG" and [*tmp_path.iterdir()] == [to]
+    assert not run_command(FIGURES[name], argv) and Image.open(to).format == "PNG"
+    assert [*tmp_path.iterdir()] == [to]
 
 
 def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(tmp_path, monkeypatch):
     """Without git a study of hours ended before its results were written. A folder of the user's went."""
     monkeypatch.setattr(miniature.tiny_bunny, "write_base", lambda path, *rest, **options: path.mkdir())
     monkeypatch.setattr(miniature.shapes, "write_pairs", lambda path, *rest: write(path / "silkie.json", []))
-    write(tmp_path / "seed-7" / "unfinished" / "notes.txt", "mine")
+    notes = write(tmp_path / "seed-7" / "unfinished" / "notes.txt", "mine")
     miniature.prepare_seed(tmp_path, 7)
     names = {path.name for path in (tmp_path / "seed-7").iterdir()}
-    assert names == {"unfinished", "model", "data", "held_out", "log.txt"}
-    assert (tmp_path / "seed-7" / "unfinished" / "notes.txt").exists()
-
-    def pool(*rest):
-        return type("Pool", (), {"__enter__": lambda self: self, "__exit__": lambda self, *rest: None,
-                                 "map": lambda self, function, *rest: map(function, *rest)})()  # fmt: skip
-
-    monkeypatch.setattr(miniature, "ProcessPoolExecutor", pool)
+    assert names == {"unfinished", "model", "data", "held_out", "log.txt"} and Path(notes).exists()
+    pool = nullcontext(SimpleNamespace(map=map))
+    monkeypatch.setattr(miniature, "ProcessPoolExecutor", lambda *rest: pool)
     monkeypatch.setattr(miniature, "run_method", lambda *rest: {"grounding": 0.5})
     monkeypatch.setattr(miniature.subprocess, "run", full_disk)
-    argv = ["--out", str(tmp_path), "--seeds", "7", "--methods", "mDPO"]
-    assert run_command(miniature.run, argv) == 0
+    assert run_command(miniature.run, ["--out", str(tmp_path), *"--seeds 7 --methods mDPO".split()]) == 0
     assert json.loads((tmp_path / "results.json").read_text())["summary"]["mDPO"]["grounding"] == [0.5, 0.0]
 
 
@@ -403,123 +312,6 @@ def test_minimal_takes_a_new_folder_alone(tmp_path):
     with pytest.raises(SystemExit, match="out: already exists"):
         minimal.main("no model", "no data", str(tmp_path / "out"))
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
-
-
-# ------------------------------------------------------------------------------------------------- benchmarks
-
-
-@pytest.fixture
-def ask(bunny, folder, monkeypatch, capsys):
-    """A function: benchmark, its items, flags -> exit status of benchmarks.py, whose model answers "Yes."."""
-    asked = []
-
-    def generate(model, processor, questions, max_new_tokens, batch_size, system):
-        asked.extend((text, system) for _, text in questions)
-        return ["Yes."] * len(questions)
-
-    def load(*arguments):
-        asked.append("loaded")
-        return MagicMock(), None
-
-    monkeypatch.setattr(answer, "load_tuned", load)
-    monkeypatch.setattr(answer, "generate_answers", generate)
-
-    def run(name, items, *flags):
-        text = "\n".join(json.dumps(item) for item in items) if isinstance(items, list) else items
-        argv = [name, "--model", str(bunny), "--questions", write(folder / "q.jsonl", text)]
-        return run_command(benchmarks.run, [*argv, "--to", str(folder / "to"), *map(str, flags)])
-
-    run.asked = asked
-    return run
-
-
-def encoded(image):
-    image.save(file := io.BytesIO(), "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-AMBER = {"id": 1, "image": "a.png", "query": "Describe this image."}
-POPE = {"image": "a.png", "text": "Is there a dog?", "label": "yes"}
-MMHAL = {"image_src": "https://x.org/1/a.png", "question": "What is it?"}
-OBJHAL = {"image_id": 1, "image": encoded(noise(1)), "question": "Describe it."}
-ITEMS = {"amber": AMBER, "pope": POPE, "mmhal": MMHAL, "objhal": OBJHAL}
-WRONG_QUESTIONS = [  # benchmark, what is wrong in an item between two good ones, reason
-    ("amber", {"query": None}, "'question' is null, not text"),
-    ("pope", {"text": ["Is it?"]}, "'question' is ["),
-    ("mmhal", {"question": " "}, "has no text"),
-    ("amber", {"query": "What \ud800?"}, "surrogates not allowed"),
-    ("amber", {"query": "What is <image>?"}, "'<image>'"),
-    ("amber", {"query": "What" + "\t" * 9}, "image token"),
-    ("pope", {"text": "Is it?<|endoftext|>"}, "'<|endoftext|>'"),
-    ("pope", {"text": "<image 1> Is it?"}, "'<image 1>'"),
-    ("amber", {"id": "1"}, "is not in a known form"),
-    ("amber", {"image": None}, "'image' is null, not text"),
-    ("amber", {"image": "b.png"}, "no image 'b.png'"),
-    ("amber", {"image": "../a.png"}, "points outside the image folder"),
-    ("amber", {"image": "x.png"}, "cannot be decoded"),
-    ("objhal", {"image": "AAAA"}, "cannot be decoded"),
-    ("objhal", {"image": "file:///etc/hostname"}, "is an address, file:///"),
-    ("amber", {"image": "https://x.org/a.png"}, "no image 'https://"),
-    ("amber", 5, "is not in a known form"),
-]
-
-
-@pytest.mark.parametrize("name, wrong, reason", WRONG_QUESTIONS)
-def test_questions_that_cannot_be_asked_are_named_before_the_model_is_read(
-    name, wrong, reason, ask, folder, capsys
-):
-    """An internal error after an hour of answers, or an empty answer that counts as free of hallucination."""
-    (folder / "x.png").write_text("no picture")
-    good = ITEMS[name]
-    bad = good | wrong if isinstance(wrong, dict) else wrong
-    assert ask(name, [good, bad, good], "--images", folder) == 2
-    printed = capsys.readouterr().err
-    assert "q.jsonl: 1 of 3 questions cannot be asked:\n" in printed and "internal" not in printed
-    assert f"question 2 of {name}: " in printed and reason in printed and not ask.asked
-    assert not (folder / "to.partial").exists() and printed.count("\n") == 2
-
-
-@pytest.mark.parametrize("address", [MMHAL["image_src"], "file:///a.png"])
-def test_nothing_is_fetched(address, ask, folder, monkeypatch, capsys):
-    """Questions are data from the net: they must not make a machine open addresses, or files of its own."""
-    monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("a connection"))
-    monkeypatch.setattr("urllib.request.urlopen", lambda *arguments, **options: pytest.fail("an address"))
-    monkeypatch.chdir(folder)
-    assert ask("mmhal", [MMHAL | {"image_src": address}]) == 2 and not ask.asked
-    assert f"is an address, {address}: download all, and give --images" in capsys.readouterr().err
-    assert ask("mmhal", [MMHAL | {"image_src": address}], "--images", folder) == 0
-
-
-WRONG_TRUTHS = [  # benchmark, items, annotations, reason
-    ("pope", [POPE, {"image": "a.png", "text": "Is it?"}], None, "has no 'label'"),
-    ("pope", [POPE | {"label": "Yes"}], None, '"Yes" is neither "yes" nor "no"'),
-    ("amber-discriminative", [AMBER], [{"id": 2, "truth": "yes"}], "has no 1"),
-    ("amber-discriminative", [AMBER], [{"id": 1, "truth": ["sky"]}], '["sky"] is neither'),
-    ("amber-discriminative", [AMBER], [None], "is not in a known form"),
-]
-
-
-@pytest.mark.parametrize("name, items, annotations, reason", WRONG_TRUTHS)
-def test_truths_are_checked_before_the_model_is_read(name, items, annotations, reason, ask, folder, capsys):
-    """They are looked up when all answers are there: the crash would cost these."""
-    flags = ["--annotations", write(folder / "notes.json", annotations)] if annotations else []
-    message = one_line_of(capsys, ask(name, items, "--images", folder, *flags))
-    assert "no annotations for these questions: " in message and reason in message and not ask.asked
-
-
-def test_questions_are_asked_with_the_system_text_of_the_run(ask, adapted, folder, tmp_path, capsys):
-    """A model that was trained with a system text is another one without. Odd files of a run are one line."""
-    run = shutil.copytree(adapted, tmp_path / "run")
-    write(run / "args.json", {"system": "Be brief."})
-    for flags, system in ([], ""), (["--adapter", run], "Be brief."), (["--adapter", adapted], ""):
-        ask.asked.clear()
-        assert ask("objhal", [OBJHAL], *flags) == 0 and ask.asked == ["loaded", ("Describe it.", system)]
-        (folder / "to").unlink()
-    write(run / "args.json", "[")
-    ask.asked.clear()
-    assert "args.json: cannot be read" in one_line_of(capsys, ask("objhal", [OBJHAL], "--adapter", run))
-    assert "holds no adapter" in one_line_of(capsys, ask("objhal", [OBJHAL], "--adapter", folder))
-    assert not ask.asked and not (folder / "to.partial").exists()
 
 
 # ----------------------------------------------------------------------------------------------- without Unix
