@@ -14,35 +14,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, run_command
 from train import Parser, replacing
 
-METRICS = {  # name: what it is
-    "loss": "the objective, in nats",
-    "loss/dpo": "eq. 5, in nats",
-    "loss/conditional": "eq. 6, in nats",
-    "loss/anchor": "eq. 7, in nats",
-    "rewards/chosen": "r(m_w, q, y_w), in nats",
-    "rewards/rejected": "r(m_w, q, y_l), in nats",
-    "rewards/image_rejected": "r(m_l, q, y_w), in nats",
-    "rewards/margins": "chosen minus rejected, in nats",
-    "rewards/image_margins": "chosen minus image_rejected, in nats",
-    "rewards/accuracies": "share of margins above 0",
-    "rewards/image_accuracies": "share of image margins above 0",
-    "lr": "learning rate",
-    "grad_norm": "norm of the gradient before clipping",
-    "examples_per_second": "speed of training",
-}
+METRICS = ["loss", "loss/dpo", "loss/conditional", "loss/anchor"]  # the README says what each is
+METRICS += [f"rewards/{name}" for name in ("chosen", "rejected", "image_rejected", "margins", "image_margins")]
+METRICS += ["rewards/accuracies", "rewards/image_accuracies", "lr", "grad_norm", "examples_per_second"]
 
 
 def read_log(run):
     """The records of a run's log. A last line of metrics.jsonl that is still being written is left out."""
-    path, of_trl = Path(run, "metrics.jsonl"), Path(run, "trainer_state.json")
-    path = of_trl if of_trl.is_file() else path
-    with about(f"{path}: cannot be read"):
-        if path == of_trl:
-            ours = lambda name: name.replace("learning_rate", "lr").replace("eval_", "eval/", 1)
-            history = json.loads(path.read_text())["log_history"]
-            records = [{ours(name): value for name, value in record.items()} for record in history]
+    own, of_trl = Path(run, "metrics.jsonl"), Path(run, "trainer_state.json")
+    with about(f"{of_trl if of_trl.is_file() else own}: cannot be read"):
+        if of_trl.is_file():
+            renamed = lambda name: name.replace("learning_rate", "lr").replace("eval_", "eval/", 1)
+            history = json.loads(of_trl.read_text())["log_history"]
+            records = [{renamed(name): value for name, value in record.items()} for record in history]
         else:
-            lines = path.read_text().split("\n")
+            lines = own.read_text().split("\n")
             records = [json.loads(line) for line in (lines if lines[-1].endswith("}") else lines[:-1])]
         if not records:
             raise BadInput("holds no step yet")
@@ -70,18 +56,14 @@ def draw(logs):
     logged = {name.removeprefix("eval/") for records in logs.values() for record in records for name in record}
     names = [name for name in METRICS if name in logged]
     n_rows = -(-len(names) // 4)
-    size = {"figsize": (18, 3.5 * n_rows), "layout": "constrained", "squeeze": False}
-    figure, axes = load_pyplot().subplots(n_rows, 4, **size)
-    for axis, name in zip(axes.flat, names):
-        axis.set(title=f"{name}\n{METRICS[name]}", xlabel="step")
-        for number, records in enumerate(logs.values()):
-            axis.plot(*points(records, name), color=f"C{number % 10}", linewidth=1)
+    figure = load_pyplot().figure(figsize=(18, 3.5 * n_rows), layout="constrained")
+    for place, name in enumerate(names, 1):
+        axis = figure.add_subplot(n_rows, 4, place, title=name, xlabel="step")
+        for number, (run, records) in enumerate(logs.items()):
+            axis.plot(*points(records, name), color=f"C{number % 10}", linewidth=1, label=run)
             axis.plot(*points(records, f"eval/{name}"), "o", color=f"C{number % 10}")
-    for axis in axes.flat[len(names) :]:
-        axis.axis("off")
-    known = [axes[0, 0].plot([], [], color=f"C{number % 10}", label=run)[0] for number, run in enumerate(logs)]
-    known += axes[0, 0].plot([], [], "ko", label="held-out examples")
-    figure.legend(handles=known, loc="outside upper center", ncols=4)
+    axis.plot([], [], "ko", label="held-out examples")
+    figure.legend(handles=axis.get_legend_handles_labels()[0], loc="outside upper center", ncols=4)
     return figure
 
 

@@ -9,7 +9,7 @@ from data import BadInput, read_examples, run_command
 from examples import shapes
 from examples.answer import generate_answers, load_tuned, speaking_as
 
-BASE = Path(__file__).parent / "base"  # made by: python examples/tiny_bunny.py examples/base
+BASE = Path(__file__).parent / "base"  # made by `tiny_bunny.write_base`
 FLAGS = "--lr 1e-3 --lora-rank 16 --lora-alpha 32 --micro-batch-size 32 --no-checkpointing --eval-size 80 "
 FLAGS += "--workers 2 --device cpu"  # where it prints the README's digits
 METRICS = {  # of `shapes.score`
@@ -68,21 +68,15 @@ def report(model, processor, folder, names=("after",), n_scenes=60, seed=0):
     asked, said = [(image, shapes.question_text(question)) for _, image, question in exam], {}
     for number, name in enumerate(("before", *names)):
         with speaking_as(model, number - 1 if number else None):
-            said[name] = generate_answers(model, processor, asked, max_new_tokens=32, batch_size=100)
-    scores = [shapes.score([(s, q, a) for (s, _, q), a in zip(exam, answers)]) for answers in said.values()]
+            answers = generate_answers(model, processor, asked, max_new_tokens=32, batch_size=100)
+        said[name] = [(scene, question, answer) for (scene, _, question), answer in zip(exam, answers)]
+    scores = [*map(shapes.score, said.values())]
     lines = [f"{len(exam)} held-out questions          " + "".join(f"{name:>10}" for name in said)]
     for name, meaning in METRICS.items():
         lines.append(f"  {name:28}" + "".join(f"{score[name]:10.3f}" for score in scores) + f"   {meaning}")
-
-    def is_right(i, name):
-        scene, _, question = exam[i]
-        truth, claims = shapes.claims_of(scene, question), shapes.parse_answer(question, said[name][i])
-        if question[0] == "describe":
-            return claims is not ... and set(claims) <= set(truth)
-        return claims == truth
-
     shown, (before, last) = (0, 2, 4), [*said][-2:]  # of a picture's five questions
-    gain = lambda at: sum(is_right(at + i, last) and not is_right(at + i, before) for i in shown)
+    right = lambda name, i: shapes.is_right(*said[name][i])
+    gain = lambda at: sum(right(last, at + i) and not right(before, at + i) for i in shown)
     at = max(range(0, len(exam), 5), key=gain)
     scene, image, _ = exam[at]
     path = Path(folder) / "picture.png"
@@ -90,5 +84,5 @@ def report(model, processor, folder, names=("after",), n_scenes=60, seed=0):
     lines.append(f"\nthe first picture with the most answers that {last} has right and {before} wrong: {path},")
     lines.append(shapes.answer_text(("describe",), shapes.claims_of(scene, ("describe",)), polite=False))
     for i in (at + i for i in shown):
-        lines += [f"  {asked[i][1] * (name == 'before'):34} {name + ':':8} {said[name][i]}" for name in said]
+        lines += [f"  {asked[i][1] * (name == 'before'):34} {name + ':':8} {said[name][i][2]}" for name in said]
     return "\n".join(lines)

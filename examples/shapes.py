@@ -13,6 +13,7 @@ import json
 import random
 import re
 import statistics
+from collections import defaultdict
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
@@ -206,6 +207,14 @@ def make_exam(n_scenes, seed=0, world=SMALL):
     return exam
 
 
+def is_right(scene, question, text):
+    """Whether the answer makes no false claim. A description may leave things out."""
+    truth, claims = claims_of(scene, question), parse_answer(question, text)
+    if question[0] == "describe":
+        return claims is not ... and set(claims) <= set(truth)
+    return claims == truth
+
+
 def score(answers):
     """[(scene, question, text)] -> metrics, all against the exact scene. Object and attribute count alike: a claimed
     "red circle" is hallucinated if no red circle is there.
@@ -213,44 +222,38 @@ def score(answers):
     chair_s: share of descriptions with a hallucinated thing (Rohrbach et al. 2018 count objects, found by a word list).
     hallucination_rate: share of all answers with a false claim (AMBER's HalRate: of descriptions alone).
     false_premise: share of "colour" questions about absent things that are refused (MMHal-Bench asks such questions as
-    "adversarial objects"); false_premise_balanced: mean of it and of the share about present things that are not.
-    yes_no: mean of the shares of true and of false existence questions answered rightly.
+    "adversarial objects"); false_premise_balanced: mean of it and of `answered`, of those about present things.
+    yes_no: mean of yes and no, the shares of true and of false existence questions answered rightly.
     grounding: mean of false_premise_balanced, yes_no and 1 - chair_s.
     malformed: share that is no answer in the world's language. Such an answer counts as hallucinated and as wrong, so that
     broken text is not rewarded.
     length: mean number of words.
     """
-    described, false_claims, malformed = [], [], []
-    refused, colours, existence = {True: [], False: []}, [], {True: [], False: []}
+    values = defaultdict(list)
     for scene, question, text in answers:
         truth, claims = claims_of(scene, question), parse_answer(question, text)
-        malformed.append(claims is ...)
+        right = is_right(scene, question, text)
+        values["hallucination_rate"].append(not right)
+        values["malformed"].append(claims is ...)
+        values["length"].append(len(text.split()))
         if question[0] == "describe":
-            described.append(claims is ... or not set(claims) <= set(truth))
-            false_claims.append(described[-1])
-            continue
-        false_claims.append(claims != truth)
-        if question[0] == "colour":
-            refused[truth is None].append(claims is None if truth is None else claims not in (None, ...))
-            if truth is not None:
-                colours.append(claims == truth)
+            values["chair_s"].append(not right)
+        elif question[0] == "is there":
+            values["yes" if truth else "no"].append(right)
+        elif truth is None:
+            values["false_premise"].append(right)
         else:
-            existence[truth].append(claims == truth)
-    mean = lambda values: statistics.mean(values) if values else float("nan")
-    metrics = {
-        "hallucination_rate": mean(false_claims),
-        "chair_s": mean(described),
-        "false_premise": mean(refused[True]),
-        "false_premise_balanced": (mean(refused[True]) + mean(refused[False])) / 2,
-        "colour_accuracy": mean(colours),
-        "yes_no": (mean(existence[True]) + mean(existence[False])) / 2,
-    }
-    metrics["grounding"] = (metrics["false_premise_balanced"] + metrics["yes_no"] + 1 - metrics["chair_s"]) / 3
-    metrics |= {"malformed": mean(malformed), "length": mean([len(text.split()) for *_, text in answers])}
-    return metrics
+            values["colour_accuracy"].append(right)
+            values["answered"].append(claims not in (None, ...))
+    means = {name: statistics.mean(each) for name, each in values.items()}
+    means["false_premise_balanced"] = (means["false_premise"] + means["answered"]) / 2
+    means["yes_no"] = (means["yes"] + means["no"]) / 2
+    means["grounding"] = (means["false_premise_balanced"] + means["yes_no"] + 1 - means["chair_s"]) / 3
+    return means
 
 
-def area_under_curve(positives, negatives):
+def area_under_curve(scores, labels):
     """The chance that a random positive scores above a random negative; ties count half."""
-    wins = sum((p > n) + (p == n) / 2 for p in positives for n in negatives)
-    return wins / (len(positives) * len(negatives))
+    labelled = [*zip(scores, labels)]
+    wins = [(p > n) + (p == n) / 2 for p, positive in labelled if positive for n, other in labelled if not other]
+    return statistics.mean(wins)

@@ -3,8 +3,7 @@
     python examples/throughput.py --json FILE               # bunny-3b on a GPU, tiny on a CPU; --trl: TRL's, too
     python examples/throughput.py --only memory-formula     # predicted memory and hours; needs no GPU
 
-Weights are random: speed does not depend on them. Texts have lengths as in Silkie: questions of about 40 tokens,
-answers of about 110 and 90, log-normal around these.
+Weights are random: speed does not depend on them. Texts have lengths as in Silkie, log-normal around the means.
 
     ours         two packed sequences an example, images encoded once, logits of response tokens only
     authors      what their release does, on the same model: three rows padded to the longest, policy and reference
@@ -12,10 +11,9 @@ answers of about 110 and 90, log-normal around these.
     trl          TRL's DPOTrainer: plain DPO, so two rows and no rejected image, under TRL's own padding mask
 
 Ours and authors are first checked to give equal log-probabilities. They are timed in turns of --items examples, so
-that a change in the machine's speed meets both: with identical settings (checkpointing, LoRA layers, activation; the
-authors' rows are padded on the right, so that attention needs no mask), then ours without checkpointing against theirs
-as released: with it, peft's own LoRA layers, Phi's own activation, and autocast on a GPU. As in training, no step sees
-a batch again. Each measurement is a line of JSON, printed and added to FILE as soon as it is there.
+that a change in the machine's speed meets both: with identical settings, then ours without checkpointing against
+theirs as released. As in training, no step sees a batch again. Each measurement is a line of JSON, printed and added
+to FILE.
 """
 
 import copy
@@ -30,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -47,6 +46,7 @@ from data import Example, Parser, about, make_batch, run_command
 from examples import tiny_bunny
 from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps, sequence_logps, to_device, unwrapped
 
+MEANS = (40, 110, 90)  # tokens of a question, y_w and y_l
 WORDS = "there is a red circle and blue square here the picture of on in with small large near left right".split()
 LEARNING_RATE = 1e-4
 TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -103,7 +103,7 @@ def make_pairs(n, seed=0):
     words = lambda mean: " ".join(rng.choices(WORDS, k=draw_length(rng, mean)))
     drawn = lambda detail: Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), detail).convert("RGB")
     images = lambda: (drawn(rng.randint(10, 90)),)
-    return [Example(words(40), words(110), words(90), images(), images()) for _ in range(n)]
+    return [Example(*map(words, MEANS), images(), images()) for _ in range(n)]
 
 
 # ----------------------------------------------------------------------------------------------------- three schemes
@@ -289,68 +289,11 @@ def check_equal(model, processor, pairs):
     """Both schemes on the same model and examples. Raises AssertionError if they do not compute the same."""
     ours = response_logps(model, packed_batch(pairs, processor))
     theirs = authors_logps(model, to_device(make_batch(pairs, processor), model.device))
-    for name, a, b in zip(LogPs._fields, ours, theirs):
-        difference = ((a - b).abs() / b.abs()).max().item()
-        assert difference < (1e-5 if model.dtype == torch.float32 else 1e-2), f"{name}: {difference:.1e} apart"
+    rtol = 1e-5 if model.dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(ours._asdict(), theirs._asdict(), rtol=rtol, atol=0)
 
 
-# -------------------------------------------------------------------------------------------------- memory, predicted
-
-
-def memory_terms(model):
-    """What a step of ours holds in bf16, by what it grows with -> {term: bytes}.
-
-    For its backward pass a layer keeps of a token: its input, LoRA's inputs, q, k, v, attention's output by block and
-    in a row, and half of the keys and values again, for y_l's block: 16 times the width in Phi, 24 in Llama, whose two
-    norms keep their inputs in float32. Of the MLP: 2 numbers in Phi, 4 in Llama. Gradients take 2 more at the peak.
-    """
-    text, adapter = unwrapped(model).config.get_text_config(), [p for p in model.parameters() if p.requires_grad]
-    h, f, n_layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
-    n = sum(p.numel() for p in adapter)
-    layer = 16 * h + 4 * f if text.model_type == "phi" else 24 * h + 8 * f
-    layer += 2 * len(adapter[0]) * len(adapter) // 2 // n_layers  # A x of each linear layer: rank numbers
-    return {
-        "weights in bf16": 2 * (sum(p.numel() for p in model.parameters()) - n),
-        "adapter in float32": 4 * n,
-        "its AdamW state": 8 * n,
-        "its gradient": 4 * n,
-        "a token, with checkpointing": 2 * h * n_layers + 6 * h,  # each layer's input; at both ends 3 more
-        "a token, in the layer that is recomputed": layer + 4 * f,
-        "a token, without checkpointing": layer * n_layers + 6 * h,
-        "adapter in bf16, without checkpointing": 2 * n,
-        "a response token's logits": 12 * text.vocab_size,  # log-softmax, its gradient, the logits': float32
-    }
-
-
-def predicted_peak(terms, tokens, targets, checkpointing):
-    """GiB at the peak of a step."""
-    weights, adapter, state, grads, kept, layer, all_kept, cast, logit = terms.values()
-    held = weights + adapter + state + grads
-    if checkpointing:
-        return (held + kept * tokens + max(layer * tokens, logit * targets)) / 2**30
-    return (held + cast + all_kept * tokens + logit * targets) / 2**30
-
-
-def print_formula(shape):
-    """The terms, the peak by micro-batch size, and the hours of the paper's run."""
-    model, processor = make_model(shape, "meta", torch.bfloat16, rank=64)
-    terms, prefix = memory_terms(model), 50 + unwrapped(model).config.image_seq_length  # 50: the template's tokens
-    print(f"\n{shape}: predicted, not measured")
-    for name, n_bytes in terms.items():
-        print(f"  {n_bytes / 2**30:10.2f} GiB  {name}" if n_bytes > 1e8 else f"  {n_bytes / 1e3:10.0f} kB   {name}")
-    rng = random.Random(0)
-    drawn = [[draw_length(rng, mean) for mean in (40, 110, 90)] for _ in range(30_000)]
-    sizes = [(2 * (prefix + q + y_w + 1) + y_l + 1, 2 * (y_w + 1) + y_l + 1) for q, y_w, y_l in drawn]
-    total = lambda group: [*map(sum, zip(*group))]
-    print("  peak of the heaviest micro-batch of 30,000 examples, GiB:")
-    for n in (1, 2, 4, 8, 16, 32):
-        groups = [total(group) for group in train.split(sizes, n)]
-        peaks = [max(predicted_peak(terms, *group, checkpointing) for group in groups) for checkpointing in (1, 0)]
-        print(f"{n:8}: {peaks[0]:6.1f} with checkpointing, {peaks[1]:6.1f} without")
-    print_hours(model, processor)
-
-
-# ----------------------------------------------------------------------------------------- hours, predicted
+# ----------------------------------------------------------------------------------- memory and hours, predicted
 
 CARDS = {  # dense bf16 TFLOP/s and TB/s, by the vendor's data sheets
     "H200": (990, 4.8),
@@ -368,13 +311,23 @@ NO_KERNEL = ("_unsafe_view", "empty", "empty_like")
 class Work(TorchDispatchMode):
     """Counts FLOPs of products and attention, bytes that all other operations move, and operations: launches.
 
-    An operation reads its inputs and writes its outputs once, as if no cache helped.
+    An operation reads its inputs and writes its outputs once, as if no cache helped. peak: the most bytes that were
+    alive at once, of all that operations made; what a view shows is not made. known: storages that were there before.
     """
 
-    flops = traffic = launches = 0
+    flops = traffic = launches = alive = peak = 0
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.known = weakref.WeakSet(known)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out, name = operation(*args, **(kwargs or {})), operation.__name__.partition(".")[0]
+        for tensor in filter(torch.is_tensor, tree_leaves(out)):
+            if (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.hold(storage.nbytes())
+                weakref.finalize(storage, self.hold, -storage.nbytes())
         if operation.is_view or name in NO_KERNEL:
             return out
         self.launches += 1
@@ -385,6 +338,10 @@ class Work(TorchDispatchMode):
             moved = [leaf for leaf in tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf)]
             self.traffic += sum(distinct(tensor) * tensor.element_size() for tensor in moved)
         return out
+
+    def hold(self, n_bytes):
+        self.alive += n_bytes
+        self.peak = max(self.peak, self.alive)
 
 
 def distinct(tensor):
@@ -405,15 +362,38 @@ def count_work(model, batch):
     inner = unwrapped(model).model  # it would ask of data where the images stand
     inner.get_placeholder_mask = lambda *ids, inputs_embeds, **images: inputs_embeds.detach().bool()
     model.zero_grad()
-    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention_on_gpu), Work() as work:
+    known = [parameter.untyped_storage() for parameter in model.parameters()]
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention_on_gpu), Work(known) as work:
         our_losses(model, batch).mean().backward()
     return work
+
+
+def predicted_peak(model, batch):
+    """GiB at the peak of a step: what is always there, and what a micro-batch adds."""
+    adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    always = sum(parameter.nbytes for parameter in model.parameters()) + 3 * adapter  # AdamW's state, the gradient
+    return (always + count_work(model, batch).peak) / 2**30
 
 
 def predicted_seconds(work, card):
     """-> seconds of the products, of the other traffic, and of the host, which works beside the card."""
     flops, bandwidth = (1e12 * rate for rate in CARDS[card])
     return work.flops / (PRODUCTS * flops), work.traffic / (TRAFFIC * bandwidth), LAUNCH * work.launches
+
+
+def print_memory(model, processor):
+    """The peak by micro-batch size, with texts as long as the longest of 30,000 examples."""
+    rng, image = random.Random(0), (Image.new("RGB", (640, 480)),)
+    drawn = [[draw_length(rng, mean) for mean in MEANS] for _ in range(30_000)]
+    print("  peak of the heaviest micro-batch of 30,000 examples, GiB:")
+    for checkpointing, n in itertools.product((False, True), (1, 2, 4, 8, 16, 32)):
+        heaviest = max(train.split(drawn, n), key=lambda group: sum(2 * (q + y_w) + y_l for q, y_w, y_l in group))
+        texts = [map(str.__mul__, (" red", " blue", " left"), lengths) for lengths in heaviest]  # a token each
+        batch = packed_batch([Example(*each, image, image) for each in texts], processor)
+        if checkpointing:
+            train.enable_checkpointing(model)
+        peak = predicted_peak(model.train(), batch)
+        print(f"{n:8}: {peak:6.1f} {'with' if checkpointing else 'without'} checkpointing")
 
 
 def print_hours(model, processor):
@@ -447,8 +427,7 @@ def run(argv):
     add("--threads", type=int, default=1, help="on the CPU")
     add("--trl", action="store_true", help="also TRL's DPOTrainer")
     add("--json", type=Path, help="add every measurement to this file")
-    add("--only", choices=("speed", "memory-formula", *MEMORY), help="the comparison at identical settings, "
-        "predictions for the real shapes, or the memory of one scheme")  # fmt: skip
+    add("--only", choices=("memory-formula", *MEMORY), help="predictions for the real shapes, or one scheme's memory")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"
@@ -456,12 +435,12 @@ def run(argv):
     args.device_name = torch.cuda.get_device_name() if cuda else f"CPU, {args.threads} thread(s)"
     args.shape = args.shape or ("bunny-3b" if cuda else "tiny")
     if args.only == "memory-formula":
-        print_formula("bunny-3b")
-        print_formula("llava-7b")
+        for shape in ("bunny-3b", "llava-7b"):
+            print(f"\n{shape}: predicted, not measured")
+            for show in (print_memory, print_hours):  # a model each: checkpointing is not switched off again
+                show(*make_model(shape, "meta", torch.bfloat16, rank=64))
     elif args.only in MEMORY:
         measure_memory(args, args.only)
-    elif args.only == "speed":
-        compare(args, identical=True)
     else:
         for name in MEMORY:  # in a fresh process each, and while this one holds nothing on the GPU
             with about(f"memory of {name}"):

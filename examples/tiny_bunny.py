@@ -16,7 +16,6 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -90,7 +89,7 @@ def write_weights(folder, model):
 # ------------------------------------------------------------------------------------------------------ the base model
 
 
-def write_base(folder, seed=0, progress=True, world=shapes.SMALL):
+def write_base(folder, seed=0, world=shapes.SMALL):
     """Make a model that sees but answers from habit, and write it as a Bunny checkpoint -> the folder.
 
     First the vision tower learns to name shape and colour under each patch: without it the language model would not
@@ -102,8 +101,8 @@ def write_base(folder, seed=0, progress=True, world=shapes.SMALL):
     tower = f"shapes-patch8-{world.grid * shapes.CELL}"
     write_bunny(folder, texts, hidden=96, layers=3, tower_hidden=64, vision_tower=tower, seed=seed)
     model, processor = load_model(str(folder))
-    learn_to_see(model, rng, progress, world)
-    learn_to_answer(model.train(), processor, rng, progress, world)
+    learn_to_see(model, rng, world)
+    learn_to_answer(model.train(), processor, rng, world)
     write_weights(folder, model)
     return folder
 
@@ -119,13 +118,13 @@ def tower_features(model, pixel_values):
     return model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1]
 
 
-def learn_to_see(model, rng, progress, world, steps=400, batch_size=64):
+def learn_to_see(model, rng, world, steps=400, batch_size=64):
     side = 2 * world.grid  # patches, 2 x 2 of them a cell
     names = ([None, *shapes.SHAPES], [None, *shapes.COLOURS])
     heads = torch.nn.ModuleList(torch.nn.Linear(64, len(kinds)) for kinds in names)
     parameters = [*model.model.vision_tower.requires_grad_(True).parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1e-3)
-    for _ in tqdm(range(steps), "learning to see", disable=not progress):
+    for _ in range(steps):
         scenes = [shapes.random_scene(rng, world=world) for _ in range(batch_size)]
         labels = torch.zeros(2, batch_size, side, side, dtype=torch.long)
         for b, scene in enumerate(scenes):
@@ -147,7 +146,7 @@ def question_and_answer(scene, rng):
     return shapes.question_text(question), shapes.answer_text(question, claims, polite=rng.random() < 0.5)
 
 
-def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questions=8, lr=2e-3):
+def learn_to_answer(model, processor, rng, world, n_scenes=12, questions=8, lr=2e-3):
     """Supervised tuning. Questions about an image share it, blind to each other, as mDPO packs answers."""
     tokenizer = processor.tokenizer
     use_packed_attention(model)
@@ -157,7 +156,7 @@ def learn_to_answer(model, processor, rng, progress, world, n_scenes=12, questio
     model.model.vision_tower.requires_grad_(False)
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, world.base_steps // 20, world.base_steps)
-    for _ in tqdm(range(world.base_steps), "learning to answer", disable=not progress):
+    for _ in range(world.base_steps):
         scenes = [shapes.random_scene(rng, 0.25, world) for _ in range(n_scenes)]
         row = {name: [] for name in ("input_ids", "position_ids", "predictors", "targets")}
         blocks = []  # as `mdpo.pack` has them: the scene's prefix is part of its first question's block

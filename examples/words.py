@@ -1,6 +1,6 @@
 """Which words look at the image? log p(token | m_w) - log p(token | m_l) of each token of y_w and y_l.
 
-    python examples/words.py --model M --adapter RUN --data FILE --to words.html   # words.png: one example
+    python examples/words.py --model M --adapter RUN --data FILE --to words.html
     python examples/words.py study 0 1 2                                           # seeds of miniature.py
 
 Blue: likelier with the image; red: likelier with the rejected one. Without --adapter: the base model alone. The page
@@ -30,28 +30,27 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ImageOps
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Pairs, about, chat_messages, make_batch, read_examples, run_command, texts_of
+from data import BadInput, Pairs, about, make_batch, read_examples, run_command
 from examples import miniature, shapes
-from examples.answer import load_tuned
+from examples.answer import load_tuned, text_of
 from examples.evaluate import load, make_parser
 from mdpo import forward_inputs
-from train import replacing, whole
+from train import replacing
 
 SCALE = 3  # nats, of the fullest colour
-SIZE, WIDTH, LEFT, LINE = (240, 180), 1000, 230, 42  # of an image; of the drawing; where words begin; of a line
-TITLE = "Words that look at the image"
-LEGEND = (
-    "log p(token | image) - log p(token | rejected image) in nats; before an answer, its sum",
-    [
-        (f"-{SCALE}: likelier with the rejected image ", -SCALE),
-        *[(f" {value:+} ", value) for value in range(1 - SCALE, SCALE)],
-        (f" +{SCALE}: likelier with the image", SCALE),
-    ],
-)
+LEGEND = [(f"-{SCALE}: likelier with the rejected image ", -SCALE)]
+LEGEND += [(f" {value:+} ", value) for value in range(1 - SCALE, SCALE)]
+LEGEND += [(f" +{SCALE}: likelier with the image", SCALE)]
+HEAD = """<!doctype html><meta charset="utf-8"><title>Words that look at the image</title>
+<style>body {font: 16px/1.8 sans-serif; margin: 2em} span {padding: 2px 0; white-space: pre-wrap}
+b {display: inline-block; min-width: 13em} figure {display: inline-block; margin: 0 1em 0 0}</style>
+<h1>Words that look at the image</h1>
+<p>log p(token | image) - log p(token | rejected image) in nats; before an answer, its sum. What training changed most
+comes first.</p>"""
 
 
 @torch.no_grad()
@@ -99,30 +98,16 @@ def colour(value):
     return tuple(round(255 + (part - 255) * min(1, abs(value) / SCALE)) for part in full)
 
 
-def captioned(pair):
-    """-> [(caption, image)]"""
-    sides = {"image": pair.images, "rejected image": pair.images_rejected}
-    return [(caption, ImageOps.contain(image, SIZE)) for caption, images in sides.items() for image in images]
-
-
-def question_of(pair):
-    """Its turns in one line, without a system text."""
-    messages = chat_messages(pair.question, 0)
-    return " / ".join(texts_of([message for message in messages if message["role"] != "system"]))
-
-
-STYLE = """<style>body {font: 16px/1.8 sans-serif; margin: 2em} span {padding: 2px 0; white-space: pre-wrap}
-b {display: inline-block; min-width: 13em} figure {display: inline-block; margin: 0 1em 0 0}</style>"""
-
-
 def as_page(shown):
     """[(id, pair, rows)] -> a page of HTML, without scripts; those that changed most come first."""
-    head = f'<!doctype html><meta charset="utf-8"><title>{TITLE}</title>\n{STYLE}\n<h1>{TITLE}</h1>'
-    parts = [head, f"<p>{LEGEND[0]}. What training changed most comes first.</p>", as_line("legend", LEGEND[1])]
+    parts = [HEAD, as_line("legend", LEGEND)]
     for name, pair, rows in sorted(shown, key=lambda example: -change(example[2])):
-        parts.append(f"<h2>{html.escape(f'{name} / {question_of(pair)}')}</h2>")
-        for caption, image in captioned(pair):
-            image.save(file := io.BytesIO(), "PNG")
+        question = text_of(pair).replace("\n", " / ")  # its turns in one line
+        parts.append(f"<h2>{html.escape(f'{name} / {question}')}</h2>")
+        images = [("image", image) for image in pair.images]
+        images += [("rejected image", image) for image in pair.images_rejected]
+        for caption, image in images:
+            ImageOps.contain(image, (240, 180)).save(file := io.BytesIO(), "PNG")
             source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
             parts.append(f'<figure><img src="{source}"><figcaption>{caption}</figcaption></figure>')
         parts += [as_line(*row) for row in rows]
@@ -133,34 +118,6 @@ def as_line(title, words):
     style = lambda value: f'style="background: rgb{colour(value)}" title="{value:+.2f}"'
     spans = [f"<span {style(value)}>{html.escape(text)}</span>" for text, value in words]
     return f"<div><b>{title}</b>{''.join(spans)}</div>"
-
-
-def as_image(pair, rows):
-    """What `as_page` shows of an example, with each token's number under it."""
-    font, small = ImageFont.load_default(18), ImageFont.load_default(11)
-    rows = [("legend", LEGEND[1]), *rows]
-    sheet = Image.new("RGB", (WIDTH, 400 + LINE * sum(1 + len(words) for _, words in rows)), "white")
-    draw, x, y = ImageDraw.Draw(sheet), 10, 70
-    draw.text((10, 8), TITLE, "black", ImageFont.load_default(24))
-    draw.text((10, 42), LEGEND[0], "black", font)
-    for caption, image in captioned(pair):
-        draw.text((x, 74), caption, "black", font)
-        sheet.paste(image, (x, 100))
-        x, y = x + SIZE[0] + 20, 110 + SIZE[1]
-    draw.text((10, y), f"question: {question_of(pair)}", "black", font)
-    for title, words in rows:
-        x, y = LEFT, y + LINE
-        draw.text((10, y), title, "black", font)
-        for text, value in words:
-            text, number = text.strip() or "\u00b7", f"{value:+z.1f}"
-            n = max(font.getlength(text), small.getlength(number))
-            if x + n > WIDTH - 10:
-                x, y = LEFT, y + LINE
-            draw.rectangle((x - 3, y - 2, x + n + 3, y + 23), colour(value))
-            draw.text((x, y), text, "black", font)
-            draw.text((x, y + 24), number, "black", small)
-            x += n + 8
-    return sheet.crop((0, 0, WIDTH, y + LINE + 4))
 
 
 def study(seeds, out="runs/miniature"):
@@ -190,23 +147,15 @@ def run(argv):
             seeds = [int(word) for word in argv[1:] or [0]]
         return study(seeds)
     parser = make_parser(__doc__, needs_adapter=False)
-    parser.add_argument("--to", required=True, metavar="FILE", help="a page, .html, or a picture, .png")
-    parser.add_argument("--example", type=whole, default=1, help="the one in the picture (default: 1)")
+    parser.add_argument("--to", required=True, type=Path, metavar="FILE", help="a new page, .html")
     args = parser.parse_args(argv)
-    to = Path(args.to)
-    if os.path.lexists(to) or to.suffix not in (".html", ".png"):
-        raise BadInput(f"{to}: " + ("already exists" if os.path.lexists(to) else "must end in .html or .png"))
+    if os.path.lexists(args.to):
+        raise BadInput(f"{args.to}: already exists")
     trained, examples, pairs, model, processor = load(args)
-    if args.example > len(examples):
-        raise BadInput(f"--example {args.example}: there are {len(examples)}")
-    shown = lambda i: (pair := pairs["held out", i], rows_of(model, processor, pair, trained.max_length))
-    if to.suffix == ".html":
-        page = as_page([(example.id, *shown(i)) for i, example in enumerate(examples)])
-        write = lambda file: file.write_text(page, "utf-8")
-    else:
-        write = as_image(*shown(args.example - 1)).save
-    with replacing(to.parent) as new:
-        write(new / to.name)
+    drawn = [pairs["held out", i] for i in range(len(examples))]
+    page = as_page([(pair.id, pair, rows_of(model, processor, pair, trained.max_length)) for pair in drawn])
+    with replacing(args.to.parent) as new:
+        (new / args.to.name).write_text(page, "utf-8")
     return 0
 
 

@@ -116,7 +116,7 @@ def test_a_margin_that_turns_has_a_negative_share():
 
 def test_a_study_that_was_stopped_goes_on(bunny, tmp_path, monkeypatch):
     """Its methods train for hours. Stopped after step 1 of 4, the second command trains the other 3."""
-    seed, log, threads = tmp_path / "seed-1", train.log, torch.get_num_threads()
+    seed, log, steps, threads = tmp_path / "seed-1", train.log, [], torch.get_num_threads()
     shutil.copytree(bunny, seed / "model")
     for name in "data", "held_out":
         shapes.write_pairs(seed / name, 8)
@@ -124,7 +124,6 @@ def test_a_study_that_was_stopped_goes_on(bunny, tmp_path, monkeypatch):
     monkeypatch.setattr(miniature, "COMMON", flags)
     monkeypatch.setattr(miniature, "METHODS", {"mDPO": "--eval-size 1 --limit 8"})
     monkeypatch.setattr(miniature, "examine", lambda *args, **kwargs: {"yes_no_auc": 0.8})
-    steps = []
 
     def stop(out, records, record):
         log(out, records, record)
@@ -145,29 +144,21 @@ def test_labels_of_the_base_lie_under_their_shapes(tmp_path, monkeypatch):
     each label there is its colour, and where there is none the background, a grey of 45."""
     folder = tiny_bunny.write_bunny(tmp_path / "m", TEXTS, tower_hidden=64, vision_tower="x-patch8-32")
     pictures, labels, draw, loss = [], [], tiny_bunny.pixels, torch.nn.functional.cross_entropy
-
-    def note_picture(*args, **kwargs):
-        pictures.append(draw(*args, **kwargs))
-        return pictures[-1]
-
-    def note_labels(logits, targets, *args, **kwargs):
-        labels.append(targets.view(8, 2, 2, 2, 2)[:, :, 0, :, 0])  # a cell has 2 x 2 tokens of one label
-        assert (targets.view(8, 2, 2, 2, 2) == labels[-1][:, :, None, :, None]).all()
-        return loss(logits, targets, *args, **kwargs)
-
-    monkeypatch.setattr(tiny_bunny, "pixels", note_picture)
+    note_labels = lambda logits, targets: labels.append(targets.view(8, 2, 2, 2, 2)) or loss(logits, targets)
+    monkeypatch.setattr(tiny_bunny, "pixels", lambda *args: pictures.append(draw(*args)) or pictures[0])
     monkeypatch.setattr(tiny_bunny, "F", SimpleNamespace(cross_entropy=note_labels))
     model, _ = train.load_model(str(folder))
-    tiny_bunny.learn_to_see(model, random.Random(0), False, shapes.SMALL, steps=1, batch_size=8)
-    shape, colour = labels
+    tiny_bunny.learn_to_see(model, random.Random(0), shapes.SMALL, steps=1, batch_size=8)
+    assert all(
+        (label == label[:, :, :1, :, :1]).all() for label in labels
+    )  # 2 x 2 tokens of a cell: one label
+    shape, colour = (label[:, :, 0, :, 0] for label in labels)  # (8, 2, 2)
     assert torch.equal(shape > 0, colour > 0) and 0 < (shape > 0).sum() < shape.numel()
-    rgb = torch.tensor([(45, 45, 45), *shapes.COLOURS.values()])
+    rgb = torch.tensor([(45, 45, 45), *shapes.COLOURS.values()])[colour].permute(0, 3, 1, 2)  # (8, 3, 2, 2)
     levels = ((pictures[0] + 1) * 127.5).round().view(8, 3, 2, 16, 2, 16)
-    for i, row, column in torch.cartesian_prod(torch.arange(8), torch.arange(2), torch.arange(2)).tolist():
-        label = colour[i, row, column].item()
-        distance = (levels[i, :, row, :, column] - rgb[label][:, None, None]).abs().amax(0)
-        assert distance.min() < 3
-        assert label or distance.max() < 60  # a neighbour's edge may shine in
+    distance = (levels - rgb[:, :, :, None, :, None]).abs().amax(1)  # (8, 2, 16, 2, 16)
+    assert distance.amin((2, 4)).max() < 3
+    assert distance.amax((2, 4))[colour == 0].max() < 60  # a neighbour's edge may shine in
 
 
 # -------------------------------------------------------------------------------------------------- many GPUs

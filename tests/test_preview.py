@@ -251,7 +251,7 @@ def draw_figure(argv):
 
 
 FEW = "--device cpu --limit 2".split()
-WRITERS = {"preview.png": (preview, []), "words.html": (words, FEW), "words.png": (words, FEW)}
+WRITERS = {"preview.png": (preview, []), "words.html": (words, FEW)}
 FIGURES = {"curves.png": curves.run, "figure.png": draw_figure}  # by matplotlib, over the old ones
 
 
@@ -301,7 +301,7 @@ def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(tmp_path, m
     pool = nullcontext(SimpleNamespace(map=map))
     monkeypatch.setattr(miniature, "ProcessPoolExecutor", lambda *rest: pool)
     monkeypatch.setattr(miniature, "run_method", lambda *rest: {"grounding": 0.5})
-    monkeypatch.setattr(miniature.subprocess, "run", full_disk)
+    monkeypatch.setenv("PATH", "")
     assert run_command(miniature.run, ["--out", str(tmp_path), *"--seeds 7 --methods mDPO".split()]) == 0
     assert json.loads((tmp_path / "results.json").read_text())["summary"]["mDPO"]["grounding"] == [0.5, 0.0]
 
