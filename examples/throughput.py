@@ -427,7 +427,8 @@ def run(argv):
     add("--threads", type=int, default=1, help="on the CPU")
     add("--trl", action="store_true", help="also TRL's DPOTrainer")
     add("--json", type=Path, help="add every measurement to this file")
-    add("--only", choices=("memory-formula", *MEMORY), help="predictions for the real shapes, or one scheme's memory")
+    add("--only", choices=("speed", "memory-formula", *MEMORY), help="the comparison at identical settings, "
+        "predictions for the real shapes, or the memory of one scheme")  # fmt: skip
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"
@@ -441,6 +442,8 @@ def run(argv):
                 show(*make_model(shape, "meta", torch.bfloat16, rank=64))
     elif args.only in MEMORY:
         measure_memory(args, args.only)
+    elif args.only == "speed":
+        compare(args, identical=True)
     else:
         for name in MEMORY:  # in a fresh process each, and while this one holds nothing on the GPU
             with about(f"memory of {name}"):
