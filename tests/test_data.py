@@ -16,6 +16,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -1378,3 +1379,12 @@ def test_a_system_text_or_a_history_beside_the_prompt_is_not_left_out(folder, fi
     """The pair would be trained as the answer to another conversation."""
     assert "python examples/convert.py takes them" in refusal(folder, PLAIN | field)
     assert read_one(folder, PLAIN | dict.fromkeys(field)).chosen == "A cat."
+
+
+def test_texts_that_explode_a_pattern_are_read_in_no_time(folder):
+    """A citation that never ends, a template within templates, a mark after a mark: quadratic time."""
+    started, unended = time.process_time(), [completion("【†" * 2_000 + "x", "5"), completion("B", "1")]
+    prompts = "USER: " * 10_000 + "x", "<image>" * 5_000 + "x"
+    records = [VLFEEDBACK | {"completions": unended}, *(authors(prompt=prompt) for prompt in prompts)]
+    assert len(read(folder, *records, with_images=False, log=len)) == 3
+    assert time.process_time() - started < 1
