@@ -148,7 +148,7 @@ def open_image(path, max_pixels=None):
         if max(image.size) > 50 * min(image.size) or width * height > 100e6:
             size = f"{width} x {height} pixels"
             raise BadInput(f"{size}: sides differ more than 50-fold, or more than 100 million pixels")
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] in "IF":  # 12 or 16 bits, or floats of any range
             low, high = (levels := image.convert("F")).getextrema()
             if not math.isfinite(high - low):
