@@ -553,7 +553,7 @@ def parse_record(record, number, subset, roots, marks):
         if chosen is None:
             return None
         images = images or f"{id}.jpg"
-    prompt, chosen, rejected = (turns(value) for value in (prompt, chosen, rejected))
+    prompt, chosen, rejected = (as_turns(value) for value in (prompt, chosen, rejected))
     if not (chosen and rejected and (prompt or chosen[1:])):
         raise BadInput(f"has the fields {', '.join(record)}; needed are image, prompt, chosen and rejected "
                        "(README, Your data); python examples/convert.py converts other formats")  # fmt: skip
@@ -627,7 +627,7 @@ def find_images(value, roots):
     return tuple(paths)
 
 
-def turns(value):
+def as_turns(value):
     """A field's value as a list of turns, each text or a chat message; None has none."""
     return value if isinstance(value, list) else [value] * (value is not None)
 
@@ -638,8 +638,8 @@ def read_question(turns, n_images, marks):
     n_images: how many the record has; None for any number. If no message shows an image, the user's first
     message opens with all of them.
     """
-    first, *rest = turns
-    turns = [*without_template(first), *rest] if isinstance(first, str) else turns
+    if isinstance(turns[0], str):
+        turns = [*without_template(turns[0]), *turns[1:]]
     messages = [read_message(turn, "prompt", marks) for turn in turns]
     roles = [message["role"] for message in messages]
     if not re.fullmatch("(system )?(user assistant )*user", " ".join(roles)):
