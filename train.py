@@ -369,20 +369,26 @@ def replacing(out):
 
 def identity(args, examples, model, loss):
     """What decides the result, and must not change when a run is resumed: {what: its value}."""
-    sha256 = lambda value: hashlib.sha256(json.dumps(value).encode()).hexdigest()
     files = [Path(path).read_bytes() for path in (args.data, args.eval_data) if path]
-    # The first numbers of each weight tell models apart; bf16 is what every device and dtype can hold.
-    weights = [(name, *p.shape, p.flatten()[:8].bfloat16().tolist())
-               for name, p in model.named_parameters() if not p.requires_grad]  # fmt: skip
     first = [example.question[0] for example in examples]
     systems = {"".join(texts_of([message])) if message["role"] == "system" else "" for message in first}
     return {name: vars(args)[name] for name in DECISIVE} | {
         "data_files": hashlib.sha256(b"".join(files)).hexdigest(),
         "examples": sha256([example.id for example in examples]),  # --skip-bad may have left others
         "system": systems.pop() if len(systems) == 1 else "",  # answers are asked for with it, too
-        "base_weights": sha256(weights),
+        "base_weights": fingerprint(model),
         "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
     }
+
+
+def fingerprint(model):
+    """A hash of the frozen weights' first numbers in bf16, which every device and dtype can hold."""
+    return sha256([(name, *p.shape, p.flatten()[:8].bfloat16().tolist())
+                   for name, p in model.named_parameters() if not p.requires_grad])  # fmt: skip
+
+
+def sha256(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def refuse_others(now, began):
