@@ -240,8 +240,9 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
     starts = [lengths[n] - len(responses[n]) for n in owner]  # of each row's response
     rooms = [room_for(text.responses.values(), max(starts[i :: len(pairs)]), max_length)
              for i, text in enumerate(texts)] * len(names)  # fmt: skip
-    labels = [[-100] * n + response[:room] for n, response, room in zip(starts, responses, rooms)]
-    labels = pad_sequence([*map(torch.tensor, labels)], batch_first=True, padding_value=-100)
+    labels = [F.pad(torch.tensor(response[:room]), (n, 0), value=-100)
+              for n, response, room in zip(starts, responses, rooms)]  # fmt: skip
+    labels = pad_sequence(labels, batch_first=True, padding_value=-100)
     is_prompt = torch.arange(labels.shape[1]) < torch.tensor(starts)[:, None]
     shape = inputs["input_ids"].shape
     for name, values in inputs.items():
@@ -518,7 +519,7 @@ IMAGE_FIELDS = ("img_path", "image", "images", "image_path")
 FOREIGN_MARKS = (
     r"(?s)<ImageHere>|<Image>|<IMAGE>|\[IMG\]|<start_of_image>|<img>.*?</img>|"
     r"<image([ _]?\d+|[-_]placeholder)>|<im_(start|patch|end)>|<\|[\w-]+\|>|"
-    r"\[/INST\]|<(start|end)_of_turn>|<end_of_utterance>|### ?(Human|Assistant):"
+    r"\[/?INST\]|<(start|end)_of_turn>|<end_of_utterance>|ASSISTANT:|(### ?|\n\n)(Human|Assistant):"
 )
 
 
@@ -557,8 +558,10 @@ def parse_record(record, number, subset, roots, marks):
     if not (chosen and rejected and (prompt or chosen[1:])):
         raise BadInput(f"has the fields {', '.join(record)}; needed are image, prompt, chosen and rejected "
                        "(README, Your data); python examples/convert.py converts other formats")  # fmt: skip
-    if first(record, ("history", "system")):
-        raise BadInput("has 'history' or 'system' beside its prompt; python examples/convert.py takes them")
+    if first(record, ("history", "system", "input")):
+        raise BadInput(
+            "has 'history', 'system' or 'input' beside its prompt; python examples/convert.py takes them"
+        )
     if chosen[:-1] != rejected[:-1]:
         raise BadInput(
             "'chosen' and 'rejected' differ before their last turn: each is one response, or a conversation"
@@ -568,8 +571,11 @@ def parse_record(record, number, subset, roots, marks):
     images_rejected = find_images(own, roots) if own else ()
     if own and len(images_rejected) != len(images):
         raise BadInput(f"has {len(images)} images and {len(images_rejected)} rejected images")
-    prompt = max(prompt, chosen[:-1], key=len)  # the response may hold the whole conversation
-    question = read_question(prompt, len(images) if roots else None, marks)
+    n_images = len(images) if roots else None
+    questions = [read_question(turns, n_images, marks) for turns in (prompt, chosen[:-1]) if turns]
+    part, question = sorted((questions[0], questions[-1]), key=len)  # a response may hold the conversation
+    if "\n".join(texts_of(part)) not in "\n".join(texts_of(question)):
+        raise BadInput("'prompt' is not what 'chosen' and 'rejected' answer")
     chosen = read_response(chosen[-1], "chosen", marks)
     rejected = read_response(rejected[-1], "rejected", marks)
     if chosen == rejected:
@@ -666,7 +672,7 @@ def read_response(turn, name, marks):
     message = read_message(turn, name, marks)
     if message["role"] != "assistant" or {"type": "image"} in message["content"]:
         raise BadInput(f"'{name}' must end in an assistant message of text")
-    return "\n".join(texts_of([message])).strip()
+    return "".join(texts_of([message])).strip()
 
 
 def read_message(turn, name, marks):
@@ -682,6 +688,8 @@ def read_message(turn, name, marks):
         if role not in ("system", "user", "assistant"):
             raise BadInput(f"role {shown(role)} is not system, user or assistant")
         for part in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            if part["type"] != "text" and [*filter(None, part.values())] != ["image"]:
+                raise BadInput(f"holds the part {shown(part)}: parts are texts and bare images")
             text = "<image>" if part["type"] == "image" else part["text"]
             if not isinstance(text, str):
                 raise BadInput(f"is {shown(text)}, not text")

@@ -257,7 +257,7 @@ LEFT_OUT = r"""
 {"images": ["img/0.png", "img/0.png"], "rejected_image": "img/1.png", "question": "Q", $PAIR}
 -> two images, one rejected: 2 images and 1 rejected images
 {$ASKED, "chosen": [{"role": "assistant", "content": [{"type": "video"}]}], "rejected": "B"}
--> a video: 'text'
+-> a video: "video"
 {"messages": [{"role": "user", "content": "<image><video>Q"}, $A], "videos": ["v.mp4"],
 "rejected_response": "B", "images": ["img/0.png"]}
 -> ms-swift's video: holds '<video>'
@@ -268,7 +268,7 @@ LEFT_OUT = r"""
 {$ASKED, "chosen": "A", "rejected": "B[/INST]"}
 -> an answer out of a template: holds '[/INST]'
 {$ASKED, "history": [["[INST] Q [/INST]", "Yes."]], $PAIR}
--> an earlier turn out of a template: holds '[/INST]'
+-> an earlier turn out of a template: holds '[INST]'
 {"image": "img/0.png", $PAIR,
 "prompt": [{"role": "user", "content": [{"type": "text", "text": "<start_of_turn>Q"}]}]}
 -> a part out of a template: holds '<start_of_turn>'

@@ -183,6 +183,7 @@ FOREIGN = (
 )
 FOREIGN += ["<IMAGE>", "[IMG]", "<img>a.jpg</img>", "<|im_start|>", "<|vision_start|>", "<image 1>"]
 FOREIGN += ["<image1>", "<img>a\n.jpg</img>", "<im_patch>", "[/INST]", "<start_of_turn>", "### Human:"]
+FOREIGN += ["[INST]", "ASSISTANT:"]
 
 
 @pytest.mark.parametrize(
@@ -481,11 +482,23 @@ def say(role, *content):
     return {"role": role, "content": content[0] if isinstance(content[0], str) else [*content]}
 
 
-def test_a_conversation_as_long_as_the_prompt_does_not_replace_it(folder):
-    """The prompt is what is asked; only a longer conversation says more than it."""
-    answers = {name: [say("user", "Hi."), say("assistant", name)] for name in ("chosen", "rejected")}
-    example = read_one(folder, authors(prompt=[say("user", "What is it?")]) | answers)
-    assert data.texts_of(example.question) == ["What is it?"] and example.chosen == "chosen"
+@pytest.mark.parametrize("prompt, turns", [
+    ("Describe A", ["Describe B"]),
+    ([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "q1"}], ["q1", "a1", "q2"]),
+    ("q2", ["q1"]),
+])  # fmt: skip
+def test_a_prompt_that_is_no_part_of_the_conversation_is_bad(folder, prompt, turns):
+    """The answers of one question would be trained as those of another, or a system text be lost."""
+    before = [say(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+    answers = {name: [*before, say("assistant", name)] for name in ("chosen", "rejected")}
+    assert "'prompt' is not what 'chosen' and 'rejected' answer" in refusal(folder, authors(prompt=prompt) | answers)
+    assert read_one(folder, authors(prompt=turns[-1]) | answers).chosen == "chosen"
+
+
+def test_the_parts_of_an_answer_are_joined_as_a_template_joins_them(folder):
+    """A line break that nobody wrote would be learned."""
+    chosen = [say("assistant", text("The cat"), text(" sits."))]
+    assert read_one(folder, MESSAGES | {"chosen": chosen}).chosen == "The cat sits."
 
 
 @pytest.mark.parametrize(
@@ -668,8 +681,6 @@ def test_messages_keep_their_parts_and_their_order(folder):
     )
     opening = say("user", image, image, text("What?"))
     assert question(system, say("user", text("What?")), *more, **two) == [system, opening, *more]
-    answer = [say("assistant", text("One."), text("Two."))]
-    assert read_one(folder, MESSAGES | {"chosen": answer}).chosen == "One.\nTwo."
 
 
 def test_no_image_needs_no_images_and_no_pool(folder):
@@ -801,6 +812,8 @@ BAD_RECORDS = {
     "an image is {\"bytes\": \"/9j/4AAQ\", \"path\": null}, not a path": authors(
         img_path={"bytes": "/9j/4AAQ", "path": None}),
     "is [1], not an object with fields": [1],
+    "'prompt': holds 'ASSISTANT:'": authors(prompt="USER: q1 ASSISTANT: a1 USER: q2 ASSISTANT:"),
+    r"'prompt': holds '\n\nHuman:'": authors(prompt="Hi.\n\nHuman: What?"),
     "'rejected': has no text": authors(rejected=" \n"),
     "'chosen': 'utf-8' codec can't encode character": authors(chosen="A \ud800 cat."),
     "'chosen' and 'rejected' are equal": authors(rejected="A cat. "),
@@ -813,7 +826,10 @@ BAD_RECORDS = {
     "shows 2 images, the record has 1": TURNS | {"images": ["a.png"]},
     "must take turns": MESSAGES | {"prompt": [*MESSAGES["prompt"], *MESSAGES["prompt"]]},
     "'prompt': role \"tool\" is not system": MESSAGES | {"prompt": [say("tool", "S")]},
-    "'prompt': has no 'text'": MESSAGES | {"prompt": [say("user", {"type": "video"})]},
+    "'prompt': holds the part {\"type\": \"video\", \"text\": \"t\"}": MESSAGES | {
+        "prompt": [say("user", {"type": "video", "text": "t"})]},
+    "'prompt': holds the part {\"type\": \"image\", \"image\": \"b.png\"}": MESSAGES | {
+        "prompt": [say("user", {"type": "image", "image": "b.png"}, text("What?"))]},
     "'chosen' must end in an assistant message": MESSAGES | {"chosen": [say("user", "A cat.")]},
     "'rejected' must end in an assistant message": MESSAGES | {
         "rejected": [say("assistant", *MESSAGES["prompt"][0]["content"])]},
@@ -1374,7 +1390,7 @@ def test_a_first_line_that_python_cannot_read_is_one_bad_record(folder, line):
     assert "dropped 1 bad records" in said[0]
 
 
-@pytest.mark.parametrize("field", [{"system": "Be brief."}, {"history": [["Is it round?", "Yes."]]}])
+@pytest.mark.parametrize("field", [{"input": "Of the cat."}, {"system": "Be brief."}, {"history": [["Is it round?", "Yes."]]}])
 def test_a_system_text_or_a_history_beside_the_prompt_is_not_left_out(folder, field):
     """The pair would be trained as the answer to another conversation."""
     assert "python examples/convert.py takes them" in refusal(folder, PLAIN | field)
