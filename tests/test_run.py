@@ -591,6 +591,19 @@ def test_nan_stops_the_run_and_names_the_batch(run, capsys, wrong):
     assert re.search(r"step 1: .* not finite; examples: [1-7], [1-7], [1-7], [1-7]$", line)
 
 
+def test_the_step_before_one_that_is_not_finite_is_saved(run, out, capsys):
+    """Hours would be lost to one bad batch."""
+    seen = []
+
+    def broken(policy_logps, *rest, batch, **options):
+        seen.append(batch)
+        losses, metrics = mdpo_loss(policy_logps, *rest, **options)
+        return losses * (math.nan if len(seen) > 2 else 1), metrics
+
+    assert "step 2: loss or gradient is not finite" in one_line_of(capsys, run(loss=broken))
+    assert [record["step"] for record in checkpoint_of(out)["records"]] == [1]
+
+
 def test_out_of_gpu_memory_names_the_flag(run, capsys):
     """The first thing a user meets on a small GPU."""
 
