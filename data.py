@@ -524,7 +524,7 @@ FOREIGN_MARKS = (
 
 
 def forbidden(processor):
-    """{part of a record: pattern of what its texts may not hold}: control and image tokens, not think tags."""
+    """{part of a record: pattern of what its texts may not hold}: control and image tokens, no think tags."""
     tokens, eos = [], None
     if processor:
         added, eos = processor.tokenizer.added_tokens_decoder.values(), processor.tokenizer.eos_token
@@ -659,7 +659,7 @@ def read_question(turns, n_images, marks):
 
 
 def without_template(text):
-    """The authors' data have Bunny's template around a question -> its system text, "wrapped", and the question."""
+    """A question in Bunny's template, as in the authors' data -> its system text, "wrapped", and the rest."""
     system, user, question = text.strip().partition("USER:")
     if not (user and question.endswith("ASSISTANT:")):
         return [text]

@@ -89,7 +89,7 @@ def run(args, loss):
     batches = load_batches(pairs, chain(*plan[done:]), names, processor, args)
     steps = train(objective, plan, batches, optimizer, schedule, args)
     to_continue = f"to continue: python train.py --resume {shlex.quote(str(out))}"
-    with closing(batches), stop_signals() as stop, progress(steps, "training", len(plan), initial=done) as bar:
+    with closing(batches), stop_signals() as stop, progress(steps, "steps", len(plan), initial=done) as bar:
         try:
             for record in bar:
                 if (end_of_epoch := record["epoch"].is_integer()) and held_out:

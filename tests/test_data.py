@@ -491,7 +491,8 @@ def test_a_prompt_that_is_no_part_of_the_conversation_is_bad(folder, prompt, tur
     """The answers of one question would be trained as those of another, or a system text be lost."""
     before = [say(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
     answers = {name: [*before, say("assistant", name)] for name in ("chosen", "rejected")}
-    assert "'prompt' is not what 'chosen' and 'rejected' answer" in refusal(folder, authors(prompt=prompt) | answers)
+    other = authors(prompt=prompt) | answers
+    assert "'prompt' is not what 'chosen' and 'rejected' answer" in refusal(folder, other)
     assert read_one(folder, authors(prompt=turns[-1]) | answers).chosen == "chosen"
 
 
@@ -1390,7 +1391,9 @@ def test_a_first_line_that_python_cannot_read_is_one_bad_record(folder, line):
     assert "dropped 1 bad records" in said[0]
 
 
-@pytest.mark.parametrize("field", [{"input": "Of the cat."}, {"system": "Be brief."}, {"history": [["Is it round?", "Yes."]]}])
+@pytest.mark.parametrize(
+    "field", [{"input": "Of it."}, {"system": "Be brief."}, {"history": [["Is it round?", "Yes."]]}]
+)
 def test_a_system_text_or_a_history_beside_the_prompt_is_not_left_out(folder, field):
     """The pair would be trained as the answer to another conversation."""
     assert "python examples/convert.py takes them" in refusal(folder, PLAIN | field)

@@ -1010,7 +1010,7 @@ def test_many_steps_are_planned_at_once():
 
 
 def test_ones_own_empty_folder_stays(run, tmp_path, capsys):
-    """Nothing that the user made is removed; what the run made and did not use is. An empty folder is taken."""
+    """Nothing that the user made is removed; what the run made and did not use is. An empty one is taken."""
     (mine := tmp_path / "mine").mkdir()
     for out in (mine, tmp_path / "new"):
         one_line_of(capsys, run(data=tmp_path / "none.json", out=out))
