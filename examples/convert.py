@@ -1,8 +1,6 @@
 """Convert published preference data to the plain form that `train.py` reads: OUT/data.jsonl and OUT/images/.
 
-    python examples/convert.py IN OUT [--images DIR]
-
-IN is JSON, JSON lines, parquet or a data set of the hub; the last two need `pip install datasets`.
+`python examples/convert.py IN OUT [--images DIR]` reads JSON, JSON lines and, with `datasets`, parquet and the hub.
 """
 
 import base64
@@ -11,7 +9,6 @@ import io
 import json
 import sys
 from contextlib import suppress
-from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -32,10 +29,9 @@ REFUSED = {name: f"{pattern}|{OF_OTHERS}" for name, pattern in data.forbidden(No
 def open_records(source, split):
     """A file, or the name of a data set of the hub -> its records. Embedded images of parquet stay bytes."""
     if source.is_file() and source.open("rb").read(4) != b"PAR1":
-        with suppress(ValueError):
-            if isinstance(found := json.loads(source.read_text("utf-8-sig")), dict):
-                return found.get("data") or found.get(split) or [found]
-        return [record for _, record in data.load_records(source)]  # a list, lines, or it says what else this is
+        records = [record for _, record in data.load_records(source)]  # or it says what else this is
+        only = records[0] if len(records) == 1 and isinstance(records[0], dict) else {}
+        return next((only[name] for name in ("data", split) if isinstance(only.get(name), list)), records)
     from datasets import load_dataset
 
     name, file = ("parquet", str(source)) if source.is_file() else (str(source), None)
@@ -51,7 +47,7 @@ def rows(value):
 
 def turns(value, role):
     """Nothing, text, messages or pairs of texts, also as JSON in a text -> messages. Text is said by `role`."""
-    if isinstance(value, str):
+    if isinstance(value, str | int | float):  # `data` says of a number that it is no text
         with suppress(Exception):  # JSON that does not end in a message of `role` is an answer
             if (messages := turns(json.loads(value), ""))[-1]["role"] in (role, "assistant"):
                 return messages
@@ -65,15 +61,13 @@ def turns(value, role):
     return [{"role": {"human": "user", "gpt": "assistant"}.get(role, role), "content": content}]
 
 
-def find_images(value, folder, embedded):
-    """Images as published -> paths. Bytes, also as base64 or numbers, are added to `embedded`. Raises BadInput."""
-    if isinstance(value, dict):  # a record, too
-        for image in filter(None, map(value.get, IMAGE)):
-            with suppress(BadInput):
-                return find_images(image, folder, embedded)
-        value = [first(value, IMAGE)]
+def find_images(value, folder, embedded, name=""):
+    """Images as published -> paths, None for nothing. Bytes, base64 and numbers are added to `embedded`."""
+    if isinstance(value, dict):  # a record, too: its first field that is not empty counts
+        fields = (find_images(value.get(name), folder, embedded, name) for name in IMAGE)
+        return next(filter(any, fields), [None])
     if isinstance(value, list) and not isinstance((*value, None)[0], int):
-        return [path for image in value if image for path in find_images(image, folder, embedded)]
+        return [path for image in value for path in find_images(image, folder, embedded)]
     with suppress(BadInput, OSError):
         return [*data.find_images(value, [folder])]
     with suppress(OSError, TypeError, ValueError):
@@ -81,12 +75,14 @@ def find_images(value, folder, embedded):
         kind = Image.open(io.BytesIO(content)).format.lower().replace("jpeg", "jpg")
         embedded[path := f"images/{hashlib.sha256(content).hexdigest()[:32]}.{kind}"] = content
         return [path]
-    raise BadInput(f"no such image in {folder} (--images names its folder), and no image itself: {value!r:.80}")
+    if not value or name == "bytes":  # which may be cut short beside a path
+        return [None]
+    raise BadInput(f"no such image {value!r:.80} in {folder} (--images names its folder), and no image itself")
 
 
 def convert(record, number, folder, embedded):
     """A published record -> a plain one. `embedded` gets {"images/HASH.KIND": bytes of an image}. Raises BadInput."""
-    record = json.loads(record) if isinstance(record, str) else record  # a broken line: says what is wrong
+    record = record if isinstance(record, dict) else data.parse_record(record, "", "", [], REFUSED)  # says what it is
     with suppress(Exception):  # RLHF-V
         record = json.loads(record["text"]) | record
     id = str(next((record[name] for name in ("id", "idx", "question_id") if record.get(name) is not None), number))
@@ -98,15 +94,16 @@ def convert(record, number, folder, embedded):
     question, chosen, rejected = (about(f"'{names[0]}'")(turns)(first(record, names), role) for role, *names in NAMES)
     question = question[:-1] if question and question[-1]["role"] == "assistant" else question
     before = turns(record.get("system"), "system") + turns(record.get("history"), "assistant")
-    question = before + max(chosen[:-1], question, key=len)  # the chosen conversation holds it, too
+    question = max(chosen[:-1], question, key=len)  # the chosen conversation holds it, too
+    question = [turn for turn in before if turn not in question[:-1]] + question
     if rejected[1:] and rejected[:-1] != chosen[:-1]:
         raise BadInput("two conversations that differ before their last turn, or HA-DPO's several answers")
     parts = [part for turn in question if isinstance(turn["content"], list) for part in turn["content"]]
-    in_parts = [part.pop("image") for part in parts if "image" in part]
-    shown = {"images": find_images(in_parts, folder, embedded) or find_images(record, folder, embedded)}
-    own = find_images([first(record, ("rejected_images", "rejected_image"))], folder, embedded)
-    shown |= {"rejected_images": own} if own not in ([], shown["images"]) else {}  # of ms-swift, often the same
-    if not (question and chosen and rejected and shown["images"]):
+    in_parts = [image for part in parts if (image := part.pop("image", None))]
+    shown = {"images": find_images({"images": in_parts, "image": record}, folder, embedded)}
+    own = find_images(first(record, ("rejected_images", "rejected_image")), folder, embedded)
+    shown |= {"rejected_images": own} if any(own) and own != shown["images"] else {}  # of ms-swift, often the same
+    if not (question and chosen and rejected and all(sum(shown.values(), []))):
         script = ", which OPA-DPO's own script makes," * ("standard_response" in record)
         raise BadInput(f"no image, or no question with two answers{script} in the fields {', '.join(record)}")
     prompt = question if parts or [turn["role"] for turn in question] != ["user"] else question[0]["content"]
@@ -125,34 +122,37 @@ def run(argv):
     parser.add_argument("--split", default="train", help="of a data set of the hub (default: train)")
     args = parser.parse_args(argv)
     source, folder = Path(args.source), Path(args.images or Path(args.source).parent).absolute()
-    what = [args.source, source.stat().st_mtime_ns if source.is_file() else None, str(folder), args.split]
-    log = args.out / f"records-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.jsonl"
-    read = about(f"{args.out}: is there already, and is not what this command makes")(log.read_text)
-    *lines, _ = read("utf-8").split("\n") if args.out.exists() else [""]  # _: cut by a kill, or empty
+    log, made, done = args.out / "converted.jsonl", args.out / "data.jsonl", {}
+    with about(f"{args.out}: is there already, and holds no conversion"):
+        for line in log.open("rb") if args.out.exists() and any(args.out.iterdir()) else []:
+            with suppress(TypeError, ValueError):  # a kill or a full disk cut it: its record is converted again
+                done |= json.loads(line)
+    examples, left_out, number = [], {}, 0
     with about(args.source if source.is_file() else f"{source}: no such file, nor a data set of the hub"):
-        bar = data.progress(islice(open_records(source, args.split), len(lines), None), "converting", None)
-        (args.out / "images").mkdir(parents=True, exist_ok=True)
-        with open(log, "w", buffering=1, encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(f"{line}\n" for line in lines)
-            for number, record in enumerate(bar, len(lines) + 1):
+        bar = data.progress(open_records(source, args.split), "converting", None)
+        (args.out / "images").resolve().mkdir(parents=True, exist_ok=True)
+        with log.open("a", buffering=1) as file:
+            for number, record in enumerate(bar, 1):
+                key = hashlib.sha256(repr((record, number, folder)).encode()).hexdigest()
                 try:
-                    result = about(f"record {number}")(convert)(record, number, folder, embedded := {})
+                    if key not in done:
+                        done[key] = about(f"record {number}")(convert)(record, number, folder, embedded := {})
+                        for path, content in embedded.items():
+                            (args.out / path).write_bytes(content)
+                        file.write("\n" + json.dumps({key: done[key]}))  # the last line may be cut
+                    examples.append(json.dumps(done.pop(key), ensure_ascii=False))
                 except BadInput as error:
-                    result, embedded = str(error), {}
-                for path, content in embedded.items():
-                    (args.out / path).write_bytes(content)
-                lines.append(json.dumps(result, ensure_ascii=False))
-                file.write(lines[-1] + "\n")
-    examples = [line for line in lines if line.startswith("{")]
-    left_out = {}
-    for reason in (json.loads(line) for line in lines if line.startswith('"')):
-        left_out.setdefault(tuple(reason.split()[2:5]), []).append(reason)  # record N: three words
-    report = [f"{args.out / 'data.jsonl'}: {len(examples)} examples of {len(lines)} records"]
+                    left_out.setdefault(tuple(str(error).split()[2:5]), []).append(error)  # record N: three words
+    report = [f"{made}: {len(examples)} examples of {number} records"]
     report += [f"left out {len(those)}: {those[0]}" for those in left_out.values()]
     if not examples:
-        raise BadInput("\n  ".join([*report, f"to convert again, first remove {args.out}"]))
-    (args.out / "data.jsonl").write_text("\n".join([*examples, ""]), "utf-8", "backslashreplace")
-    print("\n  ".join([*report, f"complete: to convert again, first remove {args.out}"]))
+        raise BadInput("\n  ".join(report))
+    content = "\n".join([*examples, ""]).encode(errors="backslashreplace")
+    if made.exists() and made.read_bytes() != content:
+        raise BadInput(f"{made}: has other lines; it, IN or a flag has changed since: remove it, or take another OUT")
+    (whole := args.out / "data.part").write_bytes(content)
+    whole.replace(made)
+    print("\n  ".join(report))
     return 0
 
 

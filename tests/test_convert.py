@@ -135,6 +135,11 @@ PUBLISHED = r"""
 -> Alpaca, history: {"prompt": [$TURNS, $USER]}
 {$ASKED, "history": [{"from": "human", "value": "<image>Round?"}, {"from": "gpt", "value": "Yes."}], $PAIR}
 -> history of messages: {"prompt": [$TURNS, $USER]}
+{"image": "img/0.png", "system": "Be brief.", "history": [["<image>Round?", "Yes."]],
+"messages": [$TURNS, $USER, $A], "rejected_response": "B"}
+-> a history that the conversation holds, too: {"prompt": [$SYSTEM, $TURNS, $USER]}
+{$ASKED, "history": [["Q", "Yes."]], $PAIR}
+-> a question that was asked before: {"prompt": [$USER, {"role": "assistant", "content": "Yes."}, $USER]}
 {"messages": [{"role": "user", "content": "<image>Q"}, $A], "images": ["img/0.png"], "rejected_response": "B"}
 -> ms-swift: {"prompt": "<image>Q"}
 {"images": "img/0.png", "messages": [$SYSTEM, $TURNS, $USER, $A], "rejected_response": "B"}
@@ -166,12 +171,16 @@ PUBLISHED = r"""
 -> a prompt without the image that the conversation has: {"prompt": [$SHOWN]}
 {"image": "$BASE64", "question": "Q", $PAIR}
 -> base64: {"images": ["$RED_PATH"]}
-{"images": [{"bytes": "$BASE64", "path": "x.png"}, null], "rejected_images": [null], "question": "Q", $PAIR}
--> base64 and nothing in a list: {"images": ["$RED_PATH"]}
+{"images": [{"bytes": "$BASE64", "path": "x.png"}], "rejected_images": [null], "question": "Q", $PAIR}
+-> base64 in a list, and a list of nothing: {"images": ["$RED_PATH"]}
+{"images": [], "image": {"bytes": null, "path": null}, "image_path": "img/0.png", "question": "Q", $PAIR}
+-> empty fields before an image: {}
 {"image": {"bytes": "/9j/4AAQ", "path": null}, "image_path": "img/0.png", "question": "Q", $PAIR}
 -> RLAIF-V, bytes cut short beside a path: {}
 {$ASKED, "conversations": [$HUMAN, $GPT, {"from": "human", "value": "So?"}], $PAIR}
 -> a question beside a longer conversation: {}
+{$ASKED, $PAIR, "data": "coco", "train": "yes"}
+-> texts under the names of lists of records: {}
 {$ASKED, $PAIR, "meta": {"from": "coco"}, "thumbnail": {"bytes": "AAAA"}, "note": "{\"question\": ",
 "hash": "/9j/$LONG", "messages": [{"from": "coco"}], "completions": [1], "text": "$DEEP"}
 -> unused fields of any form: {}
@@ -250,6 +259,16 @@ LEFT_OUT = r"""
 -> no image: no image
 {"images": ["img/0.png", "img/9.png"], "question": "Q", $PAIR}
 -> one of two missing: img/9.png
+{"image": "9.png", "path": "img/0.png", "question": "Q", $PAIR}
+-> the first image field is missing: no such image '9.png'
+{"images": ["img/0.png", "img/9.png"], "image": "img/1.png", "question": "Q", $PAIR}
+-> one of two missing beside another field: no such image 'img/9.png'
+{"images": [null, "img/1.png"], "question": "Q", $PAIR}
+-> an image of nothing among others: no image
+{"images": ["", "img/1.png"], "image": "img/0.png", "question": "Q", $PAIR}
+-> an empty name among others: no image
+{"images": ["img/0.png", "img/1.png"], "rejected_images": ["img/1.png", null], "question": "Q", $PAIR}
+-> a rejected image of nothing among others: no image
 {"image": "../secret.png", "question": "Q", $PAIR}
 -> outside the folder: secret.png
 {"image": "data:image/png;base64,$LONG", "question": "Q", $PAIR}
@@ -277,7 +296,13 @@ LEFT_OUT = r"""
 {"\u001b[31m": "Q"}
 -> control characters: fields \x1b[31m
 7
--> not an object: not in a known form
+-> not an object: is 7, not an object
+null
+-> nothing: is null, not an object
+{$ASKED, "chosen": 5, "rejected": "B"}
+-> a number as answer: 'chosen': is 5, not text
+{$ASKED, "chosen": "A", "rejected": NaN}
+-> a missing value of pandas as answer: 'rejected': is NaN, not text
 """
 
 
@@ -435,11 +460,11 @@ def test_a_name_of_the_hub(folder):
 @pytest.mark.parametrize("source", ["in.jsonl", "in.parquet"])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_continues_where_it_was_stopped(folder, monkeypatch, source, stop):
-    """Stopped at any record, even within a line, it writes what it writes in one go, and nothing twice. A
-    result that was removed is made again."""
+    """Stopped at any record, even within a character, it writes what it writes in one go, and converts nothing
+    twice. A result that was removed, or whose line was damaged, is made again."""
     if source == "in.parquet":
         write_parquet(source, SPA_VL, n=5)
-    write(RECORD, RECORD | {"rejected": None}, RECORD | {"image": BASE64}, RECORD, RECORD)
+    write(RECORD, RECORD, RECORD | {"image": BASE64}, RECORD, RECORD)
     assert run(source, "whole") == 0
     seen, real = [], convert.convert
 
@@ -451,37 +476,72 @@ def test_continues_where_it_was_stopped(folder, monkeypatch, source, stop):
 
     monkeypatch.setattr(convert, "convert", stopping)
     assert run(source, "out") == 130 and not Path("out/data.jsonl").exists()
-    (log,) = Path("out").glob("records-*.jsonl")
-    with log.open("a") as file:
-        file.write('{"id": "cut sho')
+    log = Path("out/converted.jsonl")
+    log.write_bytes(log.read_bytes() + '\n{"é'.encode()[:-1])
     assert run(source, "out") == 0
     assert seen == [*range(1, stop + 1), *range(stop, 6)]
     Path("out/data.jsonl").unlink()
-    assert run(source, "out") == run(source, "out") == 0 and len(seen) == 6  # all is there
-    for name in ("data.jsonl", log.name):
-        assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+    log.write_bytes(log.read_bytes()[:-9] + bytes(9))
+    assert run(source, "out") == run(source, "out") == 0 and seen[6:] == [5]  # all else is there
+    assert Path("out/data.jsonl").read_bytes() == Path("whole/data.jsonl").read_bytes()
 
 
-def test_no_folder_of_others_is_touched(folder, capsys):
-    """Neither a user's folder, nor the conversion of another file, of other flags, or of a changed file. One
-    that forgot --images says so."""
+def test_a_full_disk_leaves_no_half_result(folder, monkeypatch):
+    """The user makes room, and the same command goes on."""
+    write(RECORD)
+    real = Path.write_bytes
+
+    def full(path, content):
+        real(path, content[:9])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        assert run("in.jsonl", "out") == 2
+    assert run("in.jsonl", "out") == 0 and len(written()) == 1
+
+
+def test_nothing_that_is_there_is_overwritten(folder, capsys):
+    """Neither a user's folder, nor a result that a user has edited, nor that of an input or of flags that have
+    changed since: records would be lost, or mixed. An empty folder is taken, and so is one that a link names."""
     Path("mine").mkdir()
     Path("mine/data.jsonl").write_text("precious")
     write(RECORD | {"image": "0.png"})
-    Path("other.jsonl").write_bytes(Path("in.jsonl").read_bytes())
-    assert run("in.jsonl", "none") == 2 and not Path("none/data.jsonl").exists()
-    assert "--images" in capsys.readouterr().err
-    assert run("in.jsonl", "out", "--images", "img") == 0
+    assert run("in.jsonl", "mine", "--images", "img") == 2
+    assert "error: mine: is there already" in capsys.readouterr().err
+    assert [path.name for path in Path("mine").iterdir()] == ["data.jsonl"]
+
+    Path("empty").mkdir()
+    Path("out").symlink_to("linked")
+    assert run("in.jsonl", "empty") == 2 and not Path("empty/data.jsonl").exists()
+    assert "no such image '0.png'" in capsys.readouterr().err
+    for out in ("empty", "out"):
+        assert run("in.jsonl", out, "--images", "img") == 0
     assert written()[0]["images"] == [str(folder / "img/0.png")]
-    assert "complete: to convert again, first remove out" in capsys.readouterr().out
-    before = {path: path.read_bytes() for path in [*Path("out").glob("*.jsonl"), Path("mine/data.jsonl")]}
 
-    def refused(source, out, *flags):
-        assert run(source, out, *flags) == 2
-        assert f"{out}: is there already" in capsys.readouterr().err
+    def refused(*argv):
+        before = Path("out/data.jsonl").read_bytes()
+        assert run(*argv, "out") == 2
+        error = capsys.readouterr().err
+        assert "out/data.jsonl: has other lines; it, IN or a flag has changed since" in error
+        assert Path("out/data.jsonl").read_bytes() == before
 
-    for argv in "in.jsonl mine --images img", "other.jsonl out --images img", "in.jsonl out":
-        refused(*argv.split())
-    write(RECORD | {"image": "1.png"})  # as long as before
-    refused("in.jsonl", "out", "--images", "img")
-    assert before == {path: path.read_bytes() for path in before}
+    write(RECORD, RECORD | {"image": "0.png"})
+    refused("in.jsonl", "--images", "img")
+    Path("out/data.jsonl").unlink()
+    Path("0.png").write_bytes(RED)  # which came later
+    assert run("in.jsonl", "out") == 0
+    assert [one["images"] for one in written()] == [[str(folder / name)] for name in ("img/0.png", "0.png")]
+    Path("out/data.jsonl").write_text("edited")
+    refused("in.jsonl")
+
+
+def test_a_folder_that_has_changed(folder):
+    """Records of the old files are not mixed with those of the new ones."""
+    write_parquet("in/train-0.parquet", SPA_VL)
+    write_parquet("in/train-1.parquet", SPA_VL.replace("A", "C"), n=2)
+    assert run("in", "out") == 0
+    Path("in/train-0.parquet").unlink()
+    Path("out/data.jsonl").unlink()
+    assert run("in", "out") == 0
+    assert [example["chosen"] for example in written()] == ["C", "C"]
