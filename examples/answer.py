@@ -21,18 +21,25 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, chat_messages, encode, first, load_records, open_image, render, run_command, texts_of
-from train import Parser, best_device, load_model, load_processor, split, whole
+from train import Parser, best_device, fingerprint, load_model, load_processor, split, whole
 
 
 def load_tuned(name_or_path, adapters=None, device=None):
     """Model and processor, with the adapter of a run's folder or of several, on the GPU if there is one.
 
     The first adapter is on; `speaking_as` chooses among them. Raises BadInput, also where peft would go on: if weights
-    are missing or have no place in the model.
+    are missing or have no place in the model, or if a run was trained on another base.
     """
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters or []
     configs = [*map(read_adapter, adapters)]  # before the model, which takes minutes
     model, processor = load_model(name_or_path, device or best_device())
+    for adapter in adapters:
+        if began := read_run(adapter).get("base_weights"):
+            with about(f"{adapter}: is no adapter of {name_or_path}"):
+                tuned = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)  # the base alone is frozen
+                if fingerprint(tuned) != began:
+                    raise BadInput("it was trained on other weights")
+                tuned.unload()
     for number, (adapter, config) in enumerate(zip(adapters, configs)):
         with about(f"{adapter}: is no adapter of {name_or_path}"):
             if number == 0:
@@ -126,11 +133,11 @@ def digest(*contents):
 
 def identity(questions, model, adapter=None, **more):
     """What a file of answers belongs to: {what: its value}. Of files it is the content."""
-    name_of = lambda image: digest(image) if isinstance(image, bytes) else os.path.abspath(image)
+    digest_of = cache(digest)  # many questions are about one image
     files = sorted(path for pattern in ("*.safetensors", "*.json") for path in Path(model).glob(pattern))
     return {
         "questions": digest(json.dumps([one.question for one in questions]).encode()),
-        "images": digest(json.dumps([[*map(name_of, one.images)] for one in questions]).encode()),
+        "images": digest(json.dumps([[*map(digest_of, one.images)] for one in questions]).encode()),
         "model": digest(*files) if files else model,
         "adapter": adapter and digest(*sorted(Path(adapter).glob("adapter_*"))),
     } | more
@@ -193,15 +200,21 @@ def answer_as(files, name_or_path, questions, max_new_tokens, batch_size=8, devi
 
 
 def files_in(folder, names):
-    """{a model, as in `answer_as`: the file of its answers in a folder of such files}"""
+    """{a model, as in `answer_as`: the file of its answers in a folder of such files}. Raises BadInput if two share one."""
     file_of = lambda name: re.sub(r"[^\w.-]+", "-", name or "base").strip("-.")[-100:] + ".jsonl"
-    return {name: Path(folder, file_of(name)) for name in names}
+    files = {name: Path(folder, file_of(name)) for name in names}
+    if len({*files.values()}) < len(names):
+        raise BadInput(f"two of the names {', '.join(filter(None, names))} have one file of answers: rename a folder")
+    return files
 
 
 def read_items(path):
     """A JSON list or JSON lines."""
     with about(f"{path}: cannot be read"):
-        return [json.loads(item) if isinstance(item, str) else item for _, item in load_records(path)]
+        for number, item in (records := load_records(path)):
+            if not isinstance(item, dict):
+                raise BadInput(f"line or item {number} is no JSON object")
+        return [item for _, item in records]
 
 
 def read_answers(path, questions):

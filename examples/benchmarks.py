@@ -51,7 +51,7 @@ def yes_or_no(answer):
 
 
 def text_of(value, name):
-    if not isinstance(value, str):
+    if not (isinstance(value, str) and value.strip()):
         raise BadInput(f"'{name}' is {shown(value)}, not text")
     return value
 
@@ -97,14 +97,16 @@ def read_questions(name, path, folder, processor=None):
     for number, item in enumerate(items, 1):
         try:
             with about(f"question {number} of {name}"):
-                image, text = text_of(item[of_image], of_image), text_of(item[of_text], "question")
+                image, text = text_of(item[of_image], of_image), text_of(item[of_text], of_text)
                 make_record(number, item, "")
                 parse_record({"prompt": text, "chosen": "Yes.", "rejected": "No."}, "", "", None, marks)
                 refuse_image_tokens(processor, text)
+                if name.startswith("amber") and not isinstance(item["id"], int):
+                    raise BadInput(f"'id' is {shown(item['id'])}, not a number")
                 if name == "amber" and item["id"] > 1004:
                     raise BadInput(f"question {item['id']} is discriminative: answer it by amber-discriminative")
-                image = find_image(name, image, folder)
-                check_image(image)
+                with about(f"'{of_image}'"):
+                    check_image(image := find_image(name, image, folder))
                 questions.append(Example(text, "", "", (image,), id=str(item.get("id", number))))
         except BadInput as error:
             problems.append(str(error))

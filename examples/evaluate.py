@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import SCORED, Pairs, about, make_batch, read_examples, run_command
+from data import SCORED, BadInput, Pairs, about, make_batch, read_examples, run_command
 from examples import answer, variants
 from mdpo import mdpo_loss, mdpo_step
 
@@ -112,9 +112,18 @@ def make_parser(doc, needs_adapter=True, **adapter):
 
 
 def read_run(adapter):
-    """A run's arguments, and its loss. What its args.json does not say has train.py's default."""
-    defaults = vars(train.parse_args(["--model", "?", "--data", "?"])) | {"loss": "mdpo_loss"}
-    return Namespace(**defaults | answer.read_run(adapter))
+    """A run's arguments, and its loss. What its args.json does not say has train.py's default. Raises BadInput."""
+    began, flags = answer.read_run(adapter), ["--model", "?", "--data", "?"]
+    if adapter and not began:
+        print(f"{adapter}: has no args.json; train.py's defaults are taken for its beta, crop, seed and so on")
+    for name in train.METHOD:
+        value = began.get(name.replace("-", "_"))
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None and value is not False:
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+    with about(f"{adapter}/args.json"):
+        return Namespace(**{"loss": "mdpo_loss"} | began | vars(train.parse_args(flags)))
 
 
 def load(args):
@@ -152,6 +161,9 @@ def run(argv):
     parser.add_argument("--answers", metavar="DIR", help="also answer the questions, into this folder")
     parser.add_argument("--max-new-tokens", type=train.whole, default=256, help="of an answer (default: 256)")
     args = parser.parse_args(argv)
+    if len({*map(os.path.realpath, args.adapter)}) < len(args.adapter):
+        raise BadInput("--adapter takes different runs: each minus itself is 0")
+    files = answer.files_in(args.answers, [None, *args.adapter]) if args.answers else {}
     trained, examples, pairs, model, processor = load(args)
     for adapter in args.adapter[1:]:
         other = vars(read_run(adapter))
@@ -162,10 +174,7 @@ def run(argv):
         names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False
     options = {"beta": trained.beta, "delta": trained.delta, "conditional": conditional, "anchors": anchors}
     losses = {f.__qualname__: f for f, _ in [(mdpo_loss, ()), *variants.VARIANTS.values()]}
-    said = {}
-    if args.answers:
-        files = answer.files_in(args.answers, [None, *args.adapter])
-        said = answer.answer_as(files, args.model, examples, args.max_new_tokens, loaded=(model, processor))
+    said = answer.answer_as(files, args.model, examples, args.max_new_tokens, loaded=(model, processor))
     print(f"{len(examples)} examples: means, and bootstrap intervals of level {LEVEL:.0%}")
     metrics = {name: measure(answers) for name, answers in said.items()}
     if said:
@@ -187,10 +196,8 @@ def run(argv):
     first, *others = args.adapter
     for name, other in [(name, None) for name in args.adapter if said] + [(name, first) for name in others]:
         print(f"{name} minus {other or 'base'}")
-        differences = {}
-        for title in filter(metrics[other].__contains__, metrics[name]):
-            values = zip(metrics[name][title], metrics[other][title], strict=True)
-            differences[title] = [a - b for a, b in values]
+        paired = {title: zip(metrics[name][title], values, strict=True) for title, values in metrics[other].items()}
+        differences = {title: [a - b for a, b in values] for title, values in paired.items()}
         if said:
             differences["answers, equal"] = [float(a == b) for a, b in zip(said[name], said[other], strict=True)]
         print_metrics(differences, {"answers, equal": "of all, no difference"})

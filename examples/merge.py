@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, Example, make_batch, run_command
 from examples.answer import generate_answers, load_tuned, read_adapter
 from mdpo import response_logps
-from train import Parser, load_processor, read_config, replacing, save_processor
+from train import STOPPING, UMASK, Parser, load_processor, read_config, replacing, save_processor
 
 MOST_OFF = 0.01  # nats a response: in float32 the merge only adds in another order
 QUESTIONS = ("Describe the picture.", "What is in the picture?", "What colour is it?", "Is there a person?")
@@ -61,6 +61,8 @@ def run(argv):
     to = Path(args.to)
     if os.path.lexists(to):
         raise BadInput(f"{to}: already exists")
+    if not (to.parent.is_dir() and os.access(to.parent, os.W_OK)):
+        raise BadInput(f"{to.parent}: is no folder that can be written to")
     base = args.model or read_adapter(args.adapter).base_model_name_or_path
     if base is None:
         raise BadInput(f"{args.adapter}: names no base model, --model has to")
@@ -80,6 +82,11 @@ def run(argv):
         if wrong := different_weights(merged, again):
             raise BadInput(f"{to.name}: removed, {len(wrong)} weights are not read back, such as {wrong[0]}")
         saved = measure(again, load_processor(str(folder)))
+        for file in filter(Path.is_file, folder.rglob("*")):
+            file.chmod(0o666 & ~UMASK)  # safetensors writes for its user alone
+        if os.path.lexists(to):
+            raise BadInput(f"{to.name}: removed, another of this name has appeared")
+        folder.rename(to)  # at once: half a folder is never there
     print(f"{to}: merged, saved and loaded again; against base + adapter in float32")
     for name, (logps, given) in ("merged in float32", exact), (f"as saved, {dtype}", saved):
         same = sum(a == b for a, b in zip(answers, given))
@@ -89,5 +96,7 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or it would leave its folder behind
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)  # or it would leave its folder behind
     sys.exit(run_command(run))

@@ -61,7 +61,8 @@ def ask(bunny, tmp_path, monkeypatch):
 
     def ask(name, items, *flags, images=images):
         ask.lines = name in ("pope", "objhal")
-        text = "\n\n".join(map(json.dumps, items)) if ask.lines else items
+        lines = ask.lines and not isinstance(items, str)
+        text = "\n\n".join(map(json.dumps, items)) if lines else items
         argv = [name, "--model", bunny, "--questions", write(tmp_path / "questions", text), "--to", ask.to]
         argv += ["--images", images] if images else []
         return run_command(benchmarks.run, [*map(str, argv), *map(str, flags)])
@@ -97,25 +98,27 @@ def test_each_answer_stands_at_its_own_question(name, ask, tmp_path, capsys):
 
 NINE_TABS = "\t" * 9
 WRONG_QUESTIONS = [  # benchmark, what is wrong in an item between two good ones, reason
-    ("amber", {"query": None}, "'question' is null, not text"),
-    ("pope", {"text": ["Is it?"]}, "'question' is ["),
-    ("mmhal", {"question": " "}, "has no text"),
+    ("amber", {"query": None}, "'query' is null, not text"),
+    ("pope", {"text": ["Is it?"]}, "'text' is ["),
+    ("mmhal", {"question": " "}, "'question' is \" \", not text"),
+    ("amber", {"image": ""}, "'image' is \"\", not text"),
     ("amber", {"query": "What \ud800?"}, "surrogates not allowed"),
     ("amber", {"query": "What is <image>?"}, "'<image>'"),
     ("amber", {"query": f"What{NINE_TABS}"}, "image token"),
     ("pope", {"text": "Is it?<|endoftext|>"}, "'<|endoftext|>'"),
     ("pope", {"text": "<image 1> Is it?"}, "'<image 1>'"),
-    ("amber", {"id": "1"}, "is not in a known form"),
+    ("amber", {"id": "1"}, "'id' is \"1\", not a number"),
+    ("amber-discriminative", {"id": "1"}, "'id' is \"1\", not a number"),
     ("amber", {"id": 1005}, "question 1005 is discriminative: answer it by amber-discriminative"),
     ("amber", {"image": None}, "'image' is null, not text"),
     ("amber", {"image": "b.png"}, "no image 'b.png'"),
     ("mmhal", {"image_src": "https://x.org/1/b.png"}, "no image 'b.png'"),
     ("amber", {"image": "../a.png"}, "points outside the image folder"),
     ("amber", {"image": "x.png"}, "cannot be decoded"),
-    ("objhal", {"image": "AAAA"}, "cannot be decoded"),
+    ("objhal", {"image": "AAAA"}, "'image': image <"),
+    ("objhal", {"image": "AAAAA"}, "'image': Invalid base64"),
     ("objhal", {"image": "file:///etc/hostname"}, "is an address, file:///"),
     ("amber", {"image": "https://x.org/a.png"}, "is an address, https://"),
-    ("amber", 5, "is not in a known form"),
 ]
 
 
@@ -124,12 +127,19 @@ def test_questions_that_cannot_be_asked_are_named_before_the_model_is_read(name,
     """An internal error after an hour of answers, or an empty answer that counts as free of hallucination."""
     write(ask.images / "x.png", "no picture")
     good, _ = form(name, 1)
-    bad = good | wrong if isinstance(wrong, dict) else wrong
-    assert ask(name, [good, bad, good]) == 2 and not ask.calls
+    assert ask(name, [good, good | wrong, good]) == 2 and not ask.calls
     printed = capsys.readouterr().err
     assert "questions: 1 of 3 questions cannot be asked:\n" in printed and "internal" not in printed
     assert f"question 2 of {name}: " in printed and reason in printed and printed.count("\n") == 2
     assert not Path(f"{ask.to}.partial").exists()
+
+
+@pytest.mark.parametrize("name, bad, place", [("amber", 5, 2), ("amber", "x", 2), ("pope", '{"text": ', 3)])
+def test_what_is_no_question_is_named_by_its_line(name, bad, place, ask, capsys):
+    """One of 14,216 lines is broken: which one? Lines with nothing in them count as well."""
+    good, _ = form(name, 1)
+    error = one_line_of(capsys, ask(name, [good, bad] if name == "amber" else f"{json.dumps(good)}\n\n{bad}"))
+    assert f"questions: cannot be read: line or item {place} is no JSON object" in error and not ask.calls
 
 
 @pytest.mark.parametrize("address", ["https://x.org/9/1_o.png", "file:///1_o.png"])
@@ -150,7 +160,7 @@ WRONG_TRUTHS = [  # benchmark, items, annotations, reason
     ("pope", [POPE | {"label": "Yes"}], None, '"Yes" is neither "yes" nor "no"'),
     ("amber-discriminative", [AMBER], [{"id": 2, "truth": "yes"}], "has no 1005"),
     ("amber-discriminative", [AMBER], [{"id": 1005, "truth": ["sky"]}], '["sky"] is neither'),
-    ("amber-discriminative", [AMBER], [None], "is not in a known form"),
+    ("amber-discriminative", [AMBER], [None], "line or item 1 is no JSON object"),
 ]
 
 
@@ -226,6 +236,9 @@ def test_benchmark_flags_reach_the_model_and_the_partial_file(ask, adapted, bunn
     write(other / "more.json", {})
     refuses("model", "--model", other)
     refuses("max new tokens", "--max-new-tokens", 8)
+    (picture := ask.images / "3_o.png").write_bytes(drawn(31))  # the same name
+    refuses("images")
+    picture.write_bytes(drawn(30))
     write(run / "args.json", {"system": "Be brief."})
     refuses("system")
     write(run / "adapter_config.json", (run / "adapter_config.json").read_text() + " ")  # as of another alpha

@@ -140,7 +140,7 @@ def test_an_image_token_in_a_question_is_refused_before_the_weights(token, no_mo
 
 # -------------------------------------------------------------------------------------- files of answers
 
-QUESTIONS = [Example(f"Why {i}?", "", "", (f"/x/{i}.png",)) for i in range(5)]
+QUESTIONS = [Example(f"Why {i}?", "", "", (bytes([i]),)) for i in range(5)]
 UPPER = [f"WHY {i}?" for i in range(5)]
 
 
@@ -194,7 +194,7 @@ def test_a_file_of_answers_goes_on_only_with_what_it_belongs_to(keep, tmp_path):
         with pytest.raises(BadInput, match=f"cannot go on: holds answers of other {what}: "):
             keep(pytest.fail, **ours | change)
 
-    refuses("images", questions=[one._replace(images=(f"/y{one.images[0]}",)) for one in QUESTIONS])
+    refuses("images", questions=[one._replace(images=(one.images[0] + b"!",)) for one in QUESTIONS])
     refuses("questions", questions=[one._replace(question=f"{one.question}?") for one in QUESTIONS])
     refuses("max new tokens", limit=5)
     refuses("model", model=tmp_path / "other")
@@ -282,13 +282,36 @@ def test_differences_are_taken_example_by_example(stub, adapters, evaluated, tmp
     assert evaluated(a, b, flags=("--answers", tmp_path / "said")) == found  # asks nothing again
 
 
-def test_a_run_is_read_as_it_was_trained(tmp_path):
-    """Scored with another beta, crop or anchor than trained."""
+def test_a_run_is_read_as_it_was_trained(tmp_path, capsys):
+    """Scored with another beta, crop or anchor than trained. Where the run does not say, the user is told."""
     defaults = vars(evaluate.read_run(None))
     assert defaults["loss"] == "mdpo_loss" and defaults["beta"] == 0.1 and defaults["conditional"]
     began = {"beta": 0.3, "delta": -1e-05, "crop": [0.3, 0.6], "anchors": ["rejected"], "loss": "chip_loss"}
+    began |= {"warmup": 0.0}
     write(tmp_path / "args.json", began)
     assert vars(evaluate.read_run(tmp_path)) == defaults | began
+    assert capsys.readouterr().out == ""
+    write(tmp_path / "args.json", {"beta": "big"})
+    with pytest.raises(BadInput, match=f"{tmp_path}/args.json: argument --beta: invalid float value: 'big'"):
+        evaluate.read_run(tmp_path)
+    (tmp_path / "args.json").unlink()
+    assert vars(evaluate.read_run(tmp_path)) == defaults
+    assert f"{tmp_path}: has no args.json; train.py's defaults are taken" in capsys.readouterr().out
+
+
+TWINS = {
+    ("a", "a"): "different runs",
+    ("a", "a/"): "different runs",
+    ("a b", "a-b"): "one file",
+    ("a", "base"): "one file",
+}
+
+
+@pytest.mark.parametrize("names", TWINS)
+def test_runs_that_cannot_be_told_apart_are_refused(names, no_model, tmp_path, capsys):
+    """A run minus itself is a table of zeros. Two runs in one file of answers: one would have the other's."""
+    command = "--model", BASE, "--data", "x.json", "--answers", tmp_path / "said", "--adapter"
+    assert TWINS[names] in refused(capsys, evaluate, *command, *names) and not [*tmp_path.iterdir()]
 
 
 SAID = {  # an answer: is it a refusal?
@@ -373,8 +396,8 @@ NOT_COMPARABLE = {  # what is said: (--data, --adapter, other flags)
     "short.json: cannot be compared: holds 1 answers to 2": ("q.json", "good.json short.json", ""),
     "answer 1 is one to another question": ("q.json", "good.json swapped.json", ""),
     "answer 1 has no text in a field answer or response": ("q.json", TWO, ""),
-    "question 1 of pope: 'question' is null": ("null.json", TWO, ""),
-    "question 1 of pope: no image": ("gone.json", TWO, ""),
+    "question 1 of pope: 'text' is null": ("null.json", TWO, ""),
+    "question 1 of pope: 'image': no image": ("gone.json", TWO, ""),
     "question 1 of pope: has no 'image'": ("mmhal.json", TWO, ""),
     "holds the image token '<image>'": ("token.json", "good.json base", f"--model {BASE}"),
     "none: holds no adapter": ("q.json", "base none", f"--model {BASE}"),

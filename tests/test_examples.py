@@ -793,7 +793,7 @@ def test_evaluation_takes_the_loss_of_its_run(finished, tmp_path, evaluated):
     began = json.loads((run / "args.json").read_text())
     (run / "args.json").unlink()
     assert {"loss/dpo", "loss/conditional", "loss/anchor"} <= printed(evaluated(run)).keys()
-    write(run / "args.json", began | {"conditional": False, "anchors": ["none"]})
+    write(run / "args.json", began | {"no_conditional": True, "anchors": ["none"]})
     found = printed(evaluated(run))
     assert found["loss"] == found["loss/dpo"] and "loss/anchor" not in found
     assert found["margin, image"] == found["rewards/margins"] and found["rewards/margins"][0] != 0

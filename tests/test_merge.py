@@ -10,6 +10,7 @@ import shutil
 import signal
 import stat
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -179,6 +180,7 @@ STOPS = {  # what stops a merge: where, by what, the exit status
     "no room for the processor": (merge, "save_processor", full_disk, 2),
     "not read back": (transformers.AutoModelForImageTextToText, "from_pretrained", full_disk, 2),
     "Ctrl-C while it is compared": (merge, "different_weights", interrupted, 130),
+    "no room for its name": (Path, "rename", full_disk, 2),  # which it gets as a whole
 }
 
 
@@ -193,16 +195,34 @@ def test_half_a_model_never_stays_and_no_folder_of_the_users_goes(stop, merged, 
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["notes.txt", "to.tmp"]
 
 
-def test_a_terminated_merge_ends_as_an_interrupted_one(monkeypatch):
-    """A batch system sends SIGTERM, which ends Python where it stands: half a model would stay."""
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_folder_that_appears_meanwhile_is_not_touched(merged, tmp_path, monkeypatch):
+    """A merge takes minutes. Files of a folder that another command had made meanwhile were overwritten."""
+    notes = tmp_path / "to" / "config.json"
+    monkeypatch.setattr(merge, "different_weights", lambda *models: write(notes, "mine") and [])
+    assert "another of this name has appeared" in merged()[1]
+    assert notes.read_text() == "mine" and [*tmp_path.rglob("*")] == [notes.parent, notes]
+
+
+def test_the_folder_of_the_merged_one_is_looked_for_before_the_work(merged, tmp_path, monkeypatch):
+    """A slip in a path was found out when a large model had been read and merged."""
+    monkeypatch.setattr(merge, "load_tuned", lambda *arguments: pytest.fail("the base is read"))
+    assert f"{tmp_path / 'no'}: is no folder" in merged("--to", str(tmp_path / "no" / "to"))[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_terminated_merge_ends_as_an_interrupted_one(number, ignored, monkeypatch):
+    """A batch system sends SIGTERM, and a terminal that closes SIGHUP, unless nohup has it ignored. They end
+    Python where it stands: half a model would stay."""
+    outside = {one: signal.getsignal(one) for one in train.STOPPING}
     monkeypatch.setattr(sys, "argv", ["merge.py", "--help"])
+    signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit, match="0"):
             runpy.run_path(str(ROOT / "examples" / "merge.py"), run_name="__main__")
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        assert signal.getsignal(number) == (signal.SIG_IGN if ignored else signal.default_int_handler)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        [*map(signal.signal, outside, outside.values())]
 
 
 def test_merge_takes_the_base_from_elsewhere(adapted, bunny, merged, tmp_path):
@@ -269,6 +289,22 @@ def test_an_adapter_that_does_not_fit_is_refused(mistake, adapted, bunny, merged
     argv = ["--model", str(bunny), "--adapter", str(folder), "--question", "What?"]
     assert one_line_of(capsys, run_command(answer.run, argv)) == message
     assert [*tmp_path.iterdir()] == [folder]
+
+
+def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(finished, bunny, merged, tmp_path, capsys):
+    """Two models of a kind, or a base that was trained again: merged with it, the adapter is noise. A run knows
+    its base, also beside another run."""
+    other = shutil.copytree(bunny, tmp_path / "other")
+    for file in other.glob("*.safetensors"):
+        weights = safetensors.torch.load_file(file)
+        safetensors.torch.save_file({name: weight * 1.1 for name, weight in weights.items()}, file)
+    message = merged("--model", str(other), adapter=finished)[1]
+    assert message == f"error: {finished}: is no adapter of {other}: it was trained on other weights"
+    argv = ["--model", str(other), "--adapter", str(finished), "--question", "What?"]
+    assert one_line_of(capsys, run_command(answer.run, argv)) == message
+    model, _ = answer.load_tuned(bunny, [finished, finished], "cpu")
+    found = {name.split(".")[-2] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert found == {"adapter_0", "adapter_1"}  # and none that was there to look
 
 
 def test_an_adapter_of_another_model_is_refused(adapted, llava, merged):
