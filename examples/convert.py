@@ -105,7 +105,7 @@ def convert(record, number, folder, embedded):
     shown |= {"rejected_images": own} if any(own) and own != shown["images"] else {}  # of ms-swift, often the same
     if not (question and chosen and rejected and all(sum(shown.values(), []))):
         script = ", which OPA-DPO's own script makes," * ("standard_response" in record)
-        raise BadInput(f"no image, or no question with two answers{script} in the fields {', '.join(record)}")
+        raise BadInput(f"no or an empty image, question or answer{script} in the fields {', '.join(record)}")
     prompt = question if parts or [turn["role"] for turn in question] != ["user"] else question[0]["content"]
     pair = {"prompt": prompt, "chosen": chosen[-1:], "rejected": rejected[-1:]}
     pair = json.loads(json.dumps(pair).replace("<image-placeholder>", "<image>").replace("<ImageHere>", "<image>"))

@@ -232,11 +232,11 @@ LEFT_OUT = r"""
 {"queries": "Q", "standard_response": "A"}
 -> OPA-DPO: which OPA-DPO's own script makes, in the fields queries, standard_response
 {"messages": [$USER, $A], "image": "data:image/png;base64,$BASE64"}
--> no rejected answer: no question with two answers in the fields mess
+-> no rejected answer: no or an empty image, question or answer in the fields mess
 {"image": "img/0.png", "messages": [$USER], "rejected": "B"}
 -> no chosen answer: 'chosen' must end in an assistant
 {"image": "img/0.png", $PAIR}
--> no question: no question
+-> no question: question or answer in the fields image, chosen, rejected
 {"image": "img/0.png", "messages": [$SYSTEM], $PAIR}
 -> only a system text: user last
 {$ASKED, "prompt": "  ", $PAIR}
@@ -256,7 +256,7 @@ LEFT_OUT = r"""
 {$ASKED, "chosen": {"from": "gpt"}, "rejected": "B"}
 -> a message without text: 'chosen': has no 'value'
 {"question": "Q", $PAIR}
--> no image: no image
+-> no image: an empty image
 {"images": ["img/0.png", "img/9.png"], "question": "Q", $PAIR}
 -> one of two missing: img/9.png
 {"image": "9.png", "path": "img/0.png", "question": "Q", $PAIR}
@@ -264,11 +264,11 @@ LEFT_OUT = r"""
 {"images": ["img/0.png", "img/9.png"], "image": "img/1.png", "question": "Q", $PAIR}
 -> one of two missing beside another field: no such image 'img/9.png'
 {"images": [null, "img/1.png"], "question": "Q", $PAIR}
--> an image of nothing among others: no image
+-> an image of nothing among others: an empty image
 {"images": ["", "img/1.png"], "image": "img/0.png", "question": "Q", $PAIR}
--> an empty name among others: no image
+-> an empty name among others: an empty image
 {"images": ["img/0.png", "img/1.png"], "rejected_images": ["img/1.png", null], "question": "Q", $PAIR}
--> a rejected image of nothing among others: no image
+-> a rejected image of nothing among others: an empty image
 {"image": "../secret.png", "question": "Q", $PAIR}
 -> outside the folder: secret.png
 {"image": "data:image/png;base64,$LONG", "question": "Q", $PAIR}
