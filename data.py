@@ -4,7 +4,6 @@
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -12,12 +11,11 @@ import random
 import re
 import statistics
 import sys
-import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -238,7 +236,7 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
 
     lengths = dict(zip(owners, inputs["attention_mask"].sum(1).tolist()))
     starts = [lengths[n] - len(responses[n]) for n in owner]  # of each row's response
-    rooms = [room_for(text.responses.values(), max(starts[i :: len(pairs)]), max_length)
+    rooms = [room_for(text, max(starts[i :: len(pairs)]), max_length)
              for i, text in enumerate(texts)] * len(names)  # fmt: skip
     labels = [F.pad(torch.tensor(response[:room]), (n, 0), value=-100)
               for n, response, room in zip(starts, responses, rooms)]  # fmt: skip
@@ -257,11 +255,14 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
     return Batch(inputs, labels, owner, names, [pair.key for pair in pairs], [pair.id for pair in pairs])
 
 
-def room_for(responses, n_prompt, max_length):
-    """How many response tokens fit behind the longest prompt of a pair. Raises BadInput."""
+def room_for(text, n_prompt, max_length):
+    """How many response tokens fit behind the longest prompt of a pair: `Tokens`. Raises BadInput."""
     if not 0 < n_prompt < max_length:
-        raise BadInput(f"prompt of {n_prompt} tokens, --max-length {max_length}: no room for a response")
-    chosen, rejected = (ids[: max_length - n_prompt] for ids in responses)
+        raise BadInput(
+            f"prompt of {n_prompt} tokens, --max-length {max_length}: no room for a response; "
+            f"images add {n_prompt - text.n_prompt}, and fewer under --max-pixels"
+        )
+    chosen, rejected = (ids[: max_length - n_prompt] for ids in text.responses.values())
     if chosen == rejected:
         raise BadInput(f"'chosen' and 'rejected' are equal in the tokens of --max-length {max_length}")
     return max_length - n_prompt
@@ -271,6 +272,7 @@ class Tokens(NamedTuple):
     """The texts of a pair as the chat template writes them, with one placeholder for an image."""
 
     prompt: str  # up to the response
+    n_prompt: int  # its tokens
     wholes: dict[str, str]  # "chosen", "rejected" -> the conversation with this response, up to its end
     responses: dict[str, list[int]]  # the last tokens of each, which are scored
 
@@ -311,7 +313,7 @@ def tokenize(processor, pair):
         if ids[-1] == processor.tokenizer.eos_token_id and (ids[-1] == ids[-2] or not whole.endswith(eos)):
             raise BadInput("the tokenizer adds an end-of-sequence: set its add_eos_token to false")
     n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of texts
-    return Tokens(prompt, wholes, {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)})
+    return Tokens(prompt, n_shared, wholes, {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)})
 
 
 def render(processor, messages, **options):
@@ -396,7 +398,7 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 
     lengths = []
     if check:
-        check_one = partial(check_example, processor and knowing_sizes(processor), max_length, max_pixels)
+        check_one = partial(check_example, processor, max_length, max_pixels)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             checked = pool.map(lambda n: attempt(n, check_one, found[n]), found)
             lengths = [*progress(checked, "checking data", len(found), leave=False, delay=1)]
@@ -418,9 +420,6 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
     return examples
 
 
-ONE_AT_A_TIME = threading.Lock()
-
-
 def check_example(processor, max_length, max_pixels, example):
     """Use an example as training will, and fail if it would -> tokens of prompt and responses, ends."""
     images, images_rejected = (tuple(open_image(path, max_pixels) for path in of) for of in example[3:5])
@@ -428,37 +427,25 @@ def check_example(processor, max_length, max_pixels, example):
         raise BadInput("the rejected image is the image")  # in another file format, too
     if processor is None:
         return None
-    pair = example._replace(images=images, images_rejected=images_rejected)
-    names = tuple(SCORED) if images_rejected else tuple(SCORED)[:2]  # a drawn one is as large as the image
-    with ONE_AT_A_TIME:  # threads would share the tokenizer's padding
-        labels = make_batch([pair], processor, names, sys.maxsize, share=True).labels
-    n_prompt = (labels >= 0).int().argmax(1).max().item()
-    responses = [row[row >= 0].tolist() for row in labels[:2]]
-    room_for(responses, n_prompt, max_length)
-    n_ended = sum(processor.tokenizer.eos_token in text for text in (pair.chosen, pair.rejected))
-    return n_prompt, [*map(len, responses)], n_ended
+    text = tokenize(processor, example)
+    sizes = [tuple(image.size for image in of) for of in (images, images_rejected)]
+    n_prompt = text.n_prompt + max(n_image_tokens(processor, of) for of in sizes)
+    room_for(text, n_prompt, max_length)
+    n_ended = sum(processor.tokenizer.eos_token in answer for answer in (example.chosen, example.rejected))
+    return n_prompt, [*map(len, text.responses.values())], n_ended
+
+
+@cache  # the processor's work depends on the size of an image, and is most of the check
+def n_image_tokens(processor, sizes):
+    """How many tokens images of these sizes add to a prompt with one placeholder for each."""
+    pair = Example("?", "Yes.", "No.", tuple(Image.new("RGB", size) for size in sizes))
+    labels = make_batch([pair], processor, ("chosen",), sys.maxsize).labels
+    return (labels >= 0).int().argmax().item() - tokenize(processor, pair).n_prompt
 
 
 def speaks_vicuna(processor):
     """Do the model's prompts end in ASSISTANT:, as those of Bunny and LLaVA-1.5, which have a system text?"""
     return render(processor, chat_messages("?", 0), add_generation_prompt=True).endswith("ASSISTANT:")
-
-
-def knowing_sizes(processor):
-    """The processor, whose image processor works once for each size of images: enough to count tokens."""
-    processor, known = copy.copy(processor), {}
-
-    class BySize(type(processor.image_processor)):
-        def __call__(self, images, **options):
-            sizes = re.sub(" at 0x[0-9a-fA-F]+", "", str(images))
-            if sizes not in known:
-                known[sizes] = made = super().__call__(images, **options)
-                made["pixel_values"] = made["pixel_values"].new_zeros(()).expand(made["pixel_values"].shape)
-            return copy.copy(known[sizes])
-
-    processor.image_processor = copy.copy(processor.image_processor)
-    processor.image_processor.__class__ = BySize
-    return processor
 
 
 def describe(examples, lengths, max_length):

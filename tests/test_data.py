@@ -313,7 +313,7 @@ def test_max_pixels_is_of_the_check_and_of_all_pairs(folder, qwen):
         noise(ord(name), (320, 320)).save(folder / f"{name}.png")
     path = write(folder / "x.json", [authors(img_path="a.png"), authors(img_path="b.png")])
     argv = ["--model", "M", "--data", path, "--eval-size", "1", "--max-length", "30"]
-    with pytest.raises(BadInput, match="no room for a response"):
+    with pytest.raises(BadInput, match="no room for a response; images add 8, "):  # 3 x 3, less a placeholder
         train.read_pairs(train.parse_args(argv), qwen)
     for pairs in train.read_pairs(train.parse_args([*argv, "--max-pixels", "784"]), qwen):
         assert pairs[0].images[0].size == pairs[0].images_rejected[0].size == (28, 28)
@@ -1032,13 +1032,6 @@ def test_a_record_may_bring_its_own_rejected_image(folder, bunnys, record, layou
     assert torch.equal(seen[-1:], pixels_of(bunnys, edited))
     drawn = pair_of(folder, record)
     assert drawn.images_rejected[0].size == drawn.images[0].size
-
-
-def test_threads_that_check_do_not_share_the_tokenizers_padding(folder, bunnys):
-    """To pad two prompts sets it for all threads: good records were bad at random."""
-    noise(2).save(folder / "b.png")
-    records = authors(rejected_image="b.png"), authors(chosen="A cat and a dog."), authors(chosen="Yes.")
-    assert len(read(folder, *records * 40, processor=bunnys)) == 120
 
 
 def test_a_rejected_image_that_is_the_image_is_bad(folder):
