@@ -35,7 +35,6 @@ if "PYTORCH_ALLOC_CONF" not in os.environ:  # its newer name
 import peft
 import torch
 import transformers
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.modeling_utils import load_state_dict
@@ -47,11 +46,11 @@ from data import (
     SCORED,
     STRATEGIES,
     BadInput,
-    Example,
     Pairs,
     Parser,
     about,
     make_batch,
+    n_image_tokens,
     one_line,
     progress,
     read_examples,
@@ -658,8 +657,7 @@ def load_processor(name_or_path):
             processor.files = [*filter(None, (file_of(name_or_path, file) for file in files))]
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-        image = (Image.new("RGB", (336, 336)),)  # tokenizer, template or image processor may be broken
-        make_batch([Example("Is it?", "Yes.", "No.", image, image)], processor)
+        n_image_tokens(processor, ((336, 336),))  # tokenizer, template or image processor may be broken
     return processor
 
 
