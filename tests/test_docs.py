@@ -6,6 +6,8 @@ A number is found by the words around it. Who rewords a sentence rewords its pat
 import inspect
 import math
 import re
+import runpy
+import sys
 
 import pytest
 import torch
@@ -45,6 +47,14 @@ def test_readme_contents_list_every_section(folder, text):
     contents = re.search(r"^## Contents\n(.*?)^(?:## |The )", text, re.MULTILINE | re.DOTALL)[1]
     sections = [(h, anchor) for anchor, h in anchors_of(text).items() if f"\n## {h}\n" in text]
     assert re.findall(r"\[(.*?)\]\(#(.*?)\)", contents) == [s for s in sections if s[0] != "Contents"]
+
+
+@pytest.mark.parametrize("file", ["mdpo.py", "data.py", "test_mdpo.py"])
+def test_the_six_files_need_no_others(file, monkeypatch):
+    """Who copies them alone has no examples/ and no tests/."""
+    for name in "examples", "examples.shapes", "examples.tiny_bunny", "tests":
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises
+    runpy.run_path(str(ROOT / file), run_name="copied")
 
 
 def test_readme_is_short():
