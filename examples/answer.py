@@ -100,8 +100,7 @@ def generate_answers(model, processor, questions, max_new_tokens=256, batch_size
     answers = []
     for batch in split(questions, batch_size):
         images = [image if isinstance(image, (list, tuple)) else [image] for image, _ in batch]
-        texts = [text for _, text in batch]
-        prompts = [chat_prompt(processor, text, len(of), system) for text, of in zip(texts, images)]
+        prompts = [chat_prompt(processor, text, len(of), system) for (_, text), of in zip(batch, images)]
         inputs = encode(processor, prompts, images).to(model.device, model.dtype)
         options = {"do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
@@ -124,22 +123,20 @@ def opened(image):
     return open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
 
 
-def digest(*contents):
-    """The SHA-256 of bytes, or of the files with these paths."""
-    stream = lambda content: io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb")
-    each = [hashlib.file_digest(stream(content), "sha256").digest() for content in contents]
-    return hashlib.sha256(b"".join(each)).hexdigest()
-
-
 def identity(questions, model, adapter=None, **more):
     """What a file of answers belongs to: {what: its value}. Of files it is the content."""
-    digest_of = cache(digest)  # many questions are about one image
-    files = sorted(path for pattern in ("*.safetensors", "*.json") for path in Path(model).glob(pattern))
+
+    @cache  # many questions are about one image
+    def digest(content):
+        with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    within = lambda folder, *kinds: [digest(path) for kind in kinds for path in sorted(Path(folder).glob(kind))]
     return {
         "questions": digest(json.dumps([one.question for one in questions]).encode()),
-        "images": digest(json.dumps([[*map(digest_of, one.images)] for one in questions]).encode()),
-        "model": digest(*files) if files else model,
-        "adapter": adapter and digest(*sorted(Path(adapter).glob("adapter_*"))),
+        "images": digest(json.dumps([[*map(digest, one.images)] for one in questions]).encode()),
+        "model": within(model, "*.safetensors", "*.json") or model,
+        "adapter": adapter and within(adapter, "adapter_*"),
     } | more
 
 
@@ -227,7 +224,7 @@ def read_answers(path, questions):
         if len(records) != len(questions):
             raise BadInput(f"holds {len(records)} answers to {len(questions)} questions")
         for number, (record, question) in enumerate(zip(records, questions), 1):
-            answer = first(record, fields)
+            answer = next((record[name] for name in fields if name in record), None)  # it may be empty
             if not isinstance(answer, str):
                 raise BadInput(f"answer {number} has no text in a field {' or '.join(fields)}")
             if first(record, ("question", "prompt")) not in (None, text_of(question)):

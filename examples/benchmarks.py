@@ -3,13 +3,10 @@
     python examples/benchmarks.py amber --questions query_generative.json --images AMBER/image \
         --model M --adapter OUT --to amber.json
 
-Greedy and batched, with the system text that the adapter's run was trained with. Answers are kept in TO.partial as
-they come. The same command goes on where a killed one was, but only with the same questions, images, model and
-adapter. Questions are checked as data are, before the model is read: an empty answer to a missing image would count as
-free of hallucination. Nothing is fetched: MMHal's questions hold URLs, so download its images first. Where an answer's
-first word is yes or no, it becomes Yes or No for POPE and AMBER's discriminative questions. Any other is written as it
-is: AMBER's scorer counts it as wrong, POPE's as yes, unless its first sentence has a no or a not.
-AMBER's script rounds before it computes F1, so its last digit may differ from the one printed here.
+Greedy, with the system text that the adapter's run was trained with. Answers are kept in TO.partial as they come, and
+the same command goes on where a killed one was. Questions are checked before the model is read: an empty answer to a
+missing image would count as free of hallucination. Nothing is fetched: download MMHal's images first. Where a yes-no
+question's answer begins with yes or no, Yes or No alone is written.
 """
 
 import base64
@@ -50,16 +47,11 @@ def yes_or_no(answer):
     return word[1].capitalize() if word else answer
 
 
-def text_of(value, name):
-    if not (isinstance(value, str) and value.strip()):
-        raise BadInput(f"'{name}' is {shown(value)}, not text")
-    return value
-
-
 def report(answers, truths, positive):
     """Print how many answers are neither Yes nor No and, in percent, what POPE's and AMBER's scorers count.
 
-    truths: "yes" or "no" for each; none: not scored. positive: "yes" in POPE, "no" in AMBER.
+    truths: "yes" or "no" for each; none: not scored. positive: "yes" in POPE, "no" in AMBER. AMBER's script rounds
+    before it computes F1: its last digit may differ.
     """
     n_other = sum(answer not in ("Yes", "No") for answer in answers)
     print(f"{100 * n_other / len(answers):.1f}% are neither Yes nor No")
@@ -87,17 +79,17 @@ def find_image(name, value, folder):
 
 
 def read_questions(name, path, folder, processor=None):
-    """The items of a benchmark's file, and an `Example` for each, checked as data are.
-
-    Raises BadInput that lists the questions that cannot be asked.
-    """
+    """The items of a benchmark's file, and an `Example` for each. Raises BadInput that lists wrong questions."""
     items, questions, problems, marks = read_items(path), [], [], forbidden(processor)
     of_image, of_text, make_record = BENCHMARKS[name]
     check_image = cache(lambda image: opened(image).size)
     for number, item in enumerate(items, 1):
         try:
             with about(f"question {number} of {name}"):
-                image, text = text_of(item[of_image], of_image), text_of(item[of_text], of_text)
+                for field in of_image, of_text:
+                    if not (isinstance(item[field], str) and item[field].strip()):
+                        raise BadInput(f"'{field}' is {shown(item[field])}, not text")
+                image, text = item[of_image], item[of_text]
                 make_record(number, item, "")
                 parse_record({"prompt": text, "chosen": "Yes.", "rejected": "No."}, "", "", None, marks)
                 refuse_image_tokens(processor, text)
@@ -117,10 +109,7 @@ def read_questions(name, path, folder, processor=None):
 
 
 def read_truths(items, annotations):
-    """The truth of each item, yes or no: POPE's label, or AMBER's annotation by id; [] if there is none.
-
-    Raises BadInput, also if some items alone have one.
-    """
+    """Yes or no for each item: POPE's label, or AMBER's annotation by id; [] if none has one. Raises BadInput."""
     if annotations:
         truth_of = {note["id"]: note["truth"] for note in read_items(annotations)}
         truths = [truth_of[item["id"]] for item in items]

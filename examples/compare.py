@@ -5,8 +5,7 @@
     python examples/compare.py --votes votes.json ...
 
 ANSWERS is a file of answers, of an earlier page or of a benchmark. FILE holds pairs as for training, or is the
-benchmark's own. The page is one file, without network or library. With --blind it shows two models at a time, in
-random order, takes votes, keeps and downloads them. Its source holds their names, encoded.
+benchmark's own. With --blind the page shows two models at a time, in random order; its source encodes their names.
 """
 
 import base64
@@ -75,11 +74,13 @@ def make_page(questions, said, blind=False):
     return page.replace("DATA", json.dumps(content).replace("<", "\\u003c"))  # no text ends its script
 
 
-def read_votes(paths):
-    """Downloaded votes -> {(model, other): {question: [1, 0 or -1 for each vote]}}, 1: the model wins."""
-    results, files = {}, {}
+def count_votes(paths):
+    """Print win, tie and lose: means over questions of the share of votes, and Wilson's intervals of level 95%."""
+    results, files = {}, {}  # {(model, other): {question: [1, 0 or -1 for each vote]}}, 1: the model wins
     for path in paths:
         with about(f"{path}: cannot be counted"):
+            if not Path(path).exists():
+                raise BadInput("no such file: a blind page saves it, by its button `download`")
             record = json.loads(Path(path).read_text("utf-8"))
             page, rater = record["page"], record["rater"]
             if (page, rater) in files:
@@ -90,27 +91,23 @@ def read_votes(paths):
                 won = {"left": 1, "same": 0, "right": -1}[vote["vote"]] * {model: 1, other: -1}[vote["left"]]
                 pair, won = ((other, model), -won) if (other, model) in results else ((model, other), won)
                 results.setdefault(pair, {}).setdefault((page, vote["item"]), []).append(won)
-    return results
-
-
-def print_votes(paths):
-    """Win, tie and lose: means over questions of the share of votes, and Wilson's intervals of level 95%."""
-    for (model, other), votes in read_votes(paths).items():
+    for (model, other), votes in results.items():
         print(f"{model} against {other}: {len(votes)} questions, {sum(map(len, votes.values()))} votes")
         for title, won in ("win", 1), ("tie", 0), ("lose", -1):
             share = statistics.fmean(of_one.count(won) / len(of_one) for of_one in votes.values())
             low, high = evaluate.wilson(share, len(votes))  # raters of one question are not independent
             print(f"  {title:4} {share:7.1%} {low:7.1%} to {high:.1%}")
-    return 0
 
 
 def run(argv):
     if argv[:1] == ["--votes"]:
         parser = Parser(description=__doc__.splitlines()[0])
         parser.add_argument("--votes", nargs="+", metavar="FILE", help="downloaded votes")
-        return print_votes(parser.parse_args(argv).votes)
+        count_votes(parser.parse_args(argv).votes)
+        return 0
     text = "two or more of: base, a run's folder, a file of answers"
     parser = evaluate.make_parser(__doc__, needs_model=False, nargs="+", help=text)
+    parser.epilog = "compare.py --votes FILE ... counts downloaded votes, and prints who wins."
     add = parser.add_argument
     add("--benchmark", choices=benchmarks.BENCHMARKS, help="whose questions FILE holds; without: pairs")
     add("--answers", metavar="DIR", help="where answers are kept as they come (default: PAGE-answers)")

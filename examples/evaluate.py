@@ -2,14 +2,10 @@
 
     python examples/evaluate.py --model M --adapter RUN [RUN ...] --data FILE [--answers DIR]
 
-Loss, rejected images and seed are the run's, so that a run's held-out pairs get the numbers of its log. Several
-adapters are all scored by those of the first, and its values are subtracted, example by example. With --answers, base
-and adapters also answer the questions, each into a file of DIR that goes on where it was killed: length, refusals, and
-how many answers are equal. A refusal is told by its words: right where a question's premise is false, wrong elsewhere.
-
-The margin r(m,q,y_w) - r(m,q,y_l) is what DPO's loss sees. A preference that looks at the image should lose its margin
-when the image is taken away; what is left was learned from the words alone. Intervals are bootstrap intervals of
-means.
+Several adapters are all scored by loss, rejected images and seed of the first, whose values are then subtracted,
+example by example. With --answers, base and adapters also answer the questions, each into a file of DIR that goes on
+where it was killed. The margin r(m,q,y_w) - r(m,q,y_l) is what DPO's loss sees: one that looks at the image should be
+lost when the image is taken away.
 """
 
 import math
@@ -32,8 +28,6 @@ from examples import answer, variants
 from mdpo import mdpo_loss, mdpo_step
 
 LEVEL = 0.95  # of the intervals
-# What scoring takes of a run.
-VALUES = "beta delta anchors reject crop seed max_length max_pixels no_image no_conditional loss".split()
 MARGINS = {"image": "margin, image", "no_image": "margin, no image", "other_image": "margin, other image"}
 REFUSAL = re.compile(
     r"\b(there (is|are) (no|not)|there (isn't|aren't)|(is|are) not (visible|shown|depicted|present)|"
@@ -165,10 +159,6 @@ def run(argv):
         raise BadInput("--adapter takes different runs: each minus itself is 0")
     files = answer.files_in(args.answers, [None, *args.adapter]) if args.answers else {}
     trained, examples, pairs, model, processor = load(args)
-    for adapter in args.adapter[1:]:
-        other = vars(read_run(adapter))
-        if differ := [name for name in VALUES if other[name] != vars(trained)[name]]:
-            print(f"{adapter}: trained with other {', '.join(differ)}; scored as {args.adapter[0]} is")
     names, anchors, conditional = tuple(SCORED), set(trained.anchors) - {"none"}, trained.conditional
     if args.no_image:  # less the terms that need a rejected image
         names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False
@@ -189,7 +179,7 @@ def run(argv):
         scores |= {MARGINS[kind]: values for kind, values in margins.items()}
         metrics[name] = scores | metrics.get(name, {})
         if len(args.adapter) > 1 or said:
-            print(name)
+            print(name if number == 0 else f"{name}, scored as {args.adapter[0]}")
         left = {MARGINS[kind]: diagnose(margins)[f"{kind}_share"] for kind in ("no_image", "other_image")}
         notes = {title: f"{share:.1%} of the first" for title, share in left.items() if not math.isnan(share)}
         print_metrics(metrics[name], notes)

@@ -3,9 +3,8 @@
     python examples/preview.py --model M --data FILE [--rows 3] [--to preview.png]
     python examples/preview.py --resume RUN     # what a run was trained on
 
-It takes train.py's flags, so that these are the very rows of that run, in its order. Image tokens are folded: <image>
-x 729. What is scored stands in [brackets], on a terminal in green. --to draws m_w, the run's m_l and what every
-strategy of Table 3 makes of m_w.
+It takes train.py's flags: these are the very rows of that run, in its order. What is scored stands in [brackets], on
+a terminal in green. --to draws m_w, the run's m_l and what every strategy of Table 3 makes of m_w.
 """
 
 import os
@@ -18,12 +17,13 @@ from itertools import chain
 from os.path import commonprefix
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import train
-from data import BadInput, Pairs, chat_messages, run_command, tokenize
+from data import BadInput, Pairs, run_command, tokenize
+from examples.answer import chat_prompt
 
 TITLES = dict(zip(data.SCORED, ("y_w with m_w", "y_l with m_w", "y_w with m_l")))
 BRACKETS, GREEN = ("[", "]"), ("\033[32m", "\033[0m")
@@ -60,8 +60,7 @@ def visible(text):
 
 def unlike_generation(processor, pair):
     """A line if a model that is asked has another text before its answer than these rows, or ""."""
-    messages, tokens = chat_messages(pair.question, len(pair.images)), tokenize(processor, pair)
-    asked = data.render(processor, messages, add_generation_prompt=True).rstrip(" ")
+    asked, tokens = chat_prompt(processor, pair.question, len(pair.images)).rstrip(" "), tokenize(processor, pair)
     trained = commonprefix([tokens.prompt, *tokens.wholes.values()]).rstrip(" ")
     start = max(0, len(commonprefix([asked, trained])) - 20)
     ends = f"a model that is asked has {asked[start:]!r}, these rows have {trained[start:]!r}"
@@ -75,7 +74,7 @@ def contact_sheet(args, pairs, keys):
     for title, (strategy, crop) in PANELS.items():
         with suppress(BadInput):  # there is no second image
             made_by[title] = Pairs(bare, strategy, crop, args.seed, max_pixels=args.max_pixels)
-    font, step, row_height = ImageFont.load_default(14), WIDTH + GAP, 20 + HEIGHT + GAP
+    step, row_height = WIDTH + GAP, 20 + HEIGHT + GAP
     sheet = Image.new("RGB", (GAP + (1 + len(made_by)) * step, GAP + len(keys) * row_height), "white")
     draw = ImageDraw.Draw(sheet)
     for top, key in zip(range(GAP, sheet.height, row_height), keys):
@@ -83,7 +82,7 @@ def contact_sheet(args, pairs, keys):
         panels |= {title: strategy[key].images_rejected for title, strategy in made_by.items()}
         for left, (title, images) in zip(range(GAP, sheet.width, step), panels.items()):
             for image in images[:1]:
-                draw.text((left, top), title, "black", font)
+                draw.text((left, top), title, "black", font_size=14)
                 image = ImageOps.contain(image, (WIDTH - 2, HEIGHT - 2))
                 sheet.paste(ImageOps.expand(image, 1, "grey"), (left, top + 20))
     return sheet
@@ -96,8 +95,8 @@ def run(argv):
     parser.add_argument("--to", type=Path, metavar="FILE", help="a new picture of the rejected images, .png")
     own, of_train = parser.parse_known_args(argv)
     args = train.parse_args(of_train)
-    if own.to and (os.path.lexists(own.to) or own.to.suffix != ".png"):
-        raise BadInput(f"{own.to}: {'already exists' if own.to.suffix == '.png' else 'must end in .png'}")
+    if own.to and os.path.lexists(own.to):
+        raise BadInput(f"{own.to}: already exists")
     processor = train.load_processor(args.model)
     pairs = train.read_pairs(args, processor)[0]
     steps = train.plan_steps(len(pairs), args.batch_size, args.micro_batch_size, 1, args.seed)
@@ -111,9 +110,8 @@ def run(argv):
     strategy = f"--reject {args.reject}, {data.STRATEGIES[args.reject].__doc__}; or a record's own"
     print("", *filter(None, notes), f"m_l of this run: {strategy if len(names) == 3 else 'none'}", sep="\n")
     if own.to:
-        sheet = contact_sheet(args, pairs, keys)
         with train.replacing(own.to.parent) as new:  # half a picture never stays
-            sheet.save(new / own.to.name)
+            contact_sheet(args, pairs, keys).save(new / own.to.name)
         print(f"{own.to}: {len(keys)} examples")
     return 0
 

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from string import Template
 from unittest.mock import MagicMock
 
 import pytest
@@ -13,7 +14,18 @@ from PIL import Image
 from data import run_command
 from examples import answer, benchmarks
 from test_mdpo import write
-from tests.helpers import one_line_of
+
+FORMS = {  # a question about picture n in a benchmark's file -> the record that its scorer reads
+    "amber": '{"id": 100$n, "image": "$n.png", "query": "$text"} -> {"id": 100$n, "response": "$said"}',
+    "amber-discriminative": '{"id": 110$n, "image": "$n.png", "query": "$text"} -> '
+    '{"id": 110$n, "response": "$said"}',
+    "pope": '{"image": "$n.png", "text": "$text", "label": "$label"} -> '
+    '{"question": "$text", "answer": "$said"}',
+    "mmhal": '{"image_src": "https://x.org/9/$n.png", "question": "$text", "model_answer": "theirs"} -> '
+    '{"image_src": "https://x.org/9/$n.png", "question": "$text", "model_answer": "$said"}',
+    "objhal": '{"image_id": $n, "question": "$text", "image": "$png"} -> {"image_id": $n, "prompt": "$text", '
+    '"text": "$said", "question_id": $place, "model_id": "mdpo"}',
+}
 
 
 def drawn(level):
@@ -22,243 +34,184 @@ def drawn(level):
     return file.getvalue()
 
 
-def form(name, number, text="What is it?", said="", place=0):
-    """A question about picture `number` in a benchmark's file, and the record that the scorer reads."""
-    file, level = f"{number}_o.png", base64.b64encode(drawn(10 * number)).decode()
-    amber, discriminative = ({"id": id, "image": file, "query": text} for id in (number, 1004 + number))
-    mmhal = {
-        "image_src": f"https://x.org/9/{file}",
-        "question": text,
-        "model_answer": "theirs",
-        "image_id": 0,
-    }
-    objhal = {"image_id": number, "prompt": text, "text": said, "question_id": place, "model_id": "mdpo"}
-    return {
-        "amber": (amber, {"id": number, "response": said}),
-        "amber-discriminative": (discriminative, {"id": 1004 + number, "response": said}),
-        "pope": ({"image": file, "text": text, "label": "yes"}, {"question": text, "answer": said}),
-        "mmhal": (mmhal, mmhal | {"model_answer": said}),
-        "objhal": ({"question": text, "image": level, "image_id": number}, objhal),
-    }[name]
+def form(name, n, **changes):
+    values = {"n": n, "png": base64.b64encode(drawn(10 * n)).decode(), "place": 0, "label": "yes"}
+    values |= {"text": "What is it?", "said": ""} | changes
+    return [*map(json.loads, Template(FORMS[name]).substitute(values).split(" -> "))]
 
 
 @pytest.fixture
-def ask(bunny, tmp_path, monkeypatch):
-    """A function: benchmark, its items, flags -> exit status of benchmarks.py. Its model says `ask.say` of a
-    picture's level and a question; `ask.calls` notes what is read and asked. Pictures 1 to 7 exist."""
-    images = tmp_path / "images"
-    images.mkdir()
-    for number in range(1, 8):
-        (images / f"{number}_o.png").write_bytes(drawn(10 * number))
+def ask(bunny, tmp_path, monkeypatch, capsys):
+    """A function: benchmark, items, flags -> what benchmarks.py prints in a folder of the pictures 0 to 7.
 
-    def load(*arguments):
-        ask.calls.append(arguments)
+    The model says `ask.say` of a picture's level and a question; `ask.calls`: what was loaded and asked."""
+    monkeypatch.chdir(tmp_path)
+    for n in range(8):
+        Path(f"{n}.png").write_bytes(drawn(10 * n))
+
+    def load(name_or_path, adapters, device):
+        ask.calls.append((name_or_path, adapters, device))
         return MagicMock(), None
 
-    def generate(model, processor, questions, *limits):
-        ask.calls.append(([text for _, text in questions], *limits))
+    def generate(model, processor, questions, max_new_tokens=256, batch_size=8, system=""):
+        ask.calls.append(([text for _, text in questions], max_new_tokens, batch_size, system))
         return [ask.say(image.getpixel((0, 0))[0], text) for (image,), text in questions]
 
-    def ask(name, items, *flags, images=images):
-        ask.lines = name in ("pope", "objhal")
-        lines = ask.lines and not isinstance(items, str)
-        text = "\n\n".join(map(json.dumps, items)) if lines else items
-        argv = [name, "--model", bunny, "--questions", write(tmp_path / "questions", text), "--to", ask.to]
-        argv += ["--images", images] if images else []
-        return run_command(benchmarks.run, [*map(str, argv), *map(str, flags)])
+    def ask(name, items, flags="", images="--images .", status=0):
+        ask.calls.clear()
+        Path("to").unlink(missing_ok=True)
+        write(Path("items"), items if isinstance(items, str) else "\n\n".join(map(json.dumps, items)))
+        line = f"{name} --model {bunny} --questions items --to to {images} {flags}"
+        assert run_command(benchmarks.run, line.split()) == status
+        return "".join(capsys.readouterr())
 
     monkeypatch.setattr(answer, "load_tuned", load)
     monkeypatch.setattr(answer, "generate_answers", generate)
-    ask.calls, ask.to, ask.images, ask.say = [], tmp_path / "to", images, lambda level, text: "Yes."
+    ask.calls, ask.say = [], lambda level, text: "Yes."
     return ask
 
 
-def written(ask):
-    """The records of the file, which goes."""
-    text = ask.to.read_text()
-    ask.to.unlink()
-    return [*map(json.loads, text.splitlines())] if ask.lines else json.loads(text)
+def written(name):
+    text = Path("to").read_text()
+    return [*map(json.loads, text.splitlines())] if name in ("pope", "objhal") else json.loads(text)
 
 
 @pytest.mark.parametrize("name", ["amber", "mmhal", "objhal"])
-def test_each_answer_stands_at_its_own_question(name, ask, tmp_path, capsys):
+def test_each_answer_stands_at_its_own_question(name, ask):
     """An answer at another's question is scored against another picture: a wrong number in a table, and no
     error. A wrong field costs an evaluation's API bill. Five items in batches of two; ids are in no order,
-    lengths differ, picture `id` is of level 10 id. The third has no answer. Words: "40: What?" 2, "10: What?
-    What?" 3, none, "50: ..." 5, and "20: ..." 6: 16 / 5 = 3.2 on average."""
-    ask.say = lambda level, text: f"{level}: {text}" if level != 30 else ""
-    numbers, texts = (4, 1, 3, 5, 2), [" ".join(["What?"] * n) for n in range(1, 6)]
-    said = [ask.say(10 * number, text) for number, text in zip(numbers, texts)]
-    items, records = zip(*map(form, [name] * 5, numbers, texts, said, range(5)))
-    assert ask(name, items, "--batch-size", 2) == 0
-    assert "5 answers, 3.2 words on average, 1 empty" in capsys.readouterr().out
-    assert ask(name, items) == 2 and "already exists" in capsys.readouterr().err
-    assert written(ask) == [*records] and not (tmp_path / "to.partial").exists()
+    lengths differ, picture n is of level 10 n. The third has no answer. Words are 3, 4, 0, 6 and 11."""
+    ask.say = lambda level, text: f"Yes {level}: {text}" if level != 30 else ""
+    numbers, texts = (4, 1, 3, 0, 2), [" ".join(["What?"] * n) for n in (1, 2, 3, 4, 9)]
+    said = [ask.say(10 * n, text) for n, text in zip(numbers, texts)]
+    rows = zip(numbers, texts, said, range(5))
+    items, records = zip(*(form(name, n, text=text, said=said, place=i) for n, text, said, i in rows))
+    assert "5 answers, 4.8 words on average, 1 empty" in ask(name, items, "--batch-size 2")
+    assert written(name) == [*records] and not Path("to.partial").exists()
+    assert "7.png: already exists" in ask(name, items, "--to 7.png", status=2) and not ask.calls
 
 
-NINE_TABS = "\t" * 9
-WRONG_QUESTIONS = [  # benchmark, what is wrong in an item between two good ones, reason
-    ("amber", {"query": None}, "'query' is null, not text"),
-    ("pope", {"text": ["Is it?"]}, "'text' is ["),
-    ("mmhal", {"question": " "}, "'question' is \" \", not text"),
-    ("amber", {"image": ""}, "'image' is \"\", not text"),
-    ("amber", {"query": "What \ud800?"}, "surrogates not allowed"),
-    ("amber", {"query": "What is <image>?"}, "'<image>'"),
-    ("amber", {"query": f"What{NINE_TABS}"}, "image token"),
-    ("pope", {"text": "Is it?<|endoftext|>"}, "'<|endoftext|>'"),
-    ("pope", {"text": "<image 1> Is it?"}, "'<image 1>'"),
-    ("amber", {"id": "1"}, "'id' is \"1\", not a number"),
-    ("amber-discriminative", {"id": "1"}, "'id' is \"1\", not a number"),
-    ("amber", {"id": 1005}, "question 1005 is discriminative: answer it by amber-discriminative"),
-    ("amber", {"image": None}, "'image' is null, not text"),
-    ("amber", {"image": "b.png"}, "no image 'b.png'"),
-    ("mmhal", {"image_src": "https://x.org/1/b.png"}, "no image 'b.png'"),
-    ("amber", {"image": "../a.png"}, "points outside the image folder"),
-    ("amber", {"image": "x.png"}, "cannot be decoded"),
-    ("objhal", {"image": "AAAA"}, "'image': image <"),
-    ("objhal", {"image": "AAAAA"}, "'image': Invalid base64"),
-    ("objhal", {"image": "file:///etc/hostname"}, "is an address, file:///"),
-    ("amber", {"image": "https://x.org/a.png"}, "is an address, https://"),
+WRONG = [  # benchmark, what is wrong in an item between two good ones, what is said
+    ("amber", '{"image": null}', "1 of 3 questions cannot be asked:\n  question 2 of amber: 'image' is null"),
+    ("mmhal", '{"question": " "}', "question 2 of mmhal: 'question' is \" \", not text"),
+    ("amber", '{"query": "What \\ud800?"}', "surrogates not allowed"),
+    ("amber", '{"query": "What is <image>?"}', "'<image>'"),
+    ("amber", '{"query": "What\\t\\t\\t\\t\\t\\t\\t\\t\\t"}', "image token"),
+    ("pope", '{"text": "Is it?<|endoftext|>"}', "'<|endoftext|>'"),
+    ("amber", '{"id": "1"}', "'id' is \"1\", not a number"),
+    ("amber-discriminative", '{"id": "1"}', "'id' is \"1\", not a number"),
+    ("amber", '{"id": 1005}', "question 1005 is discriminative: answer it by amber-discriminative"),
+    ("amber", '{"image": "b.png"}', "no image 'b.png'"),
+    ("mmhal", '{"image_src": "https://x.org/1/b.png"}', "no image 'b.png'"),
+    ("amber", '{"image": "../a.png"}', "points outside the image folder"),
+    ("amber", '{"image": "items"}', "question 2 of amber: 'image': "),
+    ("objhal", '{"image": "AAAAA"}', "'image': Invalid base64"),
+    ("objhal", '{"image": "file:///etc/hostname"}', "is an address, file:///"),
+    ("amber", '{"image": "https://x.org/a.png"}', "is an address, https://"),
+    # Truths are looked up when all answers are there: a crash would cost these.
+    ("pope", '{"label": "MISSING"}', "items: no annotations for these questions: has no 'label'"),
+    ("pope", '{"label": "Yes"}', '"Yes" is neither "yes" nor "no"'),
+    ("amber-discriminative", '{"id": 1102}', "notes.json: no annotations for these questions: has no 1102"),
+    ("amber-discriminative", '{"id": 1103}', '["sky"] is neither "yes" nor "no"'),
 ]
 
 
-@pytest.mark.parametrize("name, wrong, reason", WRONG_QUESTIONS)
-def test_questions_that_cannot_be_asked_are_named_before_the_model_is_read(name, wrong, reason, ask, capsys):
+@pytest.mark.parametrize("name, wrong, reason", WRONG)
+def test_what_cannot_be_asked_or_scored_is_named_before_the_model_is_read(name, wrong, reason, ask):
     """An internal error after an hour of answers, or an empty answer that counts as free of hallucination."""
-    write(ask.images / "x.png", "no picture")
+    write(Path("notes.json"), [{"id": 1101, "truth": "yes"}, {"id": 1103, "truth": ["sky"]}])
     good, _ = form(name, 1)
-    assert ask(name, [good, good | wrong, good]) == 2 and not ask.calls
-    printed = capsys.readouterr().err
-    assert "questions: 1 of 3 questions cannot be asked:\n" in printed and "internal" not in printed
-    assert f"question 2 of {name}: " in printed and reason in printed and printed.count("\n") == 2
-    assert not Path(f"{ask.to}.partial").exists()
+    bad = {key: value for key, value in (good | json.loads(wrong)).items() if value != "MISSING"}
+    flags = "--annotations notes.json" * (name == "amber-discriminative")
+    message = ask(name, [good, bad, good], flags, status=2)
+    assert reason in message and message.count("\n") <= 2
+    assert not ask.calls and not Path("to.partial").exists()
 
 
-@pytest.mark.parametrize("name, bad, place", [("amber", 5, 2), ("amber", "x", 2), ("pope", '{"text": ', 3)])
-def test_what_is_no_question_is_named_by_its_line(name, bad, place, ask, capsys):
+@pytest.mark.parametrize("items, place", [('[{"id": 1}, 5]', 2), ('{"id": 1}\n\n{"id": ', 3), ('["x"]', 1)])
+def test_what_is_no_question_is_named_by_its_line(items, place, ask):
     """One of 14,216 lines is broken: which one? Lines with nothing in them count as well."""
-    good, _ = form(name, 1)
-    error = one_line_of(capsys, ask(name, [good, bad] if name == "amber" else f"{json.dumps(good)}\n\n{bad}"))
-    assert f"questions: cannot be read: line or item {place} is no JSON object" in error and not ask.calls
+    error = f"items: cannot be read: line or item {place} is no JSON object"
+    assert error in ask("amber", items, status=2) and not ask.calls
 
 
-@pytest.mark.parametrize("address", ["https://x.org/9/1_o.png", "file:///1_o.png"])
-def test_nothing_is_fetched(address, ask, monkeypatch, capsys):
+@pytest.mark.parametrize("address", ["https://x.org/9/1.png", "file:///1.png"])
+def test_nothing_is_fetched(address, ask, monkeypatch):
     """Questions are data from the net: they must not make a machine open addresses, or files of its own."""
     monkeypatch.setattr("socket.socket.connect", lambda *arguments: pytest.fail("a connection"))
     monkeypatch.setattr("urllib.request.urlopen", lambda *arguments, **options: pytest.fail("an address"))
-    monkeypatch.chdir(ask.images)
-    item = form("mmhal", 1)[0] | {"image_src": address}
-    assert ask("mmhal", [item], images=None) == 2 and not ask.calls
-    assert f"is an address, {address}: download all, and give --images" in capsys.readouterr().err
-    assert ask("mmhal", [item]) == 0
+    items, error = [form("mmhal", 1)[0] | {"image_src": address}], f"is an address, {address}: download all"
+    assert error in ask("mmhal", items, images="", status=2) and not ask.calls
+    ask("mmhal", items)
 
 
-POPE, AMBER = form("pope", 1)[0], form("amber-discriminative", 1)[0]
-WRONG_TRUTHS = [  # benchmark, items, annotations, reason
-    ("pope", [POPE, {"image": "1_o.png", "text": "Is it?"}], None, "has no 'label'"),
-    ("pope", [POPE | {"label": "Yes"}], None, '"Yes" is neither "yes" nor "no"'),
-    ("amber-discriminative", [AMBER], [{"id": 2, "truth": "yes"}], "has no 1005"),
-    ("amber-discriminative", [AMBER], [{"id": 1005, "truth": ["sky"]}], '["sky"] is neither'),
-    ("amber-discriminative", [AMBER], [None], "line or item 1 is no JSON object"),
-]
+YES_NO = {  # what is said of each question, its truth, what is written, what is printed
+    # Positive is No: said 3 times, twice rightly, of 4. Right are these and one Yes: 3 of 7. F1 is 4 / (3 + 4)
+    "amber-discriminative": (
+        ["Yes, it is.", "no", ' "No," I think.', "Nobody is.", "I see. Yes.", "Yesterday.", "No."],
+        "yes no yes no yes no no",
+        ["Yes", "No", "No", "Nobody is.", "I see. Yes.", "Yesterday.", "No"],
+        "42.9% are neither Yes nor No\naccuracy 42.9, precision 66.7, recall 50.0, F1 57.1, yes 14.3\n",
+    ),
+    # It is no where the first sentence has the word no or not, here thrice, else yes, also for babble. Yes is
+    # said thrice, twice rightly, of 4 that are true; right are these and one no: 3 of 6.
+    "pope": (
+        ["yes, there is.", "No.", "there is, not, a dog", "Perhaps", "I know. There is no dog", "no"],
+        "yes no yes yes no yes",
+        ["Yes", "No", "there is, not, a dog", "Perhaps", "I know. There is no dog", "No"],
+        "50.0% are neither Yes nor No\naccuracy 50.0, precision 66.7, recall 50.0, F1 57.1, yes 50.0\n",
+    ),
+}
 
 
-@pytest.mark.parametrize("name, items, annotations, reason", WRONG_TRUTHS)
-def test_truths_are_checked_before_the_model_is_read(name, items, annotations, reason, ask, tmp_path, capsys):
-    """They are looked up when all answers are there: the crash would cost these."""
-    flags = ["--annotations", write(tmp_path / "notes.json", annotations)] if annotations else []
-    message = one_line_of(capsys, ask(name, items, *flags))
-    assert "no annotations for these questions: " in message and reason in message and not ask.calls
+@pytest.mark.parametrize("name", YES_NO)
+def test_yes_and_no_are_written_and_counted_as_the_benchmarks_own_script_does(name, ask):
+    """AMBER's inference.py compares with "Yes" and "No": a sentence counts as wrong, and nothing says so."""
+    said, truths, expected, printed = YES_NO[name]
+    rows = [*enumerate(zip(expected, truths.split()), 1)]
+    items, records = zip(*(form(name, n, said=text, label=truth) for n, (text, truth) in rows))
+    notes = [{"id": 1, "truth": ["sky"]}, *({"id": 1100 + n, "truth": truth} for n, (_, truth) in rows)]
+    write(Path("notes.json"), notes)
+    ask.say = lambda level, text: said[level // 10 - 1]
+    assert printed in ask(name, items, "" if name == "pope" else "--annotations notes.json")
+    assert written(name) == [*records]
+    assert ("accuracy" in ask(name, items)) == (name == "pope")  # AMBER's truths are in another file
 
 
-def check_yes_no(ask, name, said, expected, truths, *flags):
-    """The model answers so to questions of these truths: the file has the expected answers."""
-    forms = [form(name, n, f"Is there {n}?", text) for n, text in enumerate(expected, 1)]
-    items = [item | {"label": truth} if name == "pope" else item for (item, _), truth in zip(forms, truths)]
-    answers = iter(said)
-    ask.say = lambda level, text: next(answers)
-    assert ask(name, items, *flags) == 0 and written(ask) == [record for _, record in forms]
+def test_flags_and_system_text_reach_the_model_and_the_partial_file(ask, adapted, bunny):
+    """Answers cut at another length, without the text of training, or half of them another model's, are
+    scored as this one's."""
+    shutil.copytree(adapted, "run")
+    shutil.copytree(bunny, "model")
+    items, args = [form("amber", n, text=f"Who {n}?")[0] for n in (1, 2, 3)], Path("run/args.json")
+    flags = "--model model --max-new-tokens 7 --batch-size 2 --device cpu"
 
+    def refuses(what, more="--adapter run", items=items):
+        error = f"holds answers of other {what}:"
+        assert error in ask("amber", items, f"{flags} {more}", status=2) and not ask.calls
 
-def test_discriminative_questions_of_amber_are_answered_by_yes_or_no(ask, tmp_path, capsys):
-    """AMBER's inference.py compares with "Yes" and "No": a sentence counts as wrong, and nothing says so. By
-    hand: 3 of 7 are neither. Positive is No: said 3 times, twice rightly, of 4 that are true. Right are these
-    2 and one Yes: 3 of 7. F1 is 2 * 2 / (3 + 4)."""
-    said = ["Yes, it is.", "no", ' "No," I think.', "Nobody is.", "I see. Yes.", "Yesterday.", "No."]
-    truths, expected = "yes no yes no yes no no".split(), ["Yes", "No", "No", *said[3:6], "No"]
-    check_yes_no(ask, "amber-discriminative", said, expected, truths)
-    assert "accuracy" not in capsys.readouterr().out  # its truth is in another file
-    notes = [{"id": 1, "truth": ["sky"]}, *({"id": 1005 + n, "truth": t} for n, t in enumerate(truths))]
-    flags = "--annotations", write(tmp_path / "notes.json", notes)
-    check_yes_no(ask, "amber-discriminative", said, expected, truths, *flags)
-    printed = capsys.readouterr().out
-    assert "42.9% are neither Yes nor No" in printed
-    assert "accuracy 42.9, precision 66.7, recall 50.0, F1 57.1, yes 14.3" in printed
-    ask.say = lambda level, text: "Yes, a dog."
-    assert ask("amber", [AMBER | {"id": 1004}]) == 0
-    assert written(ask) == [{"id": 1004, "response": "Yes, a dog."}]
-
-
-def test_pope_is_scored_as_its_own_script_does(ask, capsys):
-    """POPE's evaluate.py: no, where the first sentence has the word no or not; else yes, also for babble. By
-    hand: of "Yes", "No", "there is not a dog", "Perhaps", "I know. There is no dog" and "No" three are no;
-    yes is said 3 times, twice rightly, of 4 that are true; right are these and one no: 3 of 6. F1 is 2 * 2 /
-    (3 + 4)."""
-    said = ["yes, there is.", "No.", "there is, not, a dog", "Perhaps", "I know. There is no dog", "no"]
-    truths = "yes no yes yes no yes".split()
-    check_yes_no(ask, "pope", said, ["Yes", "No", *said[2:5], "No"], truths)
-    printed = capsys.readouterr().out
-    assert "50.0% are neither Yes nor No" in printed
-    assert "accuracy 50.0, precision 66.7, recall 50.0, F1 57.1, yes 50.0" in printed
-
-
-def test_benchmark_flags_reach_the_model_and_the_partial_file(ask, adapted, bunny, tmp_path, capsys):
-    """Answers cut at another length, or half of them another model's, are scored as this one's."""
-    run, other = shutil.copytree(adapted, tmp_path / "run"), shutil.copytree(bunny, tmp_path / "other")
-    items = [form("amber", number, f"Who {number}?")[0] for number in (1, 2, 3)]
-    flags = ["--max-new-tokens", 7, "--batch-size", 2, "--device", "cpu", "--adapter", run]
-
-    def killed(level, text):
-        if level == 30:
-            raise KeyboardInterrupt
-        return "Yes."
-
-    def refuses(belongs, *more):
-        ask.calls.clear()
-        assert ask("amber", items, *flags, *more) == 2 and not ask.calls
-        assert f"holds answers of other {belongs}:" in capsys.readouterr().err
-
-    ask.say = killed
-    assert ask("amber", items, *flags) == 130
-    loaded = (str(bunny), [str(run)], "cpu")
-    assert ask.calls == [loaded, (["Who 1?", "Who 2?"], 7, 2, ""), (["Who 3?"], 7, 2, "")]
-    write(other / "more.json", {})
-    refuses("model", "--model", other)
-    refuses("max new tokens", "--max-new-tokens", 8)
-    (picture := ask.images / "3_o.png").write_bytes(drawn(31))  # the same name
-    refuses("images")
-    picture.write_bytes(drawn(30))
-    write(run / "args.json", {"system": "Be brief."})
+    ask.say = lambda level, text: {10: "Yes.", 20: "Yes."}[level]  # dies at the third
+    ask("amber", items, f"{flags} --adapter run", status=1)
+    assert ask.calls == [("model", ["run"], "cpu"), (["Who 1?", "Who 2?"], 7, 2, ""), (["Who 3?"], 7, 2, "")]
+    refuses("max new tokens", "--adapter run --max-new-tokens 8")
+    refuses("adapter", "")  # the base
+    refuses("questions", items=[item | {"query": "Where?"} for item in items])
+    for file, what in {
+        "3.png": "images", "model/config.json": "model", "model/model-00002-of-00002.safetensors": "model",
+        "run/adapter_config.json": "adapter", "run/adapter_model.safetensors": "adapter",
+    }.items():  # fmt: skip
+        content = Path(file).read_bytes()
+        Path(file).write_bytes(content + b" ")  # under the same name
+        refuses(what)
+        Path(file).write_bytes(content)
+    write(args, {"system": "Be brief."})
     refuses("system")
-    write(run / "adapter_config.json", (run / "adapter_config.json").read_text() + " ")  # as of another alpha
-    refuses("adapter, system")
     ask.say = lambda level, text: "No."
-    assert ask("amber", items, *flags, "--adapter", adapted) == 0  # the same under another name
+    ask("amber", items, f"{flags} --adapter {adapted}")  # the same under another name
     assert ask.calls[1:] == [(["Who 3?"], 7, 2, "")]
-    assert [record["response"] for record in written(ask)] == ["Yes.", "Yes.", "No."]
-
-
-def test_questions_are_asked_with_the_system_text_of_the_run(ask, adapted, tmp_path, capsys):
-    """A model that was trained with a system text is another one without. Odd files of a run are one line."""
-    run, items = shutil.copytree(adapted, tmp_path / "run"), [form("objhal", 1)[0]]
-    write(run / "args.json", {"system": "Be brief."})
-    for flags, system in ([], ""), (["--adapter", run], "Be brief."), (["--adapter", adapted], ""):
-        ask.calls.clear()
-        assert ask("objhal", items, *flags) == 0 and ask.calls[1:] == [(["What is it?"], 512, 8, system)]
-        ask.to.unlink()
-    write(run / "args.json", "[")
-    ask.calls.clear()
-    assert "args.json: cannot be read" in one_line_of(capsys, ask("objhal", items, "--adapter", run))
-    assert "holds no adapter" in one_line_of(capsys, ask("objhal", items, "--adapter", ask.images))
-    assert not ask.calls and not Path(f"{ask.to}.partial").exists()
+    assert [record["response"] for record in written("amber")] == ["Yes.", "Yes.", "No."]
+    ask("amber", items[:1], "--adapter run")
+    assert ask.calls[1:] == [(["Who 1?"], 512, 8, "Be brief.")]
+    write(args, "[")
+    assert "args.json: cannot be read" in ask("amber", items, "--adapter run", status=2)
+    assert "holds no adapter" in ask("amber", items, "--adapter .", status=2) and not ask.calls
