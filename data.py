@@ -50,8 +50,8 @@ def random_crop(image, rng, area=CROP, other=None):
     n_pixels = max(1, rng.uniform(*area) * width * height)
     fits = lambda aspect: min(max(aspect, n_pixels / height**2), width**2 / n_pixels)  # box inside the image
     aspect = math.exp(rng.uniform(math.log(fits(3 / 4)), math.log(fits(4 / 3))))
-    w = max(1, round(math.sqrt(n_pixels * aspect)))
-    h = max(1, round(math.sqrt(n_pixels / aspect)))
+    w = round(math.sqrt(n_pixels * aspect))
+    h = round(math.sqrt(n_pixels / aspect))
     x = rng.randint(0, width - w)
     y = rng.randint(0, height - h)
     return image.resize(image.size, Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
@@ -159,7 +159,7 @@ def open_image(path, max_pixels=None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
-        if max_pixels and width * height > max_pixels:
+        if max_pixels:  # a thumbnail is never larger
             scale = math.sqrt(max_pixels / (width * height))
             image.thumbnail((image.width * scale, image.height * scale))
         return image

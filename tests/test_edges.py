@@ -1,0 +1,375 @@
+"""The rims of the core: smallest and largest values, second choices, defaults, what a resumed run leaves out.
+
+The middle of each is tested elsewhere.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+
+import pytest
+import torch
+import transformers
+from PIL import Image, features
+
+import data
+import train
+from data import BadInput, Example, Pairs, make_batch, open_image, random_crop, read_examples
+from mdpo import forward_inputs, mdpo_loss, mdpo_step, pack, response_logps
+from test_mdpo import (
+    LAYOUTS,
+    PAIRS,
+    authors,
+    gradient,
+    laid_out,
+    noise,
+    pair,
+    prefix_length,
+    with_lora,
+    write,
+)
+from tests.helpers import CHAT, DPO_NAMES, PLAIN, VLFEEDBACK, outputs_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+# -------------------------------------------------------------------------------------- loss and forward pass
+
+
+def test_a_double_policy_stays_double():
+    """Whoever checks the loss in float64 would be given float32's rounding."""
+    one = torch.tensor([-1.0])
+    losses, _ = mdpo_loss((one.double(),) * 3, (one,) * 3)
+    assert losses.dtype == torch.float64
+
+
+@pytest.mark.parametrize("given", ["policy", "ref"])
+def test_a_third_logp_of_one_side_alone_is_refused(given):
+    """One was forgotten: without a word, its metrics would be missing from the log."""
+    two, three = (torch.zeros(2),) * 2, (torch.zeros(2),) * 3
+    sides = (three, two) if given == "policy" else (two, three)
+    with pytest.raises(ValueError, match="image_rejected must be floats"):
+        mdpo_loss(*sides, conditional=False, anchors=())
+
+
+def test_a_reference_of_another_base_sees_with_its_own_projector(llava):
+    """With the policy's image features, its log-probabilities are those of no model."""
+    (model, processor), (other, _) = with_lora(llava), with_lora(llava)
+    other.get_base_model().model.multi_modal_projector.linear_1.weight.data *= 2
+    batch = make_batch(PAIRS, processor)
+    _, metrics = mdpo_step(model, batch, ref_model=other)
+    with torch.no_grad():
+        ours, theirs = (response_logps(of, batch) for of in (model, other))
+    torch.testing.assert_close(metrics["rewards/chosen"], 0.1 * (ours.chosen - theirs.chosen))
+    assert metrics["rewards/chosen"].abs().min() > 1e-5
+
+
+@LAYOUTS
+def test_a_forward_pass_keeps_no_cache_and_no_logits_of_prompts(loaded, layout):
+    """Both are memory: keys and values of every layer, and a vocabulary for each token of an image."""
+    model, processor = loaded
+    batch = laid_out(PAIRS, processor, layout)
+    output = model(**forward_inputs(model, batch))
+    n_rows, width = batch.labels.shape
+    first = min(prefix_length(batch, row) for row in range(n_rows))
+    n_scored = (batch.labels >= 0).sum()
+    expected = {
+        "plain": (n_rows, width - first + 1),
+        "packed": (1, n_scored),
+    }  # the token before the first, too
+    assert output.logits.shape[:2] == expected[layout] and output.past_key_values is None
+
+
+def test_pairs_are_cut_by_their_own_prompts(llava):
+    """In a batch, each pair has its own room: a longer prompt beside it takes none of it."""
+    processor = train.load_processor(str(llava))
+    answer = "There is a red circle and a blue square. " * 4
+    short, long = (
+        pair(q, answer, answer[3:], noise(1), noise(2)) for q in ("What?", "Describe the picture. " * 3)
+    )
+    n_prompts = [prefix_length(make_batch([one], processor)) for one in (short, long)]
+    batch = make_batch([short, long], processor, max_length=n_prompts[1] + 9)
+    assert (batch.labels >= 0).sum(1).tolist() == [n_prompts[1] + 9 - n_prompts[0], 9] * 3
+
+
+def test_gradients_begin_at_the_adapter(bunny):
+    """An embedding whose output wants a gradient costs a backward pass through nothing."""
+    model, processor = with_lora(bunny)
+    seen = outputs_of(model.get_input_embeddings())
+    response_logps(model, make_batch(PAIRS, processor))
+    assert seen and not any(output.requires_grad for output in seen)
+
+
+# ----------------------------------------------------------------------------------------------------- images
+
+
+def test_crops_reach_all_four_rims():
+    """The last row and column of a picture are as likely as the first."""
+    image = gradient(6, 6, step=40)
+    crops = [
+        random_crop(image, random.Random(seed)).resize((1, 1), Image.Resampling.BOX) for seed in range(400)
+    ]
+    for channel in 0, 1:
+        levels = [crop.getpixel((0, 0))[channel] for crop in crops]
+        assert min(levels) < 20 and max(levels) > 180  # a pixel of the first, and one of the last
+
+
+def test_own_rejected_images_need_no_pool():
+    """A file in which each record brings its own has nothing to draw, whatever --reject says."""
+    assert len(Pairs([Example("q", "y", "n", ("a.png",), ("b.png",))], "random")) == 1
+
+
+def test_the_pool_has_one_order_in_every_process():
+    """Sets of names are ordered by a hash that each process draws anew; a resumed run draws again."""
+    names = [f"{letter}.png" for letter in "hgfedcba"]
+    assert Pairs([Example("q", "y", "n", (name,)) for name in names], "random").pool == names[::-1]
+
+
+def test_a_turned_image_is_scaled_as_it_is_shown(tmp_path):
+    """A portrait that the camera stored as a landscape."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    noise(1, (400, 100)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg", max_pixels=10_000).size == (50, 200)
+    assert open_image(tmp_path / "a.jpg", max_pixels=90_000).size == (100, 400)
+
+
+@pytest.mark.parametrize("format", "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TIFF WEBP".split())
+def test_every_picture_format_is_read(tmp_path, format):
+    """One that is missing makes every such record a bad one."""
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    more = {"save_all": True, "append_images": [noise(2)]} if format == "MPO" else {}
+    noise(1).save(tmp_path / "x", format, **more)
+    assert Image.open(tmp_path / "x").format == format
+    assert open_image(tmp_path / "x").size == (48, 32)
+
+
+def test_levels_of_16_bits_end_at_255(tmp_path):
+    """White paper of a scan is white, and a picture of one level is a picture."""
+    for number, (mode, level) in enumerate([("I;16", 65535), ("F", 0.5)]):
+        Image.new(mode, (8, 8), level).save(tmp_path / f"{number}.tif")
+    levels = [open_image(tmp_path / f"{number}.tif").getpixel((0, 0)) for number in range(2)]
+    assert levels == [(255, 255, 255), (0, 0, 0)]
+
+
+# ------------------------------------------------------------------------------------------------------ texts
+
+BAD_TEMPLATES = {  # what the message says: a chat template
+    "no room for a response": "{% for m in messages if m.role == 'assistant' %}{{ m.content[0].text }}"
+    "{% endfor %}",
+    "in another way": CHAT.replace("END", "{{ '!' if m.content[0].text | length == 1 else '?' }}"),
+}
+
+
+@pytest.mark.parametrize("message", BAD_TEMPLATES)
+def test_templates_that_score_what_was_not_meant_are_refused(bunny, message):
+    """A row without a prompt, or an end that depends on the answer."""
+    processor = train.load_processor(str(bunny))
+    processor.chat_template = BAD_TEMPLATES[message]
+    with pytest.raises(BadInput, match=message):
+        make_batch([pair("Which?", "No way.", "Yes sir.")], processor, DPO_NAMES)
+
+
+def test_a_tokenizers_end_behind_the_templates_own_is_refused(llava):
+    """It would be scored, and the model taught to end twice."""
+    processor = train.load_processor(str(llava))
+    processor.chat_template = CHAT.replace("IMAGE", "<image>").replace("END", "!")
+    processor.tokenizer.add_eos_token = True
+    with pytest.raises(BadInput, match="adds an end-of-sequence"):
+        make_batch([pair("Which?", "No.", "Yes.", noise(1), noise(2))], processor)
+
+
+def test_a_padding_token_of_the_models_own_stays(llava):
+    """LLaVA's is no end of a sequence."""
+    assert train.load_processor(str(llava)).tokenizer.pad_token == "<pad>"
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def read(folder, *records, **options):
+    return read_examples(write(folder / "x.json", [*records]), **options)
+
+
+def test_counts_are_of_what_they_say(folder, bunny):
+    """Medians, not means; bad records are not left out for their ids; both answers' ends count."""
+    processor, said = train.load_processor(str(bunny)), []
+    eos = processor.tokenizer.eos_token
+    records = [authors(id=f"llava-{n}", chosen=f"A{' cat' * n}", rejected=f"A{eos} dog.") for n in (1, 2, 60)]
+    records += [authors(id="llava-4", chosen=""), authors(id="other")]
+    kept = read(folder, *records, processor=processor, subset="llava", skip_bad=True, log=said.append)
+    said = "\n".join(said)
+    assert "left out 1 records" in said and "3 responses end at an end-of-sequence inside" in said
+    batch = make_batch([pair("?", one.chosen, one.rejected) for one in kept], processor, DPO_NAMES)
+    lengths = sorted((batch.labels >= 0).sum(1).tolist())
+    assert f"responses: {(lengths[2] + lengths[3]) / 2:.0f} tokens, the longest {lengths[-1]}" in said
+
+
+def test_records_of_odd_form_are_read(folder):
+    """A line of blanks is none; VLFeedback's own image comes before its id's; USER: may be text."""
+    path = write(folder / "x.jsonl", json.dumps(PLAIN) + "\n  \n" + json.dumps(PLAIN) + "\n")
+    assert len(read_examples(path)) == 2
+    (own,) = read(folder, VLFEEDBACK | {"image": "a.png"})
+    assert own.images == (str(folder / "a.png"),)
+    (asked,) = read(folder, PLAIN | {"question": "What does the label USER: mean?"})
+    assert data.texts_of(asked.question) == ["What does the label USER: mean?"]
+
+
+@pytest.mark.parametrize(
+    "mark", ["<Image>", "<end_of_utterance>", "<start_of_turn>", "<im_patch>", "<image 1>"]
+)
+def test_each_mark_of_other_tools_is_refused(folder, mark):
+    """It would be trained as text beside the image."""
+    with pytest.raises(BadInput, match="control token or image mark"):
+        read(folder, PLAIN | {"question": f"{mark} What is it?"})
+
+
+@pytest.mark.parametrize("start", [b"\xff\xfe", b"\xfe\xff"])
+def test_utf_16_is_named_in_both_byte_orders(tmp_path, start):
+    """Windows writes one, some tools the other."""
+    (tmp_path / "x.json").write_bytes(start + b"[\0]\0")
+    with pytest.raises(BadInput, match="is UTF-16: save it as UTF-8"):
+        read_examples(tmp_path / "x.json")
+
+
+def test_a_log_file_gets_a_line_every_ten_seconds():
+    """Ten a second would fill it."""
+    assert data.progress(range(3), "x", 3).mininterval == 10  # the tests' standard error is no terminal
+
+
+# -------------------------------------------------------------------------------------------------- arguments
+
+
+def parsed(*more):
+    return train.parse_args(["--model", "m", "--data", "d", *map(str, more)])
+
+
+def test_defaults_that_only_cost_memory_are_the_readmes():
+    """README's memory and hours are of micro-batches of 4, the authors' of 2,048 tokens."""
+    assert (parsed().max_length, parsed().micro_batch_size, parsed().workers) == (2048, 4, 4)
+
+
+def test_rims_of_numbers():
+    """A batch of no example divides by 0; a crop of one size is a crop."""
+    with pytest.raises(BadInput, match="must be within 1 to"):
+        parsed("--batch-size", 0)
+    assert parsed("--crop", 0.1, 0.1).crop == [0.1, 0.1]
+
+
+def read_pairs(folder, records, *more, resume=None, evaluation=()):
+    """train.read_pairs of these records -> ids of training and held-out examples."""
+    flags = ["--data", write(folder / "x.json", records)]
+    flags += ["--eval-data", write(folder / "eval.json", evaluation)] if evaluation else []
+    args = parsed(*flags, *more)
+    args.resume = resume
+    return [[example.id for example in pairs.examples] for pairs in train.read_pairs(args, None)]
+
+
+def test_a_resumed_run_drops_what_it_dropped_and_checks_nothing_else(folder):
+    """With an example more, every later batch is another. Without --skip-bad nothing was bad."""
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    records = [authors(id=1), authors(id=2, img_path="broken.png")]
+    assert read_pairs(folder, records, "--skip-bad", resume="r") == [["1"], []]
+    assert read_pairs(folder, records, resume="r") == [["1", "2"], []]
+    with pytest.raises(BadInput, match="broken.png cannot be decoded"):
+        read_pairs(folder, records)
+
+
+def test_limits_are_of_the_training_data_alone(folder):
+    """--eval-data is a file of its own, all of it."""
+    training, evaluation = ([authors(id=f"{of}-{n}") for n in range(3)] for of in ("llava", "mine"))
+    found = read_pairs(folder, training, "--subset", "llava", "--limit", 1, evaluation=evaluation)
+    assert len(found[0]) == 1 and found[1] == ["mine-0", "mine-1", "mine-2"]
+
+
+def test_workers_are_no_more_than_cores(folder, bunny, monkeypatch):
+    """Each has a copy of the process; 4 on a machine of one core take memory for nothing."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    pairs = Pairs(read(folder, authors(), authors()))
+    args = parsed("--workers", 4)
+    args.layout = "plain"
+    processor = train.load_processor(str(bunny))
+    batches = train.load_batches(pairs, [[(0, 0)], [(0, 1)]], DPO_NAMES, processor, args)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 1
+    batches.close()
+
+
+def test_all_tensors_of_a_batch_are_pinned(loaded, monkeypatch):
+    """A copy from memory that is not pinned makes the GPU wait."""
+    batch = pack(make_batch(PAIRS, loaded[1], share=True))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.double())
+    pinned = batch.pin_memory()
+    tensors = [*pinned.inputs.values(), pinned.labels, pinned.take, pinned.answers, pinned.predictors]
+    assert {tensor.dtype for tensor in tensors} == {torch.float64}
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+
+class Reached(Exception):
+    pass
+
+
+def test_a_gpu_is_used_where_there_is_one(monkeypatch):
+    """A run that nobody told to would train on the CPU, for weeks."""
+
+    def load_model(name, device, *more, **options):
+        raise Reached(device)
+
+    monkeypatch.setattr(train, "best_device", lambda: "cuda")
+    monkeypatch.setattr(train, "load_model", load_model)
+    with pytest.raises(Reached, match="cuda"):
+        train.load_policy(parsed(), None, [])
+    with pytest.raises(Reached, match="cpu"):
+        train.load_policy(parsed("--device", "cpu"), None, [])
+
+
+def test_weights_on_a_gpu_are_bf16(llava, monkeypatch):
+    """float16 overflows where the weights were trained in bf16."""
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda model, device: model)
+    assert train.load_model(str(llava), "cuda:0")[0].dtype == torch.bfloat16
+
+
+def changed(llava, tmp_path, **config):
+    """The tiny LLaVA with other values in its config.json."""
+    folder = shutil.copytree(llava, tmp_path / "changed")
+    values = json.loads((folder / "config.json").read_text())
+    for name, value in config.items():
+        (values["text_config"] if name == "sliding_window" else values)[name] = value
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_a_window_as_long_as_the_rows_is_no_reason_for_plain_ones(llava, folder, tmp_path):
+    """They take twice as long. --max-length decides, not its default."""
+    model = changed(llava, tmp_path / "new", sliding_window=500)
+    for max_length, layout in (400, "packed"), (600, "plain"):
+        args = parsed("--model", model, "--max-length", max_length, "--device", "cpu", "--lora-rank", 2)
+        train.load_policy(args, train.load_processor(str(model)), PAIRS[:2])
+        assert args.layout == layout
+
+
+def test_code_that_comes_with_a_model_is_not_run(llava, tmp_path):
+    """A folder from the hub may bring some beside a type that the library knows."""
+    names = {"AutoConfig": "own.C", "AutoModelForImageTextToText": "own.M", "AutoProcessor": "own.P"}
+    folder = changed(llava, tmp_path, auto_map=names)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nC = M = P = None\n")
+    model, _ = train.load_model(str(folder))
+    assert isinstance(model, transformers.LlavaForConditionalGeneration) and not (tmp_path / "ran").exists()
+
+
+# ----------------------------------------------------------------------------------------------- resumed runs
+
+
+def test_a_resumed_run_counts_from_where_it_stood_and_removes_only_its_own(finished, tmp_path, capsys):
+    """The bar said 0 of 4 for a run that had ended; a folder x.tmp of the user's went, too."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "x.tmp").mkdir()
+    (out / "new.1.tmp").mkdir()
+    assert train.main(["--resume", str(out)]) == 0
+    assert "4/4" in capsys.readouterr().err
+    assert (out / "x.tmp").exists() and not (out / "new.1.tmp").exists()
