@@ -3,12 +3,10 @@
     python examples/merge.py --adapter runs/Bunny-v1_0-3B-silkie-1 --to merged
 
 Merged in float32 (in bf16 the small change would round away) and saved in the base's dtype. The folder gets its name
-only after it was loaded again and compared with base and adapter. If anything stops the merge before that, it is
-removed.
+only after it was loaded again and compared with base and adapter.
 
-The folder holds the base's own processor files. If torchvision is installed, the library takes another image
-processor for them, whose pixels may be a grey level apart. The one of training:
-processor.image_processor = AutoImageProcessor.from_pretrained("merged", backend="pil")
+With torchvision, the library takes another image processor, whose pixels may be a grey level apart. The one of
+training: processor.image_processor = AutoImageProcessor.from_pretrained("merged", backend="pil")
 """
 
 import os
@@ -48,8 +46,8 @@ def dtype_of(config):
 def different_weights(merged, again):
     """Names of weights that are not bit for bit those of `merged`, at its precision."""
     weights, read = merged.state_dict(), again.state_dict()
-    same = lambda name: torch.equal(weights[name], read[name].to(weights[name].dtype))
-    return sorted({*weights, *read} - {name for name in weights.keys() & read.keys() if same(name)})
+    same = [n for n in weights.keys() & read.keys() if torch.equal(weights[n], read[n].to(weights[n].dtype))]
+    return sorted({*weights, *read} - {*same})
 
 
 def run(argv):
@@ -84,9 +82,7 @@ def run(argv):
         saved = measure(again, load_processor(str(folder)))
         for file in filter(Path.is_file, folder.rglob("*")):
             file.chmod(0o666 & ~UMASK)  # safetensors writes for its user alone
-        if os.path.lexists(to):
-            raise BadInput(f"{to.name}: removed, another of this name has appeared")
-        folder.rename(to)  # at once: half a folder is never there
+        folder.rename(to)  # at once: half a folder is never there, nor one that is mixed with another's files
     print(f"{to}: merged, saved and loaded again; against base + adapter in float32")
     for name, (logps, given) in ("merged in float32", exact), (f"as saved, {dtype}", saved):
         same = sum(a == b for a, b in zip(answers, given))

@@ -110,8 +110,8 @@ def script(names, work, judge, models):
     gigabytes += PAIRS_GB * bool(trained)
     sizes = {run: int(flags.partition("--limit ")[2] or 10_000) for run, flags in trained.items()}
     hours = sum(HOURS[model[run]] * n_pairs / 10_000 for run, n_pairs in sizes.items())
-    comments = [f"{TABLES[name].title}. {TABLES[name].note}".rstrip() for name in names]
-    comments += [
+    comments = [
+        *(f"{TABLES[name].title}. {TABLES[name].note}".rstrip() for name in names),
         "Printed by examples/reproduce.py, whose authors had no hub, GPU or judge to run it with.",
         f"Disk: {gigabytes:.0f} GB for models, pairs and runs. Not known: benchmarks, the scorers' packages.",
         f"Training: {len(trained)} runs, {hours:.1f} hours on one H200 (predicted). Other times: not known.",
@@ -211,7 +211,7 @@ def describe(name):
 def run(argv):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("names", nargs="*", choices=[*TABLES, "all"], default="all", metavar="NAME", help=", ".join(TABLES))
+    add("names", nargs="*", choices=[*TABLES, "all"], default="all", metavar="NAME", help=f"{', '.join(TABLES)}; all")
     add("--list", action="store_true", help="print what there is")
     add("--collect", action="store_true", help="print the paper's values and what was found")
     add("--work", default=ROOT / "runs/paper", metavar="DIR", help="folder of data, runs, answers, scores")

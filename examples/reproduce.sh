@@ -25,6 +25,7 @@ unpack() { # unpack ZIP FOLDER OUTPUT: the zip's folder becomes the output, the 
 }
 
 clone() { # clone OWNER/NAME COMMIT OUTPUT
+    todo "$3" || return 0
     rm -rf "$3.new"
     git clone -q "https://github.com/$1" "$3.new"
     git -C "$3.new" checkout -q "$2"
@@ -49,22 +50,17 @@ questions_mmhal() { # 96 questions, their images and the scorer
 }
 
 questions_objhal() { # 300 questions with their images, the scorer, and COCO's annotations for it
-    if todo "$W/data/RLAIF-V"; then
-        clone RLHF-V/RLAIF-V 83d917b2e8118ca8e7877a796d72af9bb3e6b356 "$W/data/RLAIF-V"
-    fi
+    clone RLHF-V/RLAIF-V 83d917b2e8118ca8e7877a796d72af9bb3e6b356 "$W/data/RLAIF-V"
     todo "$W/data/coco" || return 0
     curl -fL -o "$W/data/coco.zip" http://images.cocodataset.org/annotations/annotations_trainval2014.zip
     unpack "$W/data/coco.zip" annotations "$W/data/coco"
 }
 
 questions_amber() { # 1,004 questions, their images and the scorer
-    if todo "$W/data/AMBER"; then
-        clone junyangwang0410/AMBER 534babf6bbfcce2e735c26289dedfb21cef3c939 "$W/data/AMBER"
-    fi
+    clone junyangwang0410/AMBER 534babf6bbfcce2e735c26289dedfb21cef3c939 "$W/data/AMBER"
     local link=https://drive.google.com/file/d/1MaCHgtupcZUjf007anNl4_MV0o4DjXvl
     local by_hand="Download AMBER's images from $link (its README's link) and unpack them to this place."
-    todo "$W/data/AMBER/image/AMBER_1.jpg" "$by_hand" || return 0
-    false
+    if todo "$W/data/AMBER/image/AMBER_1.jpg" "$by_hand"; then false; fi
 }
 
 scorers() { # an environment of their own: they need openai<1
@@ -131,4 +127,4 @@ score_objhal() { # score_objhal RUN: the scorer has its judge in its code, and w
     mv "$W/answers/hall_$1.objhal_-1.json" "$output"
 }
 
-# ------------------------------------------------------------------------------------------------------ steps
+# The steps:

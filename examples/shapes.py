@@ -30,9 +30,6 @@ COMPANION = dict(zip(SHAPES, SHAPES[1:] + SHAPES[:1]))
 CARELESSNESS = dict(zip(SHAPES, (0.30, 0.40, 0.48, 0.56, 0.64, 0.72)))  # chance of an answer from habit
 
 
-# ------------------------------------------------------------------------------------------------- scenes, questions
-
-
 class World(NamedTuple):
     """Scenes of one to `most` shapes on a grid x grid picture; a cell is 16 pixels, or 2 x 2 patches, wide."""
 
@@ -60,23 +57,23 @@ def draw_scene(scene, rng, world=SMALL):
     image = Image.new("RGB", (side * scale, side * scale), (45, 45, 45))
     draw = ImageDraw.Draw(image)
     for shape, (colour, spot) in scene.items():
-        radius = rng.uniform(0.36, 0.46) * CELL * scale
+        radius, fill = rng.uniform(0.36, 0.46) * CELL * scale, COLOURS[colour]
         x = (spot % grid + 0.5 + rng.uniform(-0.05, 0.05)) * CELL * scale
         y = (spot // grid + 0.5 + rng.uniform(-0.05, 0.05)) * CELL * scale
-        box, fill = (x - radius, y - radius, x + radius, y + radius), COLOURS[colour]
+        box = lambda a, b: (x - radius * a, y - radius * b, x + radius * a, y + radius * b)
         if shape == "circle":
-            draw.ellipse(box, fill)
+            draw.ellipse(box(1, 1), fill)
         elif shape == "ring":
-            draw.ellipse(box, outline=fill, width=int(radius * 0.5))
+            draw.ellipse(box(1, 1), outline=fill, width=int(radius * 0.5))
         elif shape == "square":
-            draw.rectangle((x - radius * 0.85, y - radius * 0.85, x + radius * 0.85, y + radius * 0.85), fill)
+            draw.rectangle(box(0.85, 0.85), fill)
         elif shape == "triangle":
             draw.polygon([(x, y - radius), (x - radius, y + radius * 0.8), (x + radius, y + radius * 0.8)], fill)
         elif shape == "diamond":
             draw.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill)
         else:
-            draw.rectangle((x - radius, y - radius * 0.3, x + radius, y + radius * 0.3), fill)
-            draw.rectangle((x - radius * 0.3, y - radius, x + radius * 0.3, y + radius), fill)
+            draw.rectangle(box(1, 0.3), fill)
+            draw.rectangle(box(0.3, 1), fill)
     return image.resize((side, side), Image.Resampling.LANCZOS)
 
 
@@ -104,9 +101,6 @@ def question_text(question):
     if question[0] == "colour":
         return f"What colour is the {question[1]}?"
     return f"Is there a {question[1]} {question[2]}?"
-
-
-# -------------------------------------------------------------------------------------------------- the annotator
 
 
 def claims_of(scene, question, rng=None, carelessness=0.0):
@@ -151,9 +145,6 @@ def parse_answer(question, text):
     return [thing.groups() for thing in things] if all(things) else ...
 
 
-# ---------------------------------------------------------------------------------------------------------- pairs
-
-
 def scene_for(question, rng, world=SMALL):
     """Another scene, drawn from P(scene | question), by rejection."""
     while True:
@@ -183,14 +174,11 @@ def write_pairs(folder, n, seed=0, world=SMALL):
         scene, question, chosen, rejected = make_pair(rng, world)
         draw_scene(scene, rng, world).save(folder / "images" / f"{number}.png")
         prompt = f"{BUNNY_SYSTEM} USER: <image>\n{question_text(question)} ASSISTANT:"
-        record = {"img_path": f"images/{number}.png", "prompt": prompt, "chosen": chosen, "rejected": rejected}
-        records.append(record)
+        texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        records.append({"img_path": f"images/{number}.png"} | texts)
     path = folder / "silkie.json"
     path.write_text(json.dumps(records, indent=1))
     return path
-
-
-# --------------------------------------------------------------------------------------------------------- metrics
 
 
 def make_exam(n_scenes, seed=0, world=SMALL):
@@ -216,18 +204,14 @@ def is_right(scene, question, text):
 
 
 def score(answers):
-    """[(scene, question, text)] -> metrics, all against the exact scene. Object and attribute count alike: a claimed
-    "red circle" is hallucinated if no red circle is there.
+    """[(scene, question, text)] -> metrics against the exact scene: a "red circle" is hallucinated if none is there.
 
     chair_s: share of descriptions with a hallucinated thing (Rohrbach et al. 2018 count objects, found by a word list).
     hallucination_rate: share of all answers with a false claim (AMBER's HalRate: of descriptions alone).
-    false_premise: share of "colour" questions about absent things that are refused (MMHal-Bench asks such questions as
+    false_premise: share of "colour" questions about absent things that are refused (MMHal-Bench's
     "adversarial objects"); false_premise_balanced: mean of it and of `answered`, of those about present things.
     yes_no: mean of yes and no, the shares of true and of false existence questions answered rightly.
-    grounding: mean of false_premise_balanced, yes_no and 1 - chair_s.
-    malformed: share that is no answer in the world's language. Such an answer counts as hallucinated and as wrong, so that
-    broken text is not rewarded.
-    length: mean number of words.
+    malformed: share that is no answer in the world's language; it counts as hallucinated and as wrong.
     """
     values = defaultdict(list)
     for scene, question, text in answers:

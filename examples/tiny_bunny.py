@@ -86,9 +86,6 @@ def write_weights(folder, model):
     save_torch_state_dict(weights, folder, max_shard_size=2 * n_bytes // 3)  # two, and an index
 
 
-# ------------------------------------------------------------------------------------------------------ the base model
-
-
 def write_base(folder, seed=0, world=shapes.SMALL):
     """Make a model that sees but answers from habit, and write it as a Bunny checkpoint -> the folder.
 
@@ -119,19 +116,18 @@ def tower_features(model, pixel_values):
 
 
 def learn_to_see(model, rng, world, steps=400, batch_size=64):
-    side = 2 * world.grid  # patches, 2 x 2 of them a cell
     names = ([None, *shapes.SHAPES], [None, *shapes.COLOURS])
     heads = torch.nn.ModuleList(torch.nn.Linear(64, len(kinds)) for kinds in names)
     parameters = [*model.model.vision_tower.requires_grad_(True).parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, 1e-3)
     for _ in range(steps):
         scenes = [shapes.random_scene(rng, world=world) for _ in range(batch_size)]
-        labels = torch.zeros(2, batch_size, side, side, dtype=torch.long)
+        labels = torch.zeros(2, batch_size, world.grid, 2, world.grid, 2, dtype=torch.long)  # 2 x 2 patches a cell
         for b, scene in enumerate(scenes):
             for shape, (colour, spot) in scene.items():
                 y, x = divmod(spot, world.grid)
                 for label, kinds, kind in zip(labels, names, (shape, colour)):
-                    label[b, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2] = kinds.index(kind)
+                    label[b, y, :, x] = kinds.index(kind)
         features = tower_features(model, pixels(scenes, rng, world))
         logits = [head(features).flatten(0, 1) for head in heads]
         sum(F.cross_entropy(*pair) for pair in zip(logits, labels.flatten(1))).backward()

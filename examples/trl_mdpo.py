@@ -5,7 +5,6 @@
 Not run on GPUs. For FSDP2, accelerate was told that two CPU processes are GPUs: on a CPU it would take DDP instead.
 """
 
-import itertools
 import os
 import re
 import sys
@@ -128,8 +127,7 @@ class Epochs(list):
     def set_epoch(self, epoch):
         sizes = self.config.batch_size, self.config.per_device_train_batch_size
         plan = train.plan_steps(self.n_examples, *sizes, epoch + 1, self.config.seed)
-        of_epoch = [deal(step, self.config) for step in plan if step[0][0][0] == epoch]
-        self[:] = itertools.chain.from_iterable(of_epoch)
+        self[:] = [micro for step in plan if step[0][0][0] == epoch for micro in deal(step, self.config)]
 
 
 def deal(micro_batches, config):

@@ -1,30 +1,14 @@
 """Which words look at the image? log p(token | m_w) - log p(token | m_l) of each token of y_w and y_l.
 
     python examples/words.py --model M --adapter RUN --data FILE --to words.html
-    python examples/words.py study 0 1 2                                           # seeds of miniature.py
 
-Blue: likelier with the image; red: likelier with the rejected one. Without --adapter: the base model alone. The page
-begins with the examples that training changed most.
-
-The study asks this in the world of `shapes.py`. For the base, DPO and mDPO of `miniature.py --quick`, it
-takes the tokens of y_w of 200 held-out pairs: mean difference of colour and shape words, and of all other
-tokens. m_l is a crop, as in training, or another image, which no training saw.
-
-Predicted before any run of it, for each seed:
-1. The base can see: its colour and shape words are above its other tokens, with either m_l.
-2. mDPO's colour and shape words are above DPO's, with either m_l.
-3. With another image as m_l, mDPO's gap (colour and shape words minus other tokens) is above DPO's. With a
-   crop we predict nothing: the loss is of whole responses, and a crop of so small a picture is seen at a
-   glance, so that any token may carry the difference.
-4. DPO hardly changes where the words look: with a crop, its colour and shape words are off the base's by less
-   than half as much as mDPO's.
+Blue: likelier with the image; red: likelier with the rejected one. Without --adapter: the base model alone.
 """
 
 import base64
 import html
 import io
 import os
-import statistics
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,9 +18,8 @@ from PIL import ImageOps
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import BadInput, Pairs, about, make_batch, read_examples, run_command
-from examples import miniature, shapes
-from examples.answer import load_tuned, text_of
+from data import BadInput, make_batch, run_command
+from examples.answer import text_of
 from examples.evaluate import load, make_parser
 from mdpo import forward_inputs
 from train import replacing
@@ -115,37 +98,12 @@ def as_page(shown):
 
 
 def as_line(title, words):
-    style = lambda value: f'style="background: rgb{colour(value)}" title="{value:+.2f}"'
-    spans = [f"<span {style(value)}>{html.escape(text)}</span>" for text, value in words]
+    span = '<span style="background: rgb{}" title="{:+.2f}">{}</span>'.format
+    spans = [span(colour(value), value, html.escape(text)) for text, value in words]
     return f"<div><b>{title}</b>{''.join(spans)}</div>"
 
 
-def study(seeds, out="runs/miniature"):
-    """Print the means over tokens of y_w, for the bases and runs of `miniature.py`, made where missing."""
-    things = {*shapes.COLOURS, *shapes.SHAPES}
-    print("seed  m_l     model  colours and shapes  other tokens")
-    for seed in seeds:
-        miniature.prepare_seed(out, seed)
-        folder = Path(out, f"seed-{seed}")
-        examples = read_examples(folder / "held_out" / "silkie.json", log=len)
-        for method in ("base", "DPO", "mDPO"):
-            miniature.run_method(out, seed, method, n_scenes=200)
-            model, processor = load_tuned(folder / "model", folder / method if method != "base" else None, "cpu")
-            for reject in ("crop", "random"):
-                pairs, values = Pairs(examples, reject, seed=seed), {True: [], False: []}
-                for i in range(len(pairs)):
-                    for text, value in differences(model, processor, pairs["held out", i])["chosen"]:
-                        values[text.strip() in things].append(value)
-                of_things, of_others = map(statistics.fmean, values.values())
-                print(f"{seed:4}  {reject:6}  {method:5} {of_things:19.2f} {of_others:13.2f}", flush=True)
-    return 0
-
-
 def run(argv):
-    if argv[:1] == ["study"]:
-        with about("study takes numbers of seeds"):
-            seeds = [int(word) for word in argv[1:] or [0]]
-        return study(seeds)
     parser = make_parser(__doc__, needs_adapter=False)
     parser.add_argument("--to", required=True, type=Path, metavar="FILE", help="a new page, .html")
     args = parser.parse_args(argv)

@@ -33,6 +33,9 @@ BLUE_PATH = f"images/{hashlib.sha256(BLUE).hexdigest()[:32]}.jpg"
 BASE64 = base64.b64encode(RED).decode()
 RECORD = {"image": "img/0.png", "question": "Q", "chosen": "A", "rejected": "B"}
 SHORT = {  # names that the tables below use: $PAIR is ...
+    "IMG": '"image": "img/0.png"',
+    "IMGS": '"images": ["img/0.png"]',
+    "RED": '{"bytes": "RED", "path": "red.png"}',
     "PAIR": '"chosen": "A", "rejected": "B"',
     "ASKED": '"image": "img/0.png", "question": "Q"',
     "USER": '{"role": "user", "content": "Q"}',
@@ -64,9 +67,10 @@ def folder(tmp_path, monkeypatch):
 
 
 def cases(text):
-    """A table of records, each with `-> name: what becomes of it` below -> parameters of a test."""
-    found = re.findall("((?:.|\n)*?)\n-> (.*?): (.*)\n", string.Template(text).substitute(SHORT))
-    return [pytest.param(record.replace("\n", " "), becomes, id=name) for record, name, becomes in found]
+    """A table of `name: record -> what becomes of it` -> parameters of a test."""
+    lines = re.sub(r"\n +", " ", string.Template(text).substitute(SHORT)).split("\n")[1:-1]
+    found = [re.fullmatch("(.*?): (.*?) -> (.*)", line).groups() for line in lines]
+    return [pytest.param(record, becomes, id=name) for name, record, becomes in found]
 
 
 def write(*records):
@@ -89,123 +93,92 @@ def written():
     return [json.loads(line) for line in Path("out/data.jsonl").read_text().splitlines()]
 
 
-# Records as published, and below each what it becomes: what differs from the plain RECORD with the id 1.
+# Records as published, and what they become: what differs from the plain RECORD with the id 1.
 PUBLISHED = r"""
-{"image": "img/0.png", "prompt": "Q", $PAIR}
--> prompt: {}
-{"img_path": "img/0.png", "prompt": "$BUNNY", $PAIR}
--> the authors': {"prompt": "$BUNNY"}
-{"id": 7, "image": ["img/0.png"], "question": "Q", $PAIR}
--> MMPR: {"id": "7"}
-{"image": ["img/1.png", "img/0.png"], "question": "Image-1: <image>\nImage-2: <image>\nQ", $PAIR}
--> MMPR's marks: {"images": ["img/1.png", "img/0.png"], "prompt": "Image-1: <image>\nImage-2: <image>\nQ"}
-{"image": ["img/1.png", "img/0.png"], "question": "1: <image-placeholder> 2: <image-placeholder> Q", $PAIR}
--> MIA-DPO: {"images": ["img/1.png", "img/0.png"], "prompt": "1: <image> 2: <image> Q"}
-{"image_id": "img/0.png", "question": "Q", "chosen": "A", "reject": "B"}
--> SeVa: {}
-{"id": "c7", "image": "./img/0.png", "conversations": [{"from": "human", "value": "<image>\nQ"}, $GPT],
-"rejected_conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "B"}]}
--> POVID: {"id": "c7", "prompt": "<image>\nQ"}
-{"image": "img/0.png",
-"conversations": "[{\"from\": \"human\", \"value\": \"Q\"}, {\"from\": \"gpt\", \"value\": \"A\"}]",
-"rejected_conversations": "[{\"from\": \"human\", \"value\": \"Q\"}, {\"from\": \"gpt\", \"value\": \"B\"}]"}
--> JSON in strings: {}
-{"idx": 0, "image_path": "img/0.png", "origin_split": "{\"model\": \"muffin\"}",
-"text": "{\"question\": \"Q\", \"chosen\": \"A\", \"rejected\": \"B\"}"}
--> RLHF-V: {"id": "0"}
-{"image": "img/0.png", "text": "{\"id\": 5, \"question\": \"Q\", \"chosen\": \"A\", \"rejected\": \"B\"}"}
--> RLHF-V, whose text begins with an id: {"id": "5"}
-{"id": "llava-7", "prompt": "Q", "models": ["a", "b"], "completions": [
-{"response": "A", "annotations": {"Helpfulness": {"Rating": "5", "Rationale": ""}}},
-{"response": "B", "annotations": {"Helpfulness": {"Rating": "1", "Rationale": ""}}}]}
--> VLFeedback: {"id": "llava-7", "images": ["llava-7.jpg"]}
-{"id": "llava-7", "prompt": "Q",
-"completions": {"response": ["B", "A"], "annotations": {"Helpfulness": {"Rating": ["1", "5"]}}}}
--> VLFeedback as columns: {"id": "llava-7", "images": ["llava-7.jpg"]}
-{"images": ["img/0.png"], "conversations": [{"from": "human", "value": "<image>Q"}], "chosen": $GPT,
-"rejected": {"from": "gpt", "value": "B"}}
--> LLaMA-Factory: {"prompt": "<image>Q"}
-{"images": ["img/0.png"], "messages": [$TURNS, $USER], "chosen": $A, "rejected": $B}
--> LLaMA-Factory, turns: {"prompt": [$TURNS, $USER]}
-{"images": ["img/0.png"], "conversations": [$HUMAN], "system": "Be brief.", $PAIR}
--> LLaMA-Factory, system: {"prompt": [$SYSTEM, $USER]}
-{"images": ["img/0.png"], "instruction": "Say.", "input": "Q", $PAIR}
--> Alpaca, input: {"prompt": "Say.\nQ"}
-{"images": ["img/0.png"], "instruction": "Q", "history": [["<image>Round?", "Yes."]], $PAIR}
--> Alpaca, history: {"prompt": [$TURNS, $USER]}
-{$ASKED, "history": [{"from": "human", "value": "<image>Round?"}, {"from": "gpt", "value": "Yes."}], $PAIR}
--> history of messages: {"prompt": [$TURNS, $USER]}
-{"image": "img/0.png", "system": "Be brief.", "history": [["<image>Round?", "Yes."]],
-"messages": [$TURNS, $USER, $A], "rejected_response": "B"}
--> a history that the conversation holds, too: {"prompt": [$SYSTEM, $TURNS, $USER]}
-{$ASKED, "history": [["Q", "Yes."]], $PAIR}
--> a question that was asked before: {"prompt": [$USER, {"role": "assistant", "content": "Yes."}, $USER]}
-{"messages": [{"role": "user", "content": "<image>Q"}, $A], "images": ["img/0.png"], "rejected_response": "B"}
--> ms-swift: {"prompt": "<image>Q"}
-{"images": "img/0.png", "messages": [$SYSTEM, $TURNS, $USER, $A], "rejected_response": "B"}
--> ms-swift, turns: {"prompt": [$SYSTEM, $TURNS, $USER]}
-{"messages": [$USER, $A], "images": ["img/0.png"], "rejected_messages": [$USER, $B],
-"rejected_images": ["img/1.png"]}
--> ms-swift, rejected messages and image: {"rejected_images": ["img/1.png"]}
-{"messages": [$USER, $A], "images": ["img/0.png"], "rejected_messages": [$USER, $B],
-"rejected_images": ["img/0.png"]}
--> ms-swift's documentation, whose rejected image is the image: {}
-{$ASKED, "rejected_image": "img/1.png", $PAIR}
--> own rejected image: {"rejected_images": ["img/1.png"]}
-{$ASKED, "rejected_images": [""], $PAIR}
--> a rejected image of nothing: {}
-{"image": "img/0.png", "chosen": [$USER, $A], "rejected": [$USER, $B]}
--> STIC: {}
-{"image": "img/0.png", "prompt": [$TURNS, $USER], "chosen": [$USER, $A], "rejected": [$USER, $B]}
--> a prompt longer than the conversations: {"prompt": [$TURNS, $USER]}
-{"images": ["img/0.png"], "prompt": [{"role": "user", "content": [{"type": "image", "text": null}, $TEXT]}],
-"chosen": [{"role": "assistant", "content": [{"type": "text", "text": "A"}]}], "rejected": [$B]}
--> TRL: {"prompt": [$SHOWN]}
-{"prompt": [{"role": "user", "content": [{"type": "image", "image": "img/0.png"}, $TEXT]}], $PAIR}
--> a path in a part: {"prompt": [$SHOWN]}
-{"prompt": [{"role": "user", "content": [
-{"type": "image_url", "image_url": {"url": "data:image/png;base64,$BASE64"}}, $TEXT]}], $PAIR}
--> a data URI in a part: {"prompt": [$SHOWN], "images": ["$RED_PATH"]}
-{"prompt": "Q", "rejected": "B",
-"chosen": [{"role": "user", "content": [{"type": "image", "image": "img/0.png"}, $TEXT]}, $A]}
--> a prompt without the image that the conversation has: {"prompt": [$SHOWN]}
-{"image": "$BASE64", "question": "Q", $PAIR}
--> base64: {"images": ["$RED_PATH"]}
-{"images": [{"bytes": "$BASE64", "path": "x.png"}], "rejected_images": [null], "question": "Q", $PAIR}
--> base64 in a list, and a list of nothing: {"images": ["$RED_PATH"]}
-{"images": [], "image": {"bytes": null, "path": null}, "image_path": "img/0.png", "question": "Q", $PAIR}
--> empty fields before an image: {}
-{"image": {"bytes": "/9j/4AAQ", "path": null}, "image_path": "img/0.png", "question": "Q", $PAIR}
--> RLAIF-V, bytes cut short beside a path: {}
-{$ASKED, "conversations": [$HUMAN, $GPT, {"from": "human", "value": "So?"}], $PAIR}
--> a question beside a longer conversation: {}
-{$ASKED, $PAIR, "data": "coco", "train": "yes"}
--> texts under the names of lists of records: {}
-{$ASKED, $PAIR, "meta": {"from": "coco"}, "thumbnail": {"bytes": "AAAA"}, "note": "{\"question\": ",
-"hash": "/9j/$LONG", "messages": [{"from": "coco"}], "completions": [1], "text": "$DEEP"}
--> unused fields of any form: {}
-{"image": "img/0.png", "conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}, "rejected": "B"}
--> conversations as columns: {}
-{"messages": {"role": ["user"], "content":
-[{"type": ["image", "text"], "text": [null, "Q"], "image": ["img/0.png", null]}]}, $PAIR}
--> messages and their parts as columns: {"prompt": [$SHOWN]}
-{$ASKED, "chosen": "[{\"role\": \"user\", \"content\": \"Hi\"}]", "rejected": "B"}
--> an answer that is a conversation of the user's: {"chosen": "[{\"role\": \"user\", \"content\": \"Hi\"}]"}
-{$ASKED, "chosen": "{\"question\": \"What?\", \"answer\": \"cat\"}", "rejected": "B"}
--> an answer that is an object: {"chosen": "{\"question\": \"What?\", \"answer\": \"cat\"}"}
-{$ASKED, "chosen": "[\"a circle\", \"red\"]", "rejected": "B"}
--> an answer that is a list: {"chosen": "[\"a circle\", \"red\"]"}
-{$ASKED, "chosen": "[[\"a circle\", \"red\"]]", "rejected": "B"}
--> an answer that is a table: {"chosen": "[[\"a circle\", \"red\"]]"}
-{$ASKED, "chosen": "\"It is red.\"", "rejected": "B"}
--> an answer in quotes: {"chosen": "\"It is red.\""}
-{$ASKED, "chosen": "42", "rejected": "B"}
--> an answer that is a number: {"chosen": "42"}
-{$ASKED, "chosen": "{\"from\": \"gpt\", \"value\": \"A\"}", "rejected": "B"}
--> a message as JSON: {}
-{$ASKED, "rejected": "B",
-"chosen": "[{\"role\": \"user\", \"content\": \"Q\"}, {\"role\": \"assistant\", \"content\": \"A\"}]"}
--> a conversation as JSON: {}
+the authors': {"img_path": "img/0.png", "prompt": "$BUNNY", $PAIR} -> {"prompt": "$BUNNY"}
+MMPR: {"id": 7, "image": ["img/0.png"], "question": "Q", $PAIR} -> {"id": "7"}
+MMPR's marks: {"image": ["img/1.png", "img/0.png"], "question": "Image-1: <image>\nImage-2: <image>\nQ",
+    $PAIR} -> {"images": ["img/1.png", "img/0.png"], "prompt": "Image-1: <image>\nImage-2: <image>\nQ"}
+MIA-DPO: {"image": ["img/1.png", "img/0.png"], "question": "1: <image-placeholder> 2: <image-placeholder> Q",
+    $PAIR} -> {"images": ["img/1.png", "img/0.png"], "prompt": "1: <image> 2: <image> Q"}
+SeVa: {"image_id": "img/0.png", "question": "Q", "chosen": "A", "reject": "B"} -> {}
+POVID: {"id": "c7", "image": "./img/0.png", "conversations": [{"from": "human", "value": "<image>\nQ"}, $GPT],
+    "rejected_conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "B"}]} ->
+    {"id": "c7", "prompt": "<image>\nQ"}
+JSON in strings: {$IMG, "conversations": "[{\"from\": \"human\", \"value\": \"Q\"}, {\"from\": \"gpt\",
+    \"value\": \"A\"}]", "rejected_conversations": "[{\"from\": \"human\", \"value\": \"Q\"}, {\"from\":
+    \"gpt\", \"value\": \"B\"}]"} -> {}
+RLHF-V: {"idx": 0, "image_path": "img/0.png", "origin_split": "{\"model\": \"muffin\"}", "text":
+    "{\"question\": \"Q\", \"chosen\": \"A\", \"rejected\": \"B\"}"} -> {"id": "0"}
+RLHF-V, whose text begins with an id: {$IMG, "text": "{\"id\": 5, \"question\": \"Q\", \"chosen\": \"A\",
+    \"rejected\": \"B\"}"} -> {"id": "5"}
+VLFeedback: {"id": "llava-7", "prompt": "Q", "models": ["a", "b"], "completions": [ {"response": "A",
+    "annotations": {"Helpfulness": {"Rating": "5", "Rationale": ""}}}, {"response": "B", "annotations":
+    {"Helpfulness": {"Rating": "1", "Rationale": ""}}}]} -> {"id": "llava-7", "images": ["llava-7.jpg"]}
+VLFeedback as columns: {"id": "llava-7", "prompt": "Q", "completions": {"response": ["B", "A"], "annotations":
+    {"Helpfulness": {"Rating": ["1", "5"]}}}} -> {"id": "llava-7", "images": ["llava-7.jpg"]}
+LLaMA-Factory: {$IMGS, "conversations": [{"from": "human", "value": "<image>Q"}], "chosen": $GPT, "rejected":
+    {"from": "gpt", "value": "B"}} -> {"prompt": "<image>Q"}
+LLaMA-Factory, turns: {$IMGS, "messages": [$TURNS, $USER], "chosen": $A, "rejected": $B} -> {"prompt":
+    [$TURNS, $USER]}
+LLaMA-Factory, system: {$IMGS, "conversations": [$HUMAN], "system": "Be brief.", $PAIR} -> {"prompt":
+    [$SYSTEM, $USER]}
+Alpaca, input: {$IMGS, "instruction": "Say.", "input": "Q", $PAIR} -> {"prompt": "Say.\nQ"}
+Alpaca, history: {$IMGS, "instruction": "Q", "history": [["<image>Round?", "Yes."]], $PAIR} -> {"prompt":
+    [$TURNS, $USER]}
+history of messages: {$ASKED, "history": [{"from": "human", "value": "<image>Round?"}, {"from": "gpt",
+    "value": "Yes."}], $PAIR} -> {"prompt": [$TURNS, $USER]}
+a history that the conversation holds, too: {$IMG, "system": "Be brief.", "history": [["<image>Round?",
+    "Yes."]], "messages": [$TURNS, $USER, $A], "rejected_response": "B"} -> {"prompt": [$SYSTEM, $TURNS,
+    $USER]}
+a question that was asked before: {$ASKED, "history": [["Q", "Yes."]], $PAIR} -> {"prompt": [$USER, {"role":
+    "assistant", "content": "Yes."}, $USER]}
+ms-swift, turns: {"images": "img/0.png", "messages": [$SYSTEM, $TURNS, $USER, $A], "rejected_response": "B"}
+    -> {"prompt": [$SYSTEM, $TURNS, $USER]}
+ms-swift, rejected messages and image: {"messages": [$USER, $A], "images": ["img/0.png"], "rejected_messages":
+    [$USER, $B], "rejected_images": ["img/1.png"]} -> {"rejected_images": ["img/1.png"]}
+ms-swift's documentation, whose rejected image is the image: {"messages": [$USER, $A], "images":
+    ["img/0.png"], "rejected_messages": [$USER, $B], "rejected_images": ["img/0.png"]} -> {}
+own rejected image: {$ASKED, "rejected_image": "img/1.png", $PAIR} -> {"rejected_images": ["img/1.png"]}
+a rejected image of nothing: {$ASKED, "rejected_images": [""], $PAIR} -> {}
+STIC: {$IMG, "chosen": [$USER, $A], "rejected": [$USER, $B]} -> {}
+a prompt longer than the conversations: {$IMG, "prompt": [$TURNS, $USER], "chosen": [$USER, $A], "rejected":
+    [$USER, $B]} -> {"prompt": [$TURNS, $USER]}
+TRL: {$IMGS, "prompt": [{"role": "user", "content": [{"type": "image", "text": null}, $TEXT]}], "chosen":
+    [{"role": "assistant", "content": [{"type": "text", "text": "A"}]}], "rejected": [$B]} -> {"prompt":
+    [$SHOWN]}
+a path in a part: {"prompt": [{"role": "user", "content": [{"type": "image", "image": "img/0.png"}, $TEXT]}],
+    $PAIR} -> {"prompt": [$SHOWN]}
+a data URI in a part: {"prompt": [{"role": "user", "content": [ {"type": "image_url", "image_url": {"url":
+    "data:image/png;base64,$BASE64"}}, $TEXT]}], $PAIR} -> {"prompt": [$SHOWN], "images": ["$RED_PATH"]}
+a prompt without the image that the conversation has: {"prompt": "Q", "rejected": "B", "chosen": [{"role":
+    "user", "content": [{"type": "image", "image": "img/0.png"}, $TEXT]}, $A]} -> {"prompt": [$SHOWN]}
+base64: {"image": "$BASE64", "question": "Q", $PAIR} -> {"images": ["$RED_PATH"]}
+base64 in a list, and a list of nothing: {"images": [{"bytes": "$BASE64", "path": "x.png"}],
+    "rejected_images": [null], "question": "Q", $PAIR} -> {"images": ["$RED_PATH"]}
+empty fields before an image: {"images": [], "image": {"bytes": null, "path": null}, "image_path":
+    "img/0.png", "question": "Q", $PAIR} -> {}
+RLAIF-V, bytes cut short beside a path: {"image": {"bytes": "/9j/4AAQ", "path": null}, "image_path":
+    "img/0.png", "question": "Q", $PAIR} -> {}
+a question beside a longer conversation: {$ASKED, "conversations": [$HUMAN, $GPT, {"from": "human", "value":
+    "So?"}], $PAIR} -> {}
+texts under the names of lists of records: {$ASKED, $PAIR, "data": "coco", "train": "yes"} -> {}
+unused fields of any form: {$ASKED, $PAIR, "meta": {"from": "coco"}, "thumbnail": {"bytes": "AAAA"}, "note":
+    "{\"question\": ", "hash": "/9j/$LONG", "messages": [{"from": "coco"}], "completions": [1], "text":
+    "$DEEP"} -> {}
+conversations as columns: {$IMG, "conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}, "rejected":
+    "B"} -> {}
+messages and their parts as columns: {"messages": {"role": ["user"], "content": [{"type": ["image", "text"],
+    "text": [null, "Q"], "image": ["img/0.png", null]}]}, $PAIR} -> {"prompt": [$SHOWN]}
+an answer that is a conversation of the user's: {$ASKED, "chosen": "[{\"role\": \"user\", \"content\":
+    \"Hi\"}]", "rejected": "B"} -> {"chosen": "[{\"role\": \"user\", \"content\": \"Hi\"}]"}
+an answer that is an object: {$ASKED, "chosen": "{\"question\": \"What?\", \"answer\": \"cat\"}", "rejected":
+    "B"} -> {"chosen": "{\"question\": \"What?\", \"answer\": \"cat\"}"}
+an answer that is a table: {$ASKED, "chosen": "[[\"a circle\", \"red\"]]", "rejected": "B"} -> {"chosen":
+    "[[\"a circle\", \"red\"]]"}
+an answer in quotes: {$ASKED, "chosen": "\"It is red.\"", "rejected": "B"} -> {"chosen": "\"It is red.\""}
+an answer that is a number: {$ASKED, "chosen": "42", "rejected": "B"} -> {"chosen": "42"}
+a message as JSON: {$ASKED, "chosen": "{\"from\": \"gpt\", \"value\": \"A\"}", "rejected": "B"} -> {}
 """
 
 
@@ -225,84 +198,57 @@ def test_published_record(folder, record, becomes):
 
 
 LEFT_OUT = r"""
-{$ASKED, "chosen": ["A", "C"], "rejected": ["B", "D"]}
--> HA-DPO: several answers
-{$ASKED, "chosen": ["A", "C"], "rejected": ["A", "D"]}
--> several answers, the first alike: roles
-{"queries": "Q", "standard_response": "A"}
--> OPA-DPO: which OPA-DPO's own script makes, in the fields queries, standard_response
-{"messages": [$USER, $A], "image": "data:image/png;base64,$BASE64"}
--> no rejected answer: no or an empty image, question or answer in the fields mess
-{"image": "img/0.png", "messages": [$USER], "rejected": "B"}
--> no chosen answer: 'chosen' must end in an assistant
-{"image": "img/0.png", $PAIR}
--> no question: question or answer in the fields image, chosen, rejected
-{"image": "img/0.png", "messages": [$SYSTEM], $PAIR}
--> only a system text: user last
-{$ASKED, "prompt": "  ", $PAIR}
--> a prompt of white space: no text
-{$ASKED, "chosen": "A", "rejected": " A"}
--> equal answers: equal
-{$ASKED, "chosen": " ", "rejected": "B"}
--> an empty answer: has no text
-{$ASKED, "chosen": $HUMAN, "rejected": "B"}
--> an answer by the user: must end in an assistant
-{$ASKED, "chosen": [$USER, $A], "rejected": [$USER, {"role": "user", "content": "B"}]}
--> a rejected conversation that ends in a question: must end in an assistant
-{$ASKED, "chosen": "<ImageHere>A", "rejected": "B"}
--> an answer with an image: an assistant
-{"image": "img/0.png", "chosen": [$USER, $A], "rejected": [{"role": "user", "content": "Why?"}, $B]}
--> other turns before: before their last turn
-{$ASKED, "chosen": {"from": "gpt"}, "rejected": "B"}
--> a message without text: 'chosen': has no 'value'
-{"question": "Q", $PAIR}
--> no image: an empty image
-{"images": ["img/0.png", "img/9.png"], "question": "Q", $PAIR}
--> one of two missing: img/9.png
-{"image": "9.png", "path": "img/0.png", "question": "Q", $PAIR}
--> the first image field is missing: no such image '9.png'
-{"images": ["img/0.png", "img/9.png"], "image": "img/1.png", "question": "Q", $PAIR}
--> one of two missing beside another field: no such image 'img/9.png'
-{"images": [null, "img/1.png"], "question": "Q", $PAIR}
--> an image of nothing among others: an empty image
-{"images": ["", "img/1.png"], "image": "img/0.png", "question": "Q", $PAIR}
--> an empty name among others: an empty image
-{"images": ["img/0.png", "img/1.png"], "rejected_images": ["img/1.png", null], "question": "Q", $PAIR}
--> a rejected image of nothing among others: an empty image
-{"image": "../secret.png", "question": "Q", $PAIR}
--> outside the folder: secret.png
-{"image": "data:image/png;base64,$LONG", "question": "Q", $PAIR}
--> bytes of no image: no image itself
-{"images": ["img/0.png", "img/0.png"], "rejected_image": "img/1.png", "question": "Q", $PAIR}
--> two images, one rejected: 2 images and 1 rejected images
-{$ASKED, "chosen": [{"role": "assistant", "content": [{"type": "video"}]}], "rejected": "B"}
--> a video: "video"
-{"messages": [{"role": "user", "content": "<image><video>Q"}, $A], "videos": ["v.mp4"],
-"rejected_response": "B", "images": ["img/0.png"]}
--> ms-swift's video: holds '<video>'
-{"image": "img/0.png", "question": "<image 1>Q", $PAIR}
--> a mark with a number: holds '<image 1>'
-{"image": "img/0.png", "prompt": "<|im_start|>user\nQ", $PAIR}
--> a prompt out of a template: holds '<|im_start|>'
-{$ASKED, "chosen": "A", "rejected": "B[/INST]"}
--> an answer out of a template: holds '[/INST]'
-{$ASKED, "history": [["[INST] Q [/INST]", "Yes."]], $PAIR}
--> an earlier turn out of a template: holds '[INST]'
-{"image": "img/0.png", $PAIR,
-"prompt": [{"role": "user", "content": [{"type": "text", "text": "<start_of_turn>Q"}]}]}
--> a part out of a template: holds '<start_of_turn>'
-{"image": "img/0.png", "question": "\ud800$LONG", $PAIR}
--> a lone surrogate: character '\ud800' in position 0
-{"\u001b[31m": "Q"}
--> control characters: fields \x1b[31m
-7
--> not an object: is 7, not an object
-null
--> nothing: is null, not an object
-{$ASKED, "chosen": 5, "rejected": "B"}
--> a number as answer: 'chosen': is 5, not text
-{$ASKED, "chosen": "A", "rejected": NaN}
--> a missing value of pandas as answer: 'rejected': is NaN, not text
+HA-DPO: {$ASKED, "chosen": ["A", "C"], "rejected": ["B", "D"]} -> several answers
+several answers, the first alike: {$ASKED, "chosen": ["A", "C"], "rejected": ["A", "D"]} -> roles
+OPA-DPO: {"queries": "Q", "standard_response": "A"} -> which OPA-DPO's own script makes, in the fields
+    queries, standard_response
+no rejected answer: {"messages": [$USER, $A], "image": "data:image/png;base64,$BASE64"} -> no or an empty
+    image, question or answer in the fields mess
+no chosen answer: {$IMG, "messages": [$USER], "rejected": "B"} -> 'chosen' must end in an assistant
+no question: {$IMG, $PAIR} -> question or answer in the fields image, chosen, rejected
+only a system text: {$IMG, "messages": [$SYSTEM], $PAIR} -> user last
+a prompt of white space: {$ASKED, "prompt": "  ", $PAIR} -> no text
+equal answers: {$ASKED, "chosen": "A", "rejected": " A"} -> equal
+an empty answer: {$ASKED, "chosen": " ", "rejected": "B"} -> has no text
+an answer by the user: {$ASKED, "chosen": $HUMAN, "rejected": "B"} -> must end in an assistant
+a rejected conversation that ends in a question: {$ASKED, "chosen": [$USER, $A], "rejected": [$USER, {"role":
+    "user", "content": "B"}]} -> must end in an assistant
+an answer with an image: {$ASKED, "chosen": "<ImageHere>A", "rejected": "B"} -> an assistant
+other turns before: {$IMG, "chosen": [$USER, $A], "rejected": [{"role": "user", "content": "Why?"}, $B]} ->
+    before their last turn
+a message without text: {$ASKED, "chosen": {"from": "gpt"}, "rejected": "B"} -> 'chosen': has no 'value'
+no image: {"question": "Q", $PAIR} -> an empty image
+one of two missing: {"images": ["img/0.png", "img/9.png"], "question": "Q", $PAIR} -> img/9.png
+the first image field is missing: {"image": "9.png", "path": "img/0.png", "question": "Q", $PAIR} -> no such
+    image '9.png'
+one of two missing beside another field: {"images": ["img/0.png", "img/9.png"], "image": "img/1.png",
+    "question": "Q", $PAIR} -> no such image 'img/9.png'
+an image of nothing among others: {"images": [null, "img/1.png"], "question": "Q", $PAIR} -> an empty image
+an empty name among others: {"images": ["", "img/1.png"], "image": "img/0.png", "question": "Q", $PAIR} -> an
+    empty image
+a rejected image of nothing among others: {"images": ["img/0.png", "img/1.png"], "rejected_images":
+    ["img/1.png", null], "question": "Q", $PAIR} -> an empty image
+outside the folder: {"image": "../secret.png", "question": "Q", $PAIR} -> secret.png
+bytes of no image: {"image": "data:image/png;base64,$LONG", "question": "Q", $PAIR} -> no image itself
+two images, one rejected: {"images": ["img/0.png", "img/0.png"], "rejected_image": "img/1.png", "question":
+    "Q", $PAIR} -> 2 images and 1 rejected images
+a video: {$ASKED, "chosen": [{"role": "assistant", "content": [{"type": "video"}]}], "rejected": "B"} ->
+    "video"
+ms-swift's video: {"messages": [{"role": "user", "content": "<image><video>Q"}, $A], "videos": ["v.mp4"],
+    "rejected_response": "B", "images": ["img/0.png"]} -> holds '<video>'
+a mark with a number: {$IMG, "question": "<image 1>Q", $PAIR} -> holds '<image 1>'
+a prompt out of a template: {$IMG, "prompt": "<|im_start|>user\nQ", $PAIR} -> holds '<|im_start|>'
+an answer out of a template: {$ASKED, "chosen": "A", "rejected": "B[/INST]"} -> holds '[/INST]'
+an earlier turn out of a template: {$ASKED, "history": [["[INST] Q [/INST]", "Yes."]], $PAIR} -> holds
+    '[INST]'
+a part out of a template: {$IMG, $PAIR, "prompt": [{"role": "user", "content": [{"type": "text", "text":
+    "<start_of_turn>Q"}]}]} -> holds '<start_of_turn>'
+a lone surrogate: {$IMG, "question": "\ud800$LONG", $PAIR} -> character '\ud800' in position 0
+control characters: {"\u001b[31m": "Q"} -> fields \x1b[31m
+not an object: 7 -> is 7, not an object
+nothing: null -> is null, not an object
+a number as answer: {$ASKED, "chosen": 5, "rejected": "B"} -> 'chosen': is 5, not text
+a missing value of pandas as answer: {$ASKED, "chosen": "A", "rejected": NaN} -> 'rejected': is NaN, not text
 """
 
 
@@ -312,9 +258,7 @@ def test_left_out_with_the_reason(folder, capsys, record, reason):
     (folder.parent / "secret.png").write_bytes(RED)
     assert [example["id"] for example in converted(RECORD, record, RECORD, record)] == ["1", "3"]
     out = capsys.readouterr().out
-    assert not [
-        *Path("out/images").iterdir()
-    ]  # a data set without rejected answers would fill the disk first
+    assert not [*Path("out/images").iterdir()]  # or a data set without rejected answers would fill the disk
     assert "2 examples of 4 records" in out and "left out 2: record 2: " in out and reason in out
     assert max(map(len, out.splitlines())) < 400
 
@@ -393,25 +337,18 @@ def test_a_file_that_is_not_there(folder, monkeypatch, capsys, name):
 
 
 HUB = r"""
-{"image": {"bytes": "RED", "path": "red.png"}, "question": "Q", "image_path": "red.jpg", "idx": 40, $PAIR}
--> RLAIF-V: {"id": "40"}
-{"image": {"bytes": "RED", "path": "red.png"}, "idx": 40, "origin_split": "{\"model\": \"muffin\"}",
-"text": "{\"question\": \"Q\", \"chosen\": \"A\", \"rejected\": \"B\"}"}
--> RLHF-V: {"id": "40"}
-{"images": [{"bytes": "RED", "path": "red.png"}], "chosen": [$A], "rejected": [$B],
-"prompt": [{"role": "user", "content": [{"type": "image", "text": null}, $TEXT]}]}
--> TRL's: {}
-{"question": "Q", "image": {"bytes": "BLUE", "path": null}, $PAIR}
--> SPA-VL: {"images": ["$BLUE_PATH"]}
-{"id": "l-7", "image": {"bytes": "RED", "path": "red.png"}, "prompt": "Q", "completions": [
-{"response": "A", "annotations": {"Helpfulness": {"Rating": "5", "Rationale": ""}}},
-{"response": "B", "annotations": {"Helpfulness": {"Rating": "1", "Rationale": ""}}}]}
--> VLFeedback: {"id": "l-7"}
-{"chosen": [$A], "rejected": [$B], "prompt": [{"role": "user", "content": [
-{"type": "image", "text": null, "image": {"bytes": "RED", "path": "red.png"}},
-{"type": "image", "text": null, "image": {"bytes": "BLUE", "path": null}},
-{"type": "text", "text": "Q", "image": null}]}]}
--> messages with images: {"images": ["$RED_PATH", "$BLUE_PATH"]}
+RLAIF-V: {"image": $RED, "question": "Q", "image_path": "red.jpg", "idx": 40, $PAIR} -> {"id": "40"}
+RLHF-V: {"image": $RED, "idx": 40, "origin_split": "{\"model\": \"muffin\"}", "text": "{\"question\": \"Q\",
+    \"chosen\": \"A\", \"rejected\": \"B\"}"} -> {"id": "40"}
+TRL's: {"images": [{"bytes": "RED", "path": "red.png"}], "chosen": [$A], "rejected": [$B], "prompt": [{"role":
+    "user", "content": [{"type": "image", "text": null}, $TEXT]}]} -> {}
+SPA-VL: {"question": "Q", "image": {"bytes": "BLUE", "path": null}, $PAIR} -> {"images": ["$BLUE_PATH"]}
+VLFeedback: {"id": "l-7", "image": $RED, "prompt": "Q", "completions": [ {"response": "A", "annotations":
+    {"Helpfulness": {"Rating": "5", "Rationale": ""}}}, {"response": "B", "annotations": {"Helpfulness":
+    {"Rating": "1", "Rationale": ""}}}]} -> {"id": "l-7"}
+messages with images: {"chosen": [$A], "rejected": [$B], "prompt": [{"role": "user", "content": [ {"type":
+    "image", "text": null, "image": $RED}, {"type": "image", "text": null, "image": {"bytes": "BLUE", "path":
+    null}}, {"type": "text", "text": "Q", "image": null}]}]} -> {"images": ["$RED_PATH", "$BLUE_PATH"]}
 """
 
 
@@ -460,8 +397,8 @@ def test_a_name_of_the_hub(folder):
 @pytest.mark.parametrize("source", ["in.jsonl", "in.parquet"])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_continues_where_it_was_stopped(folder, monkeypatch, source, stop):
-    """Stopped at any record, even within a character, it writes what it writes in one go, and converts nothing
-    twice. A result that was removed, or whose line was damaged, is made again."""
+    """Stopped anywhere, even within a character, it writes what it writes in one go, and converts nothing twice.
+    A result that was removed, or whose line was damaged, is made again."""
     if source == "in.parquet":
         write_parquet(source, SPA_VL, n=5)
     write(RECORD, RECORD, RECORD | {"image": BASE64}, RECORD, RECORD)
@@ -534,14 +471,6 @@ def test_nothing_that_is_there_is_overwritten(folder, capsys):
     assert [one["images"] for one in written()] == [[str(folder / name)] for name in ("img/0.png", "0.png")]
     Path("out/data.jsonl").write_text("edited")
     refused("in.jsonl")
-
-
-def test_a_folder_that_has_changed(folder):
-    """Records of the old files are not mixed with those of the new ones."""
-    write_parquet("in/train-0.parquet", SPA_VL)
-    write_parquet("in/train-1.parquet", SPA_VL.replace("A", "C"), n=2)
-    assert run("in", "out") == 0
-    Path("in/train-0.parquet").unlink()
     Path("out/data.jsonl").unlink()
-    assert run("in", "out") == 0
-    assert [example["chosen"] for example in written()] == ["C", "C"]
+    write(RECORD | {"chosen": "C"})
+    assert run("in.jsonl", "out") == 0 and written()[0]["chosen"] == "C"

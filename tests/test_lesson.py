@@ -44,13 +44,9 @@ print(json.dumps(printed))
 @pytest.fixture(scope="module")
 def printed():
     """{number of a cell: what it prints now}"""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN],
-        cwd=LESSON.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
-        capture_output=True,
-        encoding="utf-8",
-    )
+    options = {"cwd": LESSON.parent, "capture_output": True, "encoding": "utf-8"}
+    options["env"] = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", RUN], **options)
     assert done.returncode == 0, done.stderr[-2000:]
     return {int(i): text for i, text in json.loads(done.stdout).items()}
 
@@ -68,24 +64,18 @@ def numbers(text):
 
 
 def lines_to_compare(text):
-    """Without times, and what models say word by word, which may differ on another processor."""
-    return [line for line in text.splitlines() if "second" not in line and not line.startswith("    ")]
-
-
-def wording(text):
-    return " ".join(re.sub(NUMBER, "N", text).split())
+    """Words, and numbers, of all lines but times and what models say: these differ between processors."""
+    lines = [line for line in text.splitlines() if "second" not in line and not line.startswith("    ")]
+    return [" ".join(re.sub(NUMBER, "N", line).split()) for line in lines], [*map(numbers, lines)]
 
 
 @pytest.mark.parametrize("i", CODE)
 def test_a_cell_prints_what_is_saved(printed, i):
-    """The page shows numbers that its code no longer gives. After training, processors may differ a
-    little."""
+    """The page shows numbers that its code no longer gives. After training, processors differ a little."""
     within = 0.05 if i >= TRAINING else 0.0006
-    now, then = lines_to_compare(printed[i]), lines_to_compare(saved(i))
-    assert [*map(wording, now)] == [*map(wording, then)]
-    assert [numbers(line) for line in now] == [
-        pytest.approx(numbers(line), abs=within, rel=within / 2) for line in then
-    ]
+    (words, now), (saved_words, then) = lines_to_compare(printed[i]), lines_to_compare(saved(i))
+    assert words == saved_words
+    assert now == [pytest.approx(line, abs=within, rel=within / 2) for line in then]
 
 
 def test_what_models_say_is_printed_of_each(printed):
@@ -95,9 +85,6 @@ def test_what_models_say_is_printed_of_each(printed):
         assert re.findall(r"^    (\w+) +\S", text, re.MULTILINE) == ["base", "DPO", "mDPO"] * 3
     said = re.findall(r"^    \w+ +(.*)", saved(i), re.MULTILINE)
     assert said[0].endswith("a orange ring.") and "no triangle" in said[5] and said[8].startswith("no")
-
-
-# ------------------------------------------------------------------------------------------------- the text
 
 
 def test_every_number_in_bold_is_printed_by_the_cell_above_and_no_other_is_measured():
@@ -146,43 +133,31 @@ def test_the_conclusions_follow_from_the_numbers():
 
 def test_the_sixty_steps_are_the_demos():
     """The lesson trains on other data, or otherwise, than the run whose table the README shows."""
-    metrics = {
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for metric, title in {
         "false_premise": "false premises refused",
         "hallucination_rate": "answers with a false claim",
         "malformed": "answers that are no sentence",
         "length": "words of an answer",
-    }
-    readme = (ROOT / "README.md").read_text("utf-8")
-    for metric, title in metrics.items():
+    }.items():
         [line] = re.findall(rf"^  {metric} +([\d. ]+)", readme, re.MULTILINE)
         assert numbers(line) == row(title), metric
     assert "at step 60:" in saved(TRAINING)
 
 
-# --------------------------------------------------------------------------------------------- the notebook
-
-
 def test_it_is_a_small_notebook_whose_cells_ran_in_order():
-    """It does not open, opens slowly, or was saved half-way through."""
-    book = json.loads(LESSON.read_text("utf-8"))
+    """It does not open, opens slowly, was saved half-way through, teaches private names, which may change, or
+    shows a path of somebody's on a public page."""
+    book = json.loads(text := LESSON.read_text("utf-8"))
     assert (book["nbformat"], book["metadata"]["kernelspec"]["name"]) == (4, "python3")
-    assert LESSON.stat().st_size < 600_000 and len(CELLS) <= 25
-    assert len({cell["id"] for cell in CELLS}) == len(CELLS)
+    assert len(text) < 600_000 and len({cell["id"] for cell in CELLS}) == len(CELLS) <= 25
     assert [CELLS[i]["execution_count"] for i in CODE] == [*range(1, len(CODE) + 1)]
     kinds = [output.get("name", "picture") for i in CODE for output in CELLS[i]["outputs"]]
     assert {*kinds} == {"stdout", "picture"} and kinds.count("picture") == 5  # no stderr
-    assert max(len(line) for i in CODE for line in SOURCES[i].splitlines()) <= 110
-
-
-def test_it_says_nothing_of_the_machine_that_made_it():
-    """A path of somebody's, on a public page."""
-    assert not re.findall(r"/(?:home|tmp|root|Users|work)/", LESSON.read_text("utf-8"))
-
-
-def test_the_core_is_used_by_its_public_names():
-    """A lesson on private names teaches what may change."""
-    private = re.findall(r"\b_[a-z]\w*", "\n".join(SOURCES[i] for i in CODE))
-    assert {*private} == {"_replace", "_asdict"}  # of a NamedTuple, where they are public
+    code = "\n".join(SOURCES[i] for i in CODE)
+    assert max(map(len, code.splitlines())) <= 110
+    assert {*re.findall(r"\b_[a-z]\w*", code)} == {"_replace", "_asdict"}  # public names of a NamedTuple
+    assert not re.findall(r"/(?:home|tmp|root|Users|work)/", text)
 
 
 def test_each_exercise_changes_one_line_of_the_lesson():

@@ -48,9 +48,6 @@ def scored(bunny, small, capsys):
     return scored
 
 
-# ---------------------------------------------------------------------------------------------------- answers
-
-
 @pytest.fixture
 def asks(tmp_path, capsys):
     """A function: a model and names of images -> what answer.py prints of it."""
@@ -75,9 +72,6 @@ def test_answers_are_greedy_whatever_the_models_own_settings(bunny, asks, tmp_pa
     sampled = shutil.copytree(bunny, tmp_path / "sampled")
     write(sampled / "generation_config.json", {"do_sample": True, "temperature": 100.0, "top_k": 0})
     assert asks(bunny, "a") == asks(sampled, "a")
-
-
-# ------------------------------------------------------------------------------------------------- evaluation
 
 
 def test_evaluation_has_the_beta_of_the_run(changed, scored):
@@ -109,9 +103,6 @@ def test_a_margin_that_turns_has_a_negative_share():
     assert (found["no_image_share"], found["other_image_share"]) == (-0.5, 1)
     found = evaluate.diagnose({"image": [-2.0], "no_image": [-1.0], "other_image": [1.0]})
     assert (found["no_image_share"], found["other_image_share"]) == (0.5, -0.5)
-
-
-# ------------------------------------------------------------------------------------------------ the studies
 
 
 def test_a_study_that_was_stopped_goes_on(bunny, tmp_path, monkeypatch):
@@ -149,9 +140,8 @@ def test_labels_of_the_base_lie_under_their_shapes(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_bunny, "F", SimpleNamespace(cross_entropy=note_labels))
     model, _ = train.load_model(str(folder))
     tiny_bunny.learn_to_see(model, random.Random(0), shapes.SMALL, steps=1, batch_size=8)
-    assert all(
-        (label == label[:, :, :1, :, :1]).all() for label in labels
-    )  # 2 x 2 tokens of a cell: one label
+    for label in labels:  # one for the 2 x 2 tokens of a cell
+        assert (label == label[:, :, :1, :, :1]).all()
     shape, colour = (label[:, :, 0, :, 0] for label in labels)  # (8, 2, 2)
     assert torch.equal(shape > 0, colour > 0) and 0 < (shape > 0).sum() < shape.numel()
     rgb = torch.tensor([(45, 45, 45), *shapes.COLOURS.values()])[colour].permute(0, 3, 1, 2)  # (8, 3, 2, 2)
@@ -159,24 +149,6 @@ def test_labels_of_the_base_lie_under_their_shapes(tmp_path, monkeypatch):
     distance = (levels - rgb[:, :, :, None, :, None]).abs().amax(1)  # (8, 2, 16, 2, 16)
     assert distance.amin((2, 4)).max() < 3
     assert distance.amax((2, 4))[colour == 0].max() < 60  # a neighbour's edge may shine in
-
-
-# -------------------------------------------------------------------------------------------------- many GPUs
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_order_in_trl_is_train_pys_for_every_seed(seed):
-    """Two seeds would be one run, and their spread would be 0."""
-    trl_mdpo = pytest.importorskip("examples.trl_mdpo", reason="needs trl")
-    config = SimpleNamespace(
-        world_size=1, process_index=0, batch_size=4, per_device_train_batch_size=2, seed=seed
-    )
-    order = [(0, i) for i in range(9)]
-    random.Random(f"{seed} order 0").shuffle(order)
-    assert [key for batch in trl_mdpo.Epochs(config, 9) for key in batch] == order
-
-
-# ----------------------------------------------------------------------------------------------------- memory
 
 
 def test_memory_of_throughput_is_in_gib(monkeypatch):

@@ -25,35 +25,18 @@ import train
 from data import run_command
 from examples import benchmarks, reproduce
 
-# The paper's Tables 1 to 5, row by row, as printed there. Table 5 begins with the overall score.
+# The paper's rows, as printed there. Table 5 begins with the overall score.
 PAPER = {
-    "table1": """
-        2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0
-        2.28 0.56 44.3 7.6 7.9 74.1 58.9 4.8
-        2.96 0.42 27.0 4.6 4.9 67.4 37.7 2.4
-        2.19 0.57 54.7 15.9 7.4 51.8 34.7 4.1
-        2.14 0.65 49.0 13.0 6.5 55.1 34.5 2.3
-        2.39 0.54 35.7 9.8 4.4 52.4 24.5 2.4""",
-    "table2": """
-        2.96 0.42 27.0 4.6
-        2.36 0.53 40.3 7.1
-        2.50 0.48 34.3 5.7
-        2.28 0.56 44.3 7.6""",
-    "table3": """
-        2.81 0.46 40.7 6.6
-        2.96 0.42 27.0 4.6
-        2.92 0.42 33.7 5.4
-        2.82 0.44 32.3 5.9""",
-    "table4": """
-        2.96 0.42 27.0 4.6
-        2.98 0.39 29.3 5.0
-        2.85 0.40 34.7 6.1""",
-    "table5": """
-        2.11 3.92 0.83 2.17 2.33 2.67 2.25 1.75 1.00
-        2.28 3.25 1.50 1.42 2.50 2.67 4.25 1.75 0.92
-        2.96 3.08 4.17 2.00 3.50 3.25 4.08 2.17 1.42""",
-    "figure1": "\n\n 2.28 \n 2.96",
-    "figure5": "\n\n\n\n\n 2.28 0.56 \n 2.96 0.42",
+    "table1": """2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0  | 2.28 0.56 44.3 7.6 7.9 74.1 58.9 4.8 |
+                 2.96 0.42 27.0 4.6 4.9 67.4 37.7 2.4  | 2.19 0.57 54.7 15.9 7.4 51.8 34.7 4.1 |
+                 2.14 0.65 49.0 13.0 6.5 55.1 34.5 2.3 | 2.39 0.54 35.7 9.8 4.4 52.4 24.5 2.4""",
+    "table2": "2.96 0.42 27.0 4.6 | 2.36 0.53 40.3 7.1 | 2.50 0.48 34.3 5.7 | 2.28 0.56 44.3 7.6",
+    "table3": "2.81 0.46 40.7 6.6 | 2.96 0.42 27.0 4.6 | 2.92 0.42 33.7 5.4 | 2.82 0.44 32.3 5.9",
+    "table4": "2.96 0.42 27.0 4.6 | 2.98 0.39 29.3 5.0 | 2.85 0.40 34.7 6.1",
+    "table5": """2.11 3.92 0.83 2.17 2.33 2.67 2.25 1.75 1.00 | 2.28 3.25 1.50 1.42 2.50 2.67 4.25 1.75 0.92 |
+                 2.96 3.08 4.17 2.00 3.50 3.25 4.08 2.17 1.42""",
+    "figure1": "| 2.28 | 2.96",
+    "figure5": "| | | | 2.28 0.56 | 2.96 0.42",
 }
 # The flags of each row: the README's table "flags to add to the first command", and base for no training.
 DPO = "--no-conditional --anchors none"
@@ -86,7 +69,7 @@ def test_papers_values_stand_in_the_cells_of_their_rows(name, tmp_path, printed)
     """A wrong digit sends someone after a difference that is not there. Nothing is found yet: empty cells."""
     text = printed("--collect", name, "--work", tmp_path)
     rows = re.findall(r"(?m)^\S.*: paper(.*)\n  found(.*)$", text)
-    expected = [line.split() for line in PAPER[name].split("\n")[1:]]
+    expected = [row.split() for row in PAPER[name].split("|")]
     assert [paper.split() for paper, _ in rows] == expected
     assert {found for _, found in rows} == {""}
 
@@ -105,13 +88,16 @@ def test_rows_are_trained_with_the_readmes_flags(name, printed):
         assert answered == {model + adapter}
 
 
-def test_list_has_every_table_and_figure_with_runs_questions_scorers_and_cells(printed):
+def test_list_has_every_table_and_figure_with_runs_questions_scorers_and_cells(printed, capsys):
     """What is not listed is not known to be possible. The paper has five tables and five figures."""
     parts = dict(part.split(":", 1) for part in printed("--list").split("\n\n"))
     assert [*parts] == [f"{kind}{i}" for kind in ("table", "figure") for i in range(1, 6)]
     assert re.search(r"- conditional +bunny-no-conditional +--no-conditional\n", parts["table2"])
     assert re.search(r"(?m)^  AMBER, .* inference.py: CHAIRs, Cover, HalRate, Cog$", parts["table1"])
     assert parts["figure3"].endswith("MMHalBench, 96 questions: answers")  # not scored
+    with pytest.raises(SystemExit):
+        reproduce.run(["--help"])
+    assert "figure5; all" in capsys.readouterr().out
 
 
 def test_every_script_is_accepted_by_bash(tmp_path, printed):
@@ -163,24 +149,19 @@ JUDGE = "judge-2"
 IMAGE = io.BytesIO()
 Image.new("RGB", (32, 32), "red").save(IMAGE, "JPEG")
 
-# Each stand-in notes its call in $LOG. `hf`, `git` and `curl` copy $STORE, where the hub's files lie.
-HF = """#!/bin/bash
-echo "hf $*" >> "$LOG"
-to="${@: -1}"
-mkdir -p "$to"
-case $2 in
-    fwnlp/mDPO-preference-data) cp "$STORE/$3" "$to" ;;
-    MMInstruction/VLFeedback) cp "$STORE/$3" "$to" ;;
-    Shengcao1006/MMHal-Bench) cp -r "$STORE/mmhal/." "$to" ;;
+# `hf`, `git` and `curl` note their call in $LOG, and copy $STORE, where the hub's files lie.
+STAND_IN = """#!/bin/bash
+call="$(basename "$0") $*" to="${@: -1}"
+echo "$call" >> "$LOG"
+case $call in
+    "hf download fwnlp/mDPO-preference-data "* | "hf download MMInstruction/VLFeedback "*) from=$3 ;;
+    "hf download Shengcao1006/MMHal-Bench "*) from=mmhal/. ;;
+    "git clone "*) cp -r "$STORE/$(basename "$3")" "$4"; exit ;;
+    "curl "*) cp "$STORE/annotations_trainval2014.zip" "$3"; exit ;;
+    *) exit ;;
 esac
-"""
-GIT = """#!/bin/bash
-echo "git $*" >> "$LOG"
-if [ "$1" = clone ]; then cp -r "$STORE/$(basename "$3")" "$4"; fi
-"""
-CURL = """#!/bin/bash
-echo "curl $*" >> "$LOG"
-cp "$STORE/annotations_trainval2014.zip" "$3"
+mkdir -p "$to"
+cp -r "$STORE/$from" "$to"
 """
 # The project's own programs run in the tests' process, which has imported torch: two pipes lead to it.
 PYTHON = """#!/bin/bash
@@ -200,60 +181,42 @@ fi
 """
 # Scorers: the arguments and outputs of the official ones, which differ between the runs by the file's name.
 INFERENCE = """
-import argparse, json, pathlib
-parser = argparse.ArgumentParser()
-parser.add_argument("--inference_data")
-parser.add_argument("--evaluation_type")
-args = parser.parse_args()
-answers = json.load(open(args.inference_data))
-assert args.evaluation_type == "g" and pathlib.Path("data/annotations.json").exists()
-assert [sorted(answer) for answer in answers] == [["id", "response"]] * 3
-name = pathlib.Path(args.inference_data).name
-n = ["bunny", "bunny-dpo", "bunny-mdpo"].index(name.split(".")[0])
-print("Generative Task:")
-print("CHAIR:\\t\\t", 10.5 + n)
-print("Cover:\\t\\t", 50.0 + n)
-print("Hal:\\t\\t", 30.0 + n)
-print("Cog:\\t\\t", 2.0 + n, "\\n")
+import json, os, pathlib, sys
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+path = pathlib.Path(args["--inference_data"])
+assert args["--evaluation_type"] == "g" and os.path.exists("data/annotations.json")
+assert [sorted(answer) for answer in json.loads(path.read_text())] == [["id", "response"]] * 3
+n = ["bunny", "bunny-dpo", "bunny-mdpo"].index(path.name.split(".")[0])
+for metric, value in ("CHAIR", 10.5), ("Cover", 50.0), ("Hal", 30.0), ("Cog", 2.0):
+    print(f"{metric}:\\t\\t {value + n}")
 """
 EVAL_GPT4 = """
-import argparse, json
-parser = argparse.ArgumentParser()
-for name in ("response", "evaluation", "api-key", "gpt-model"):
-    parser.add_argument(f"--{name}", required=True)
-args = parser.parse_args()
-records = json.load(open(args.response))
-assert len(records) == 3 and args.api_key == "secret" and all("model_answer" in r for r in records)
-ratings = (6, 4, 2) if "mdpo" in args.response else (1, 0, 3)
-replies = [{"model": args.gpt_model, "choices": [{"message": {"content": f"So.\\nRating: {r}, very"}}]}
-           for r in ratings]
-json.dump(replies, open(args.evaluation, "w"))
+import json, sys
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+records = json.load(open(args["--response"]))
+assert len(records) == 3 and args["--api-key"] == "secret" and all("model_answer" in r for r in records)
+said = [f"So.\\nRating: {n}, very" for n in ((6, 4, 2) if "mdpo" in args["--response"] else (1, 0, 3))]
+replies = [{"model": args["--gpt-model"], "choices": [{"message": {"content": text}}]} for text in said]
+json.dump(replies, open(args["--evaluation"], "w"))
 """
 OBJHAL = """
-import argparse, json, os, pathlib, sys
-class Chat:
-    def __init__(self, model, timeout_sec, openai_apikey):
-        assert model == "judge-2", model
+import json, os, pathlib, sys
+def Chat(model, timeout_sec, openai_apikey):
+    assert model == "judge-2", model
 Chat(model="gpt-3.5-turbo-0613", timeout_sec=100, openai_apikey="")
-parser = argparse.ArgumentParser()
-for name in ("cap_file", "coco_path", "openai_key"):
-    parser.add_argument(f"--{name}", required=True)
-parser.add_argument("--use_gpt", action="store_true")
-args = parser.parse_args()
-open("./eval/data/synonyms_refine.txt")
-assert args.use_gpt and args.openai_key == "secret"
-assert os.path.exists(args.coco_path + "/captions_val2014.json")
-records = [json.loads(line) for line in open(args.cap_file)]
+sys.argv.remove("--use_gpt")
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+assert args["--openai_key"] == "secret" and os.path.exists("./eval/data/synonyms_refine.txt")
+assert os.path.exists(args["--coco_path"] + "/captions_val2014.json")
+path = pathlib.Path(args["--cap_file"])
+records = [json.loads(line) for line in open(path)]
 assert len(records) == 3 and all({"image_id", "prompt", "text"} <= set(r) for r in records)
-path = pathlib.Path(args.cap_file)
-result = path.parent / f"hall_{path.name.replace('.jsonl', '')}_-1.json"
+result = path.parent / f"hall_{path.stem}_-1.json"
 if result.exists():
     sys.exit("eval file already exists!")
 metrics = {"CHAIRs": 1 / 3, "CHAIRs_refine": 0.5, "CHAIRi": 0.125}
 json.dump({"sentences": [], "overall_metrics": metrics}, open(result, "w"))
 """
-
-
 PAIR = '{"img_path": "0.jpg", "prompt": "What colour is it?", "chosen": "red.", "rejected": "blue."}'
 QUERY = '{"id": 1, "image": "AMBER_1.jpg", "query": "Describe this image."}'
 QUESTION = """{"question_type": "attribute", "image_content": [], "image_src": "https://x.org/0_o.jpg",
@@ -275,12 +238,8 @@ STORE = {  # the hub's and the repositories' files, each by its own name, with t
     "RLAIF-V/eval/data/synonyms_refine.txt": "person",
     "RLAIF-V/eval/eval_gpt_obj_halbench.py": OBJHAL,
 }
-PROGRAMS = {
-    "hf": HF,
-    "git": GIT,
-    "curl": CURL,
-    "python": PYTHON.replace("{python}", shlex.quote(sys.executable)),
-}
+PROGRAMS = dict.fromkeys(["hf", "git", "curl"], STAND_IN)
+PROGRAMS["python"] = PYTHON.replace("{python}", shlex.quote(sys.executable))
 OURS = {"train.py": train.main, "examples/benchmarks.py": partial(run_command, benchmarks.run)}
 
 
@@ -340,18 +299,13 @@ def test_table_from_nothing_to_its_cells(bash, tmp_path, monkeypatch, printed):
     status, output, calls = bash(script)
     assert status != 0 and output.count("error:") == 1 and "train.py" not in calls
     assert "AMBER/image/AMBER_1.jpg. Download AMBER's images from https://drive.google.com" in output
-    assert [calls.count(call) for call in ("hf download", "git clone", "checkout", "curl ")] == [3, 2, 2, 1]
+    assert [*map(calls.count, ("hf download", "git clone", "checkout", "curl "))] == [3, 2, 2, 1]
 
     write(work / "data/AMBER/image/AMBER_1.jpg", IMAGE.getvalue())
     status, output, calls = bash(script)
     assert status != 0 and "could not make the judge's scores. Set OPENAI_API_KEY." in output
-    assert [calls.count(call) for call in ("hf ", "git ", "train.py", "benchmarks.py", "--adapter")] == [
-        0,
-        0,
-        2,
-        9,
-        6,
-    ]
+    commands = "hf ", "git ", "train.py", "benchmarks.py", "--adapter"
+    assert [*map(calls.count, commands)] == [0, 0, 2, 9, 6]
     assert len([*work.glob("scores/amber/*.txt")]) == 3 and not [*work.glob(f"scores/{JUDGE}/*")]
     assert calls.count("spacy download en_core_web_") == 2
 
