@@ -428,17 +428,23 @@ def check_example(processor, max_length, max_pixels, example):
     if processor is None:
         return None
     text = tokenize(processor, example)
-    sizes = [tuple(image.size for image in of) for of in (images, images_rejected)]
-    n_prompt = text.n_prompt + max(n_image_tokens(processor, of) for of in sizes)
+    sizes = [tuple(image.size for image in of) for of in (images, images_rejected or images)]
+    question = json.dumps(chat_messages(example.question, len(images)))
+    form = re.sub(r'"text": "(\\.|[^"\\])*"', '"text": "?"', question)
+    n_prompt = text.n_prompt + max(n_image_tokens(processor, of, form) for of in sizes)
     room_for(text, n_prompt, max_length)
     n_ended = sum(processor.tokenizer.eos_token in answer for answer in (example.chosen, example.rejected))
     return n_prompt, [*map(len, text.responses.values())], n_ended
 
 
-@cache  # the processor's work depends on the size of an image, and is most of the check
-def n_image_tokens(processor, sizes):
-    """How many tokens images of these sizes add to a prompt with one placeholder for each."""
-    pair = Example("?", "Yes.", "No.", tuple(Image.new("RGB", size) for size in sizes))
+@cache  # the processor's work depends on the sizes of images, and is most of the check
+def n_image_tokens(processor, sizes, form='"?"'):
+    """How many tokens images of these sizes add to a prompt with one placeholder for each.
+
+    form: a question as JSON, each of its texts a "?". A template may lose an image of some messages.
+    """
+    images = tuple(Image.new("RGB", size) for size in sizes)
+    pair = Example(json.loads(form), "Yes.", "No.", images)
     labels = make_batch([pair], processor, ("chosen",), sys.maxsize).labels
     return (labels >= 0).int().argmax().item() - tokenize(processor, pair).n_prompt
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from test_mdpo import (
     authors,
     gradient,
     laid_out,
+    message,
     noise,
     pair,
     prefix_length,
@@ -171,6 +173,20 @@ def test_templates_that_score_what_was_not_meant_are_refused(bunny, message):
     processor.chat_template = BAD_TEMPLATES[message]
     with pytest.raises(BadInput, match=message):
         make_batch([pair("Which?", "No way.", "Yes sir.")], processor, DPO_NAMES)
+
+
+def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, llava):
+    """The run would stop hours in, at the batch that holds the conversation. Texts do not matter to it."""
+    processor = train.load_processor(str(llava))
+    first = "{% if p.type == 'image' and m.role == 'user' and loop.first %}"
+    template = CHAT.replace("{% if p.type == 'image' %}", first).replace("IMAGE", "<image>\n")
+    processor.chat_template = template.replace("p.text", "p.text | default('')").replace("END", "</s>")
+    say = partial(message, "user")
+    turns = [say("IMAGE", 'Say: "text": "'), message("assistant", "\\"), say("And", "IMAGE", "this?")]
+    good, bad = authors(prompt=turns[:1]), authors(prompt=turns, img_path=["a.png", "a.png"])
+    assert len(read(folder, good, processor=processor)) == 1
+    with pytest.raises(BadInput, match="1 bad records:\n  record 2"):
+        read(folder, good, bad, processor=processor)
 
 
 def test_a_tokenizers_end_behind_the_templates_own_is_refused(llava):
