@@ -19,7 +19,6 @@ from typing import NamedTuple
 # Here and in child processes: another number of threads adds in another order.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import numpy
 import peft
 import pytest
 import tokenizers
@@ -31,7 +30,7 @@ from safetensors.torch import load_file
 import data
 import mdpo
 import train
-from data import Example, Pairs, make_batch, read_examples
+from data import Example, make_batch
 from mdpo import LogPs, mdpo_loss, mdpo_step, pack, response_logps, sequence_logps
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -523,16 +522,6 @@ NO_PROMPT = {"image": "a.png"} | {  # TRL's implicit prompt: whole conversations
 }
 
 
-def drawn(folder, image, strategy, n, **options):
-    """n rejected images of one example, an epoch each, as tensors (n, 3, height, width)."""
-    folder.mkdir(exist_ok=True)
-    image.save(folder / "a.png")
-    pairs = Pairs(read_examples(write(folder / "x.json", [authors()])), strategy, **options)
-    rejected = [pairs[epoch, 0].images_rejected[0] for epoch in range(n)]
-    assert all(r.size == image.size and r.mode == "RGB" for r in rejected)
-    return torch.from_numpy(numpy.stack(rejected)).permute(0, 3, 1, 2).double()
-
-
 def gradient(width, height, step=2):
     """Red is `step` times the column, green `step` times the row: a part of it says where it was. Blue is
     77."""
@@ -635,15 +624,14 @@ class Settings(NamedTuple):
 
 
 def crop_by_hand(image, rng, low, high):
-    """An area uniform in low..high, an aspect log-uniform in 3/4..4/3, or as far as the image has room for
-    it; a place."""
+    """An aspect is uniform in its logarithm, between two that are next to 3/4 and 4/3 in boxes which fit."""
     width, height = image.size
-    area = width * height * (low + (high - low) * rng.random())
-    widest, tallest = min(4 / 3, width * width / area), max(3 / 4, area / (height * height))
-    aspect = math.exp(math.log(tallest) + (math.log(widest) - math.log(tallest)) * rng.random())
-    w, h = max(1, round((area * aspect) ** 0.5)), max(1, round((area / aspect) ** 0.5))
-    left, top = rng.randrange(width - w + 1), rng.randrange(height - h + 1)
-    return image.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, left + w, top + h))
+    n = max(1, width * height * (low + (high - low) * rng.random()))
+    first, last = (min(max(aspect, n / height**2), width**2 / n) for aspect in (3 / 4, 4 / 3))
+    aspect = first * (last / first) ** rng.random()
+    w, h = max(1, round((n * aspect) ** 0.5)), max(1, round((n / aspect) ** 0.5))
+    x, y = rng.randrange(width - w + 1), rng.randrange(height - h + 1)
+    return image.resize((width, height), Image.Resampling.BILINEAR, (x, y, x + w, y + h))
 
 
 def run_by_hand(folder, data_file, a):

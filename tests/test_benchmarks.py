@@ -146,7 +146,7 @@ def test_nothing_is_fetched(address, ask, monkeypatch):
 
 
 YES_NO = {  # what is said of each question, its truth, what is written, what is printed
-    # Positive is No: said 3 times, twice rightly, of 4. Right are these and one Yes: 3 of 7. F1 is 4 / (3 + 4)
+    # Positive is No: said 3 times, twice rightly, of 4. Right are 3 of 7, one a Yes. F1 is 4 / (3 + 4)
     "amber-discriminative": (
         ["Yes, it is.", "no", ' "No," I think.', "Nobody is.", "I see. Yes.", "Yesterday.", "No."],
         "yes no yes no yes no no",

@@ -237,7 +237,8 @@ def benchmark(name):
 
 @pytest.mark.parametrize("name", ["amber", "pope", "mmhal", "objhal"])
 def test_page_of_a_benchmark_and_files_of_answers(name, no_model, run):
-    """Files of answers need no model. JSON or JSON lines, under each scorer's own field; one answer is empty."""
+    """Files of answers need no model. JSON or JSON lines, under each scorer's own field; one answer is
+    empty."""
     questions, answers = benchmark(name)
     write(Path("q.json"), questions)
     write(Path("one.json"), answers)

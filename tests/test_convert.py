@@ -397,8 +397,8 @@ def test_a_name_of_the_hub(folder):
 @pytest.mark.parametrize("source", ["in.jsonl", "in.parquet"])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_continues_where_it_was_stopped(folder, monkeypatch, source, stop):
-    """Stopped anywhere, even within a character, it writes what it writes in one go, and converts nothing twice.
-    A result that was removed, or whose line was damaged, is made again."""
+    """Stopped anywhere, even within a character, it writes what it writes in one go, and converts nothing
+    twice. A result that was removed, or whose line was damaged, is made again."""
     if source == "in.parquet":
         write_parquet(source, SPA_VL, n=5)
     write(RECORD, RECORD, RECORD | {"image": BASE64}, RECORD, RECORD)
@@ -439,8 +439,9 @@ def test_a_full_disk_leaves_no_half_result(folder, monkeypatch):
 
 
 def test_nothing_that_is_there_is_overwritten(folder, capsys):
-    """Neither a user's folder, nor a result that a user has edited, nor that of an input or of flags that have
-    changed since: records would be lost, or mixed. An empty folder is taken, and so is one that a link names."""
+    """Neither a user's folder, nor a result that a user has edited, nor that of an input or of flags that
+    have changed since: records would be lost, or mixed. An empty folder is taken, and so is one that a link
+    names."""
     Path("mine").mkdir()
     Path("mine/data.jsonl").write_text("precious")
     write(RECORD | {"image": "0.png"})

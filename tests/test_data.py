@@ -32,8 +32,8 @@ import mdpo
 import train
 from data import BadInput, Example, Pairs, make_batch, open_image, read_examples
 from examples import families, shapes
-from test_mdpo import LAYOUTS, MESSAGES, NO_PROMPT, ROOT, asked, authors, command, gradient, laid_out
-from test_mdpo import message, noise, pair, prefix_length, write
+from test_mdpo import LAYOUTS, MESSAGES, NO_PROMPT, ROOT, asked, authors, command, crop_by_hand, gradient
+from test_mdpo import laid_out, message, noise, pair, prefix_length, write
 from tests.helpers import PLAIN, TURNS, VLFEEDBACK, as_examples
 from tests.helpers import check_file, completion, counted, one_line_of, pixels_of
 
@@ -836,17 +836,6 @@ def test_a_gpu_that_cannot_be_used_is_said_and_other_warnings_are_not():
     with warnings.catch_warnings(record=True) as said:
         assert data.run_command(command, []) == 0
     assert ["driver on your system is too old" in str(warning.message) for warning in said] == [True]
-
-
-def crop_by_hand(image, rng, low, high):
-    """An aspect is uniform in its logarithm, between two that are next to 3/4 and 4/3 in boxes which fit."""
-    width, height = image.size
-    n = max(1, width * height * (low + (high - low) * rng.random()))
-    first, last = (min(max(aspect, n / height**2), width**2 / n) for aspect in (3 / 4, 4 / 3))
-    aspect = first * (last / first) ** rng.random()
-    w, h = max(1, round((n * aspect) ** 0.5)), max(1, round((n / aspect) ** 0.5))
-    x, y = rng.randrange(width - w + 1), rng.randrange(height - h + 1)
-    return image.resize((width, height), Image.Resampling.BILINEAR, (x, y, x + w, y + h))
 
 
 def moco_by_hand(image, rng):

@@ -178,9 +178,11 @@ def test_templates_that_score_what_was_not_meant_are_refused(bunny, message):
 def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, llava):
     """The run would stop hours in, at the batch that holds the conversation. Texts do not matter to it."""
     processor = train.load_processor(str(llava))
-    first = "{% if p.type == 'image' and m.role == 'user' and loop.first %}"
-    template = CHAT.replace("{% if p.type == 'image' %}", first).replace("IMAGE", "<image>\n")
-    processor.chat_template = template.replace("p.text", "p.text | default('')").replace("END", "</s>")
+    of_first = "{% for m in messages %}{% set first = loop.first %}"
+    template = CHAT.replace("{% for m in messages %}", of_first)
+    template = template.replace("{% if p.type == 'image' %}", "{% if p.type == 'image' and first %}")
+    template = template.replace("p.text", "p.text | default('')").replace("END", "</s>")
+    processor.chat_template = template.replace("IMAGE", "<image>\n")
     say = partial(message, "user")
     turns = [say("IMAGE", 'Say: "text": "'), message("assistant", "\\"), say("And", "IMAGE", "this?")]
     good, bad = authors(prompt=turns[:1]), authors(prompt=turns, img_path=["a.png", "a.png"])

@@ -1,8 +1,8 @@
-"""The examples about training: families, curves, throughput with predicted memory, other losses, and minimal.py.
+"""The examples about training: families, curves, throughput with predicted memory, other losses, and
+minimal.py.
 
-They protect a benchmark that compares like with like, numbers under their right names, losses worked out by hand, and
-a minimal program that trains exactly as train.py does.
-"""
+They protect a benchmark that compares like with like, numbers under their right names, losses worked out by
+hand, and a minimal program that trains exactly as train.py does."""
 
 import itertools
 import json
@@ -108,7 +108,8 @@ def test_curves_of_trl_are_read_under_the_names_of_train_py(tmp_path):
 
 
 def test_an_accuracy_before_training_is_no_point():
-    """Then no margin is above 0: it looks like a fall. Later an accuracy of 0 is one, and so is a margin of 0."""
+    """Then no margin is above 0: it looks like a fall. Later an accuracy of 0 is one, and so is a margin of
+    0."""
     start, later = ({"step": 9 * m, "eval/margins": m, "eval/accuracies": 0} for m in (0, 1))
     assert curves.points([start, later], "eval/accuracies") == ([9], [0])
     assert curves.points([start, later], "eval/margins") == ([0, 9], [0, 1])
@@ -154,7 +155,8 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """{name: stepper} of those that are compared, without timing: ours takes half a second a step, others two."""
+    """{name: stepper} of those that are compared, without timing: ours takes half a second a step, others
+    two."""
     steppers = {}
 
     def in_turns(timed, n_batches, rounds):
@@ -211,7 +213,8 @@ AUTHORS = OURS | {"images": 12, "masks": {type(None)}}  # three images an exampl
 
 
 def check_step(stepper, **changed):
-    """A step has the settings of OURS or AUTHORS but for those that are given, and not a pass or token more."""
+    """A step has the settings of OURS or AUTHORS but for those that are given, and not a pass or token
+    more."""
     batch, ours = next(stepper.batches), stepper.name == "ours"
     n_tokens, n_logits = (len(batch.take), len(batch.answers)) if ours else [batch.labels.numel()] * 2
     expected = (OURS if ours else AUTHORS) | {"tokens": [n_tokens] * 2, "logits": [n_logits] * 2}
@@ -220,9 +223,9 @@ def check_step(stepper, **changed):
 
 
 def test_throughput_compares_like_with_like_at_identical_settings(tiny, timed, monkeypatch):
-    """Settings called identical are the README's first claim. TRL gets a model of its own: its constructor would
-    make the authors' rows go back through the frozen tower, too. Two examples in half a second are 4 a second;
-    30 000 of these take 7500 s."""
+    """Settings called identical are the README's first claim. TRL gets a model of its own: its constructor
+    would make the authors' rows go back through the frozen tower, too. Two examples in half a second are 4 a
+    second; 30 000 of these take 7500 s."""
     stood_on = []
     rival = lambda model, *rest: stood_on.append(model) or (make_batch, throughput.authors_losses)
     monkeypatch.setattr(throughput, "trl_rival", rival)
@@ -240,7 +243,8 @@ def test_throughput_compares_like_with_like_at_identical_settings(tiny, timed, m
 
 
 def test_throughput_compares_ours_at_its_best_with_the_others_as_released(tiny, timed, monkeypatch):
-    """Ours gains --no-checkpointing, theirs peft's layers, Phi's activation and, in bf16, autocast: no more."""
+    """Ours gains --no-checkpointing, theirs peft's layers, Phi's activation and, in bf16, autocast: no
+    more."""
     monkeypatch.setattr(throughput, "trl_rival", lambda *arguments: pytest.fail("TRL is run without --trl"))
     tiny.dtype = torch.bfloat16
     result = throughput.compare(tiny, identical=False)
@@ -342,8 +346,8 @@ def test_stepper_times_the_whole_of_a_training_step(monkeypatch):
 
 @pytest.mark.parametrize("identical", [True, False])
 def test_every_step_of_every_scheme_has_pairs_of_its_own(identical, tiny, monkeypatch):
-    """Batches that come round again hide what plans or allocates by shape. All schemes see the same: two steps
-    before the clock starts, and two rounds of two batches of two examples."""
+    """Batches that come round again hide what plans or allocates by shape. All schemes see the same: two
+    steps before the clock starts, and two rounds of two batches of two examples."""
     drawn = [pair("there is", "a red", "blue", noise(1), noise(2))._replace(id=str(i)) for i in range(40)]
     monkeypatch.setattr(throughput, "make_pairs", lambda n: drawn[:n])
     seen = {}
@@ -461,7 +465,8 @@ def test_throughput_takes_the_real_shape_on_a_gpu(monkeypatch):
 
 
 def test_memory_formula_prints_peaks_and_hours(tiny, monkeypatch, capsys):
-    """Before a GPU is rented. The peak is that of the heaviest of 30,000 examples: one has a longer question."""
+    """Before a GPU is rented. The peak is that of the heaviest of 30,000 examples: one has a longer
+    question."""
     count, heaviest, packed = itertools.count(1), [], throughput.packed_batch
     note = lambda pairs, _: heaviest.append(len(pairs[0].question.split())) or packed(pairs[:1], _)
     monkeypatch.setattr(throughput, "draw_length", lambda rng, mean: 44 if next(count) % 90_000 == 1 else 3)
@@ -499,9 +504,9 @@ opa = lambda beta, delta=0: (
     (variants.rpo_loss, OF_4_TOKENS | {"alpha": 2}, lambda beta: dpo(beta) | {"sft": 2 * 10 / 4}),
 ])  # fmt: skip
 def test_losses_of_the_variants_by_hand(loss, options, expected, beta):
-    """A wrong sign or weight trains something that the paper is not about. Beta is mDPO's 0.1 by default. Rewards
-    are 1, -2 and -1 times beta, the margins 3 and 2. log pi(y_w | m_w, q) is -10, over 4 tokens. The second example
-    is three times as far from the reference, so that a mean over the batch would show."""
+    """A wrong sign or weight trains something that the paper is not about. Beta is mDPO's 0.1 by default.
+    Rewards are 1, -2 and -1 times beta, the margins 3 and 2. log pi(y_w | m_w, q) is -10, over 4 tokens. The
+    second example is three times as far from the reference, so that a mean over the batch would show."""
     far = LogPs(*(ref + 3 * (policy - ref) for policy, ref in zip(POLICY, REF)))
     policy = LogPs(*(torch.cat(pair).requires_grad_() for pair in zip(POLICY, far)))
     losses, metrics = loss(policy, LogPs(*(ref.repeat(2) for ref in REF)), **beta, **options)
