@@ -197,7 +197,7 @@ def split(values, size):
     return [values[at : at + size] for at in range(0, len(values), size)]
 
 
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOPPING = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # Windows has no SIGHUP
 
 
 @contextmanager
@@ -212,8 +212,8 @@ def stop_signals():
         tqdm.write("stopping after this step (again to stop at once)", file=sys.stderr)
 
     # Under nohup SIGHUP is ignored, and stays so.
-    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, note) for number in heard}
+    before = {number: signal.signal(number, note)
+              for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN}  # fmt: skip
     try:
         yield stop
     finally:
@@ -495,19 +495,22 @@ def printable(text):
     return text
 
 
+def lasting(text):
+    """An argparse type: such a name, absolute if it exists, so that a run can go on from another folder."""
+    return os.path.abspath(text) if os.path.exists(printable(text)) else text
+
+
 positive = number(float, 1e-12, 1e6)
-real = number(float, -1e6, 1e6)
 share = number(float, 0, 1)
-decay = number(float, 0, 1 - 1e-6)
 whole = number(int, 1, 10**9)
 natural = number(int, 0, 2**63 - 1)
 
 # name: (default, type or choices, what it is and where it comes from)
 FILES = {
-    "model": (None, printable, "folder or hub name: Bunny, or any image-text-to-text model of transformers"),
-    "data": (None, printable, "preference file (README, Your data)"),
-    "images": (None, printable, "folder where relative image paths begin (default: the data file's)"),
-    "eval-data": (None, printable, "a second preference file, for evaluation only"),
+    "model": (None, lasting, "folder or hub name: Bunny, or any image-text-to-text model of transformers"),
+    "data": (None, lasting, "preference file (README, Your data)"),
+    "images": (None, lasting, "folder where relative image paths begin (default: the data file's)"),
+    "eval-data": (None, lasting, "a second preference file, for evaluation only"),
     "out": (None, printable, "folder for adapter and log (default: a new one, runs/...-1, -2 and so on)"),
     "resume": (None, printable, "resume this folder's run from its last checkpoint, with its own arguments"),
 }
@@ -526,7 +529,7 @@ METHOD = {  # decide the result: a resumed run keeps its own
     "crop": ([*CROP], share, "minimum and maximum share of the area that a crop keeps (Table 3)"),
     # loss
     "beta": (0.1, positive, "strength of the KL constraint (paper 4.1)"),
-    "delta": (0.0, real, "the anchor, in units of reward (paper 4.1)"),
+    "delta": (0.0, number(float, -1e6, 1e6), "the anchor, in units of reward (paper 4.1)"),
     "no-conditional": (False, bool, "drop eq. 6 (Table 2, minus conditional)"),
     "anchors": ([], (*LogPs._fields, "none"), "anchored rewards: chosen is eq. 7 and the default, Table 4 "
         "has more; none is Table 2, minus anchored"),
@@ -535,7 +538,7 @@ METHOD = {  # decide the result: a resumed run keeps its own
     "batch-size": (32, whole, "examples per optimizer step (paper 4.1)"),
     "lr": (1e-5, positive, "peak learning rate (paper 4.1)"),
     "warmup": (0.1, share, "share of the steps, rounded up, before a cosine to 0 (paper 4.1)"),
-    "betas": ([0.9, 0.98], decay, "of AdamW (the second: authors' config)"),
+    "betas": ([0.9, 0.98], number(float, 0, 1 - 1e-6), "of AdamW (the second: authors' config)"),
     "weight-decay": (0.05, share, "of AdamW (authors' config)"),
     "max-grad-norm": (1.0, positive, "gradient clipping (the default of the authors' trainer)"),
     "lora-rank": (64, whole, "of the adapter (paper 4.1)"),
@@ -580,9 +583,6 @@ def parse_args(argv):
             args = parser.parse_args(argv)
             refuse_others(vars(args), {name: began[name] for name in (*DECISIVE, "out")})
             args.out = args.resume
-    for name in ("model", "data", "images", "eval_data"):  # a run can go on from another folder
-        if os.path.exists(path := vars(args)[name] or ""):
-            setattr(args, name, os.path.abspath(path))
     args.anchors = args.anchors or ["none" if args.no_image else "chosen"]
     args.conditional = not (args.no_conditional or args.no_image)
     taken = args.out and not args.resume and (os.path.isfile(args.out) or [*Path(args.out).glob("*")])
