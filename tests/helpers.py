@@ -1,7 +1,11 @@
 """Helpers that several files of this folder share."""
 
+import contextlib
+import pkgutil
 import re
 import signal
+
+import pytest
 
 import data
 import train
@@ -95,6 +99,20 @@ def killed(monkeypatch, arguments, module, name, die_at):
         process = fork(train.main, arguments)
         process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+@contextlib.contextmanager
+def preceded(name, do):
+    """Inside, the function of this name calls do(*its arguments) first."""
+    function = pkgutil.resolve_name(name)
+
+    def both(*args, **options):
+        do(*args, **options)
+        return function(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(name, both)
+        yield
 
 
 def counted(monkeypatch, module, name):

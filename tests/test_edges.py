@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 from functools import partial
 
 import pytest
@@ -19,41 +18,19 @@ import data
 import train
 from data import BadInput, Example, Pairs, make_batch, open_image, random_crop, read_examples
 from mdpo import forward_inputs, mdpo_loss, mdpo_step, pack, response_logps
-from test_mdpo import (
-    LAYOUTS,
-    PAIRS,
-    authors,
-    gradient,
-    laid_out,
-    message,
-    noise,
-    pair,
-    prefix_length,
-    with_lora,
-    write,
-)
-from tests.helpers import CHAT, DPO_NAMES, PLAIN, VLFEEDBACK, outputs_of
+from test_mdpo import LAYOUTS, PAIRS, authors, gradient, laid_out, message, noise, pair, prefix_length
+from test_mdpo import with_lora, write
+from tests.helpers import CHAT, DPO_NAMES, PLAIN, VLFEEDBACK, outputs_of, preceded
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-# -------------------------------------------------------------------------------------- loss and forward pass
-
-
-def test_a_double_policy_stays_double():
-    """Whoever checks the loss in float64 would be given float32's rounding."""
-    one = torch.tensor([-1.0])
-    losses, _ = mdpo_loss((one.double(),) * 3, (one,) * 3)
-    assert losses.dtype == torch.float64
-
-
-@pytest.mark.parametrize("given", ["policy", "ref"])
-def test_a_third_logp_of_one_side_alone_is_refused(given):
+def test_a_third_logp_of_one_side_alone_is_refused():
     """One was forgotten: without a word, its metrics would be missing from the log."""
     two, three = (torch.zeros(2),) * 2, (torch.zeros(2),) * 3
-    sides = (three, two) if given == "policy" else (two, three)
-    with pytest.raises(ValueError, match="image_rejected must be floats"):
-        mdpo_loss(*sides, conditional=False, anchors=())
+    for sides in (three, two), (two, three):
+        with pytest.raises(ValueError, match="image_rejected must be floats"):
+            mdpo_loss(*sides, conditional=False, anchors=())
 
 
 def test_a_reference_of_another_base_sees_with_its_own_projector(llava):
@@ -75,25 +52,11 @@ def test_a_forward_pass_keeps_no_cache_and_no_logits_of_prompts(loaded, layout):
     batch = laid_out(PAIRS, processor, layout)
     output = model(**forward_inputs(model, batch))
     n_rows, width = batch.labels.shape
-    first = min(prefix_length(batch, row) for row in range(n_rows))
-    n_scored = (batch.labels >= 0).sum()
-    expected = {
-        "plain": (n_rows, width - first + 1),
-        "packed": (1, n_scored),
-    }  # the token before the first, too
-    assert output.logits.shape[:2] == expected[layout] and output.past_key_values is None
-
-
-def test_pairs_are_cut_by_their_own_prompts(llava):
-    """In a batch, each pair has its own room: a longer prompt beside it takes none of it."""
-    processor = train.load_processor(str(llava))
-    answer = "There is a red circle and a blue square. " * 4
-    short, long = (
-        pair(q, answer, answer[3:], noise(1), noise(2)) for q in ("What?", "Describe the picture. " * 3)
-    )
-    n_prompts = [prefix_length(make_batch([one], processor)) for one in (short, long)]
-    batch = make_batch([short, long], processor, max_length=n_prompts[1] + 9)
-    assert (batch.labels >= 0).sum(1).tolist() == [n_prompts[1] + 9 - n_prompts[0], 9] * 3
+    n_prompt = min(prefix_length(batch, row) for row in range(n_rows))
+    plain = n_rows, width - n_prompt + 1  # the token before the first, too
+    packed = 1, (batch.labels >= 0).sum()
+    assert output.logits.shape[:2] == (plain if layout == "plain" else packed)
+    assert output.past_key_values is None
 
 
 def test_gradients_begin_at_the_adapter(bunny):
@@ -104,17 +67,12 @@ def test_gradients_begin_at_the_adapter(bunny):
     assert seen and not any(output.requires_grad for output in seen)
 
 
-# ----------------------------------------------------------------------------------------------------- images
-
-
 def test_crops_reach_all_four_rims():
     """The last row and column of a picture are as likely as the first."""
     image = gradient(6, 6, step=40)
-    crops = [
-        random_crop(image, random.Random(seed)).resize((1, 1), Image.Resampling.BOX) for seed in range(400)
-    ]
-    for channel in 0, 1:
-        levels = [crop.getpixel((0, 0))[channel] for crop in crops]
+    crops = [random_crop(image, random.Random(seed)) for seed in range(400)]
+    means = [crop.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) for crop in crops]
+    for levels in [*zip(*means)][:2]:
         assert min(levels) < 20 and max(levels) > 180  # a pixel of the first, and one of the last
 
 
@@ -157,24 +115,6 @@ def test_levels_of_16_bits_end_at_255(tmp_path):
     assert levels == [(255, 255, 255), (0, 0, 0)]
 
 
-# ------------------------------------------------------------------------------------------------------ texts
-
-BAD_TEMPLATES = {  # what the message says: a chat template
-    "no room for a response": "{% for m in messages if m.role == 'assistant' %}{{ m.content[0].text }}"
-    "{% endfor %}",
-    "in another way": CHAT.replace("END", "{{ '!' if m.content[0].text | length == 1 else '?' }}"),
-}
-
-
-@pytest.mark.parametrize("message", BAD_TEMPLATES)
-def test_templates_that_score_what_was_not_meant_are_refused(bunny, message):
-    """A row without a prompt, or an end that depends on the answer."""
-    processor = train.load_processor(str(bunny))
-    processor.chat_template = BAD_TEMPLATES[message]
-    with pytest.raises(BadInput, match=message):
-        make_batch([pair("Which?", "No way.", "Yes sir.")], processor, DPO_NAMES)
-
-
 def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, llava):
     """The run would stop hours in, at the batch that holds the conversation. Texts do not matter to it."""
     processor = train.load_processor(str(llava))
@@ -192,20 +132,13 @@ def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, 
 
 
 def test_a_tokenizers_end_behind_the_templates_own_is_refused(llava):
-    """It would be scored, and the model taught to end twice."""
+    """It would be scored, and the model taught to end twice. A padding token of its own stays."""
     processor = train.load_processor(str(llava))
+    assert processor.tokenizer.pad_token == "<pad>"
     processor.chat_template = CHAT.replace("IMAGE", "<image>").replace("END", "!")
     processor.tokenizer.add_eos_token = True
     with pytest.raises(BadInput, match="adds an end-of-sequence"):
-        make_batch([pair("Which?", "No.", "Yes.", noise(1), noise(2))], processor)
-
-
-def test_a_padding_token_of_the_models_own_stays(llava):
-    """LLaVA's is no end of a sequence."""
-    assert train.load_processor(str(llava)).tokenizer.pad_token == "<pad>"
-
-
-# ---------------------------------------------------------------------------------------------------- reading
+        make_batch(PAIRS, processor)
 
 
 def read(folder, *records, **options):
@@ -236,9 +169,10 @@ def test_records_of_odd_form_are_read(folder):
     assert data.texts_of(asked.question) == ["What does the label USER: mean?"]
 
 
-@pytest.mark.parametrize(
-    "mark", ["<Image>", "<end_of_utterance>", "<start_of_turn>", "<im_patch>", "<image 1>"]
-)
+MARKS = ["<Image>", "<end_of_utterance>", "<start_of_turn>", "<im_patch>", "<image 1>"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
 def test_each_mark_of_other_tools_is_refused(folder, mark):
     """It would be trained as text beside the image."""
     with pytest.raises(BadInput, match="control token or image mark"):
@@ -258,23 +192,17 @@ def test_a_log_file_gets_a_line_every_ten_seconds():
     assert data.progress(range(3), "x", 3).mininterval == 10  # the tests' standard error is no terminal
 
 
-# -------------------------------------------------------------------------------------------------- arguments
-
-
 def parsed(*more):
     return train.parse_args(["--model", "m", "--data", "d", *map(str, more)])
 
 
-def test_defaults_that_only_cost_memory_are_the_readmes():
-    """README's memory and hours are of micro-batches of 4, the authors' of 2,048 tokens."""
-    assert (parsed().max_length, parsed().micro_batch_size, parsed().workers) == (2048, 4, 4)
-
-
-def test_rims_of_numbers():
-    """A batch of no example divides by 0; a crop of one size is a crop."""
+def test_defaults_and_rims_of_numbers():
+    """README's memory and hours are of micro-batches of 4, the authors' of 2,048 tokens. A batch of none
+    divides by 0; a crop of one size is a crop."""
+    args = parsed("--crop", 0.1, 0.1)
+    assert (args.max_length, args.micro_batch_size, args.workers) == (2048, 4, 4) and args.crop == [0.1, 0.1]
     with pytest.raises(BadInput, match="must be within 1 to"):
         parsed("--batch-size", 0)
-    assert parsed("--crop", 0.1, 0.1).crop == [0.1, 0.1]
 
 
 def read_pairs(folder, records, *more, resume=None, evaluation=()):
@@ -325,69 +253,30 @@ def test_all_tensors_of_a_batch_are_pinned(loaded, monkeypatch):
     assert {tensor.dtype for tensor in tensors} == {torch.float64}
 
 
-# ----------------------------------------------------------------------------------------------------- models
-
-
 class Reached(Exception):
     pass
 
 
-def test_a_gpu_is_used_where_there_is_one(monkeypatch):
-    """A run that nobody told to would train on the CPU, for weeks."""
+def test_a_gpu_is_used_where_there_is_one(llava, monkeypatch):
+    """A run that nobody told to would train on the CPU, for weeks. float16 overflows where the weights were
+    trained in bf16."""
 
-    def load_model(name, device, *more, **options):
+    def reach(name, device):
         raise Reached(device)
 
-    monkeypatch.setattr(train, "best_device", lambda: "cuda")
-    monkeypatch.setattr(train, "load_model", load_model)
-    with pytest.raises(Reached, match="cuda"):
-        train.load_policy(parsed(), None, [])
-    with pytest.raises(Reached, match="cpu"):
-        train.load_policy(parsed("--device", "cpu"), None, [])
-
-
-def test_weights_on_a_gpu_are_bf16(llava, monkeypatch):
-    """float16 overflows where the weights were trained in bf16."""
+    monkeypatch.setattr("train.best_device", lambda: "cuda")
+    for device, flags in ("cuda", []), ("cpu", ["--device", "cpu"]):
+        with preceded("train.load_model", reach), pytest.raises(Reached, match=device):
+            train.load_policy(parsed(*flags), None, [])
     monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda model, device: model)
     assert train.load_model(str(llava), "cuda:0")[0].dtype == torch.bfloat16
 
 
-def changed(llava, tmp_path, **config):
-    """The tiny LLaVA with other values in its config.json."""
-    folder = shutil.copytree(llava, tmp_path / "changed")
-    values = json.loads((folder / "config.json").read_text())
-    for name, value in config.items():
-        (values["text_config"] if name == "sliding_window" else values)[name] = value
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
-
-
-def test_a_window_as_long_as_the_rows_is_no_reason_for_plain_ones(llava, folder, tmp_path):
+def test_a_window_as_long_as_the_rows_is_no_reason_for_plain_ones(llava):
     """They take twice as long. --max-length decides, not its default."""
-    model = changed(llava, tmp_path / "new", sliding_window=500)
+    shorten = lambda model, *rest: setattr(model.config.text_config, "sliding_window", 500)
     for max_length, layout in (400, "packed"), (600, "plain"):
-        args = parsed("--model", model, "--max-length", max_length, "--device", "cpu", "--lora-rank", 2)
-        train.load_policy(args, train.load_processor(str(model)), PAIRS[:2])
+        args = parsed("--model", llava, "--max-length", max_length, "--device", "cpu", "--lora-rank", 2)
+        with preceded("train.choose_layout", shorten):
+            train.load_policy(args, train.load_processor(str(llava)), PAIRS[:2])
         assert args.layout == layout
-
-
-def test_code_that_comes_with_a_model_is_not_run(llava, tmp_path):
-    """A folder from the hub may bring some beside a type that the library knows."""
-    names = {"AutoConfig": "own.C", "AutoModelForImageTextToText": "own.M", "AutoProcessor": "own.P"}
-    folder = changed(llava, tmp_path, auto_map=names)
-    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nC = M = P = None\n")
-    model, _ = train.load_model(str(folder))
-    assert isinstance(model, transformers.LlavaForConditionalGeneration) and not (tmp_path / "ran").exists()
-
-
-# ----------------------------------------------------------------------------------------------- resumed runs
-
-
-def test_a_resumed_run_counts_from_where_it_stood_and_removes_only_its_own(finished, tmp_path, capsys):
-    """The bar said 0 of 4 for a run that had ended; a folder x.tmp of the user's went, too."""
-    out = shutil.copytree(finished, tmp_path / "out")
-    (out / "x.tmp").mkdir()
-    (out / "new.1.tmp").mkdir()
-    assert train.main(["--resume", str(out)]) == 0
-    assert "4/4" in capsys.readouterr().err
-    assert (out / "x.tmp").exists() and not (out / "new.1.tmp").exists()

@@ -28,33 +28,15 @@ import train
 from data import BadInput, Example, Pairs, make_batch, read_examples
 from examples import families
 from mdpo import LogPs, attention_blocks, mdpo_loss, mdpo_step, pack, response_logps, row_positions
-from test_mdpo import (
-    ANCHOR,
-    CONDITIONAL,
-    DPO,
-    HUB_LLAVA_TEMPLATE,
-    LAYOUTS,
-    PAIRS,
-    POLICY,
-    REF,
-    ROOT,
-    asked,
-    authors,
-    command,
-    full_text,
-    laid_out,
-    largest_error,
-    message,
-    move,
-    noise,
-    pair,
-    prefix_length,
-    worked_example,
-    write,
-)
-from tests.helpers import CHAT, DPO_NAMES, PARTS, SIZES, TURNS, outputs_of, pixels_of
+from test_mdpo import ANCHOR, CONDITIONAL, DPO, HUB_LLAVA_TEMPLATE, LAYOUTS, PAIRS, POLICY, REF, ROOT
+from test_mdpo import asked, authors, command, full_text, laid_out, largest_error, message, move, noise, pair
+from test_mdpo import prefix_length, worked_example, write
+from tests.helpers import CHAT, DPO_NAMES, PARTS, SIZES, TURNS, outputs_of, pixels_of, preceded
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+TOWER = "transformers.models.siglip.modeling_siglip.SiglipVisionModel.forward"
 
 
 @pytest.fixture
@@ -63,18 +45,12 @@ def fresh(bunny):
     return train.load_model(str(bunny))
 
 
-def test_each_image_of_a_step_is_encoded_once(bunny, small, tmp_path, monkeypatch):
+def test_each_image_of_a_step_is_encoded_once(bunny, small, tmp_path):
     """Vision towers are a third of a step: policy and reference share an encoding, of the same two images an
     example."""
-    tower = transformers.models.siglip.modeling_siglip.SiglipVisionModel
-    forward, sizes = tower.forward, []
-
-    def noted(self, pixel_values, **options):
-        sizes.append(len(pixel_values))
-        return forward(self, pixel_values, **options)
-
-    monkeypatch.setattr(tower, "forward", noted)
-    assert train.main(command(bunny, small, tmp_path / "out", "--epochs", 1)) == 0
+    sizes = []
+    with preceded(TOWER, lambda tower, pixel_values, **options: sizes.append(len(pixel_values))):
+        assert train.main(command(bunny, small, tmp_path / "out", "--epochs", 1)) == 0
     # Micro-batches of 2, 2, 2 and 1 examples. The check of the rows comes before them.
     assert sizes[-4:] == [4, 4, 4, 2]
 
@@ -85,24 +61,20 @@ def test_each_image_of_a_step_is_encoded_once(bunny, small, tmp_path, monkeypatc
 )
 def test_half_precision_is_raised_to_float32(policy_dtype, ref_dtype, step):
     """Steps are 4 nats wide at -1000 in bf16: subtracted there, -1000 + 3 + 1/64 is -996. `step` is one that
-    `ref_dtype` resolves at 3, so that a type with fewer bits loses it. Float64 stays what it is: the loss
-    can be checked to the last bit."""
+    `ref_dtype` resolves at 3, so that a type with fewer bits loses it. A policy in float64 stays so: the
+    loss can be checked to the last bit."""
     policy = LogPs(*torch.tensor([[-1000], [-1004], [-1000]], dtype=policy_dtype))
     ref = LogPs(*torch.tensor([[-3 - step], [-3], [-3]], dtype=ref_dtype))
     losses, metrics = mdpo_loss(policy, ref, beta=1.0)
     assert losses.dtype == torch.float32
     assert metrics["rewards/chosen"].item() == -997 + step and metrics["rewards/margins"].item() == 4 + step
-    losses, _ = mdpo_loss(*([logp.double() for logp in logps] for logps in (POLICY, REF)), beta=0.5)
+    losses, _ = mdpo_loss([logp.double() for logp in POLICY], REF, beta=0.5)
     assert losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-15)
 
 
 ODD_TEXTS = {  # (question, chosen, rejected)
     "emoji": ("What is 🦄 doing?", "It is 🏃‍♀️ running, naïvely.", "Это 東京 🗼."),
-    "looks like the template": (
-        " USER: Hi ASSISTANT: yes USER: no",
-        "No. USER: and now? ASSISTANT: Yes.",
-        "ASSISTANT:",
-    ),
+    "looks like the template": ("USER: Hi ASSISTANT: no", "No. USER: and now? ASSISTANT: Yes.", "ASSISTANT:"),
     "newlines at either end": ("\n\nWhat is it?\n", "\nA red circle.\n\n", "\n\n"),
     "end of sequence inside": ("What is it?", "A red circle.EOS It is red.", "A blue square.EOS"),
     "one character": ("?", "a", "b"),
@@ -177,8 +149,7 @@ def test_attention_of_a_packed_row_is_attention_under_its_mask(kv_heads):
     torch.manual_seed(0)
     inputs = [torch.randn(1, heads, 16, 8, requires_grad=True) for heads in (2, kv_heads, kv_heads)]
     module = SimpleNamespace(is_causal=True, num_key_value_groups=2 // kv_heads)
-    masked = mdpo.attention_blocks(blocks)
-    ours, _ = mdpo.packed_attention(module, *inputs, None, masked, scaling=0.3)
+    ours, _ = mdpo.packed_attention(module, *inputs, None, attention_blocks(blocks), scaling=0.3)
     theirs = F.scaled_dot_product_attention(*inputs, attn_mask=dense, scale=0.3, enable_gqa=True)
     results = [[y, *torch.autograd.grad(y.square().sum(), inputs)] for y in (ours, theirs.transpose(1, 2))]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -221,15 +192,14 @@ def test_dpo_computes_no_row_of_the_rejected_image(loaded):
 
 
 def written(processor, one):
-    """The rows of y_w and y_l as text: (prefix, response) each, with EOS and IMAGE for these tokens."""
-    batch, texts, tokenizer = make_batch([one], processor, DPO_NAMES), [], processor.tokenizer
+    """The rows of y_w and y_l as text: "prefix|response" each, with EOS and IMAGE for these tokens."""
+    batch, texts = make_batch([one], processor, DPO_NAMES), []
     for row, ids in enumerate(batch.inputs["input_ids"]):
         start, ids = prefix_length(batch, row), ids[batch.inputs["attention_mask"][row].bool()]
         assert torch.equal(batch.labels[row, start : len(ids)], ids[start:])
-        text = [
-            tokenizer.decode(part).replace(tokenizer.eos_token, "EOS") for part in (ids[:start], ids[start:])
-        ]
-        texts.append(tuple(part.replace(processor.image_token * 16, "IMAGE") for part in text))
+        text = "|".join(map(processor.tokenizer.decode, (ids[:start], ids[start:])))
+        text = text.replace(processor.tokenizer.eos_token, "EOS")
+        texts.append(text.replace(processor.image_token * 16, "IMAGE"))
     return texts
 
 
@@ -288,70 +258,63 @@ ASKED_AGAIN = [message("user", "Is it?"), message("assistant", THOUGHT), message
 CONVERSATION = [
     message("system", "Be brief."),
     message("user", " Hello. "),
-    message("assistant", "Hello!"),
+    message("assistant", "Hi"),
     message("user", "IMAGE", "What is it? "),
 ]
-PRINTED_PART = "What is {'type': 'text', 'text': 'x'}?"
-# (template, None for Bunny's own; question, y_w, y_l; what both rows begin with, and their responses). With
-# IMAGE in it, the pair has images.
+PRINTED = "Is it {'type': 'text', 'text': 'x'}?"
+THOUGHT_EARLIER = "[user]Is it?EOS[assistant]Yes.EOS[user]And it?EOS[assistant]<think></think>"
+# (template, None for Bunny's own; what both rows begin with|y_w|y_l; what is asked and answered, if it is
+# not ASKED). With IMAGE in it, the pair has images.
+ASKED = ("Which?", "No.", "Yes.")
 WRITTEN = {
     "what opens the assistant's turn is the prompt's, generation prompt or not": (
         PLACED.replace("[{{ m.role }}]", "{{ m.role }}: ").partition("{% if add")[0],
-        "Which?", "No.", "Yes.", "user: Which?EOSassistant:", " No.EOS", " Yes.EOS"),
+        "user: Which?EOSassistant:| No.EOS| Yes.EOS"),
     "what follows the end is never generated": (
         PLACED.replace("]", "]\n").replace("eos_token }}", "eos_token }}\n"),
-        "Which?", "No.", "Yes.EOS Or no.", "[user]\nWhich?EOS\n[assistant]\n", "No.EOS", "Yes.EOS"),
+        "[user]\nWhich?EOS\n[assistant]\n|No.EOS|Yes.EOS", "Which?", "No.", "Yes.EOS Or no."),
     "answers are trimmed": (
         PLACED.replace("p.text", "p.text | trim"),
-        "Which?", " No.\n", "\nYes. ", "[user]Which?EOS[assistant]", "No.EOS", "Yes.EOS"),
+        "[user]Which?EOS[assistant]|No.EOS|Yes.EOS", "Which?", " No.\n", "\nYes. "),
     "the end of a turn is scored once, and no end-of-sequence, which is never reached": (
-        ENDS_TURNS, "Which?", "No.", "Yes.", "[user]IMAGEWhich?<end>\n[assistant]", "No.<end>", "Yes.<end>"),
+        ENDS_TURNS, "[user]IMAGEWhich?<end>\n[assistant]|No.<end>|Yes.<end>"),
     "the end of a turn is scored without a generation prompt, too": (
-        ENDS_TURNS.partition("{% if add")[0],
-        "Which?", "No.", "Yes.", "[user]Which?<end>\n[assistant]", "No.<end>", "Yes.<end>"),
+        ENDS_TURNS.partition("{% if add")[0], "[user]Which?<end>\n[assistant]|No.<end>|Yes.<end>"),
     "an end-of-sequence inside ends the response, and the turn": (
-        ENDS_TURNS, "Which?", "No.EOS Or yes.", "Yes.",
-        "[user]Which?<end>\n[assistant]", "No.EOS", "Yes.<end>"),
+        ENDS_TURNS, "[user]Which?<end>\n[assistant]|No.EOS|Yes.<end>", "Which?", "No.EOS Or yes.", "Yes."),
     "a plain answer gets the template's empty think block": (
-        THINKING, "Which?", "Yes.", "No.",
-        "[user]IMAGEWhich?EOS[assistant]<think></think>", "Yes.EOS", "No.EOS"),
+        THINKING, "[user]IMAGEWhich?EOS[assistant]<think></think>|No.EOS|Yes.EOS"),
     "an answer keeps the think block that it brings": (
-        THINKING, "Which?", THOUGHT, "No.",
-        "[user]IMAGEWhich?EOS[assistant]<think>", "A ring?</think>Yes.EOS", "</think>No.EOS"),
+        THINKING, "[user]IMAGEWhich?EOS[assistant]<think>|A ring?</think>Yes.EOS|</think>No.EOS",
+        "Which?", THOUGHT, "No."),
     "an answer keeps its think block in the other row as well": (
-        THINKING, "Which?", "No.", THOUGHT,
-        "[user]Which?EOS[assistant]<think>", "</think>No.EOS", "A ring?</think>Yes.EOS"),
+        THINKING, "[user]Which?EOS[assistant]<think>|</think>No.EOS|A ring?</think>Yes.EOS",
+        "Which?", "No.", THOUGHT),
     "reasoning of an earlier turn is dropped": (
-        THINKING, ASKED_AGAIN, "No.", "Yes.",
-        "[user]Is it?EOS[assistant]Yes.EOS[user]And it?EOS[assistant]<think></think>", "No.EOS", "Yes.EOS"),
-    "messages that are printed are given as text": (
-        PRINTS, "Which?", "No.", "Yes.", "[user]Which?EOS[assistant]", "No.EOS", "Yes.EOS"),
-    "messages that are joined are given as text": (
-        JOINS, "Which?", "No.", "Yes.", "[user]Which?EOS[assistant]", "No.EOS", "Yes.EOS"),
+        THINKING, f"{THOUGHT_EARLIER}|No.EOS|Yes.EOS", ASKED_AGAIN, "No.", "Yes."),
+    "messages that are printed are given as text": (PRINTS, "[user]Which?EOS[assistant]|No.EOS|Yes.EOS"),
+    "messages that are joined are given as text": (JOINS, "[user]Which?EOS[assistant]|No.EOS|Yes.EOS"),
     "messages without an image are given as text": (
-        TEXT_OR_PARTS, "Which?", "No.", "Yes.", "[user]Which?EOS[assistant]", "No.EOS", "Yes.EOS"),
+        TEXT_OR_PARTS, "[user]Which?EOS[assistant]|No.EOS|Yes.EOS"),
     "messages with an image are given as parts": (
-        TEXT_OR_PARTS, "Which?", "No.", "Yes.", "[user]IMAGEWhich?EOS[assistant]", "No.EOS", "Yes.EOS"),
+        TEXT_OR_PARTS, "[user]IMAGEWhich?EOS[assistant]|No.EOS|Yes.EOS"),
     "a question about a printed part is a question": (
-        PLACED, PRINTED_PART, "A {'type': 'text'}.", "Yes.",
-        f"[user]IMAGE{PRINTED_PART}EOS[assistant]", "A {'type': 'text'}.EOS", "Yes.EOS"),
+        PLACED, f"[user]IMAGE{PRINTED}EOS[assistant]|A {{'type': 'text'}}.EOS|Yes.EOS",
+        PRINTED, "A {'type': 'text'}.", "Yes."),
     "where a system text would be refused, a question without it is good": (
-        SYSTEM_IF.replace("CONDITION", "loop.last"), "Which?", "No.", "Yes.",
-        "[user]IMAGEWhich?EOS[assistant]", "No.EOS", "Yes.EOS"),
+        SYSTEM_IF.replace("CONDITION", "loop.last"), "[user]IMAGEWhich?EOS[assistant]|No.EOS|Yes.EOS"),
     "earlier answers of Bunny end as the last one does": (
-        None, CONVERSATION, "A cat.", "A dog.",
-        "Be brief. USER:  Hello.  ASSISTANT: Hello!EOSUSER: IMAGE\nWhat is it?  ASSISTANT:",
-        " A cat.EOS", " A dog.EOS"),
+        None, "Be brief. USER:  Hello.  ASSISTANT: HiEOSUSER: IMAGE\nWhat is it?  ASSISTANT:| No.EOS| Yes.EOS",
+        CONVERSATION, "No.", "Yes."),
     # "answers" is one token: tokenised apart, the model would be scored on text that it never produces. The
     # boundary moves back to the last token that all three texts share.
-    "tokens merge across the boundary": (
-        BARE, "a red answ", "ers", "x", "a red", " answersEOS", " answxEOS"),
+    "tokens merge across the boundary": (BARE, "a red| answersEOS| answxEOS", "a red answ", "ers", "x"),
     "tokens merge across the boundary in the other answer": (
-        BARE, "a red answ", "x", "ers", "a red", " answxEOS", " answersEOS"),
+        BARE, "a red| answxEOS| answersEOS", "a red answ", "x", "ers"),
     "tokens merge across the boundary behind an image": (
-        BARE, "a red answ", "ers", "x", "IMAGEa red", " answersEOS", " answxEOS"),
+        BARE, "IMAGEa red| answersEOS| answxEOS", "a red answ", "ers", "x"),
     "the boundary never moves past an image": (
-        BARE, [message("user", "a red answ", "IMAGE")], "ers", "x", "a red answIMAGE", "ersEOS", "xEOS"),
+        BARE, "a red answIMAGE|ersEOS|xEOS", [message("user", "a red answ", "IMAGE")], "ers", "x"),
 }  # fmt: skip
 
 
@@ -359,22 +322,29 @@ WRITTEN = {
 def test_what_a_template_writes_is_what_is_scored(bunny, case):
     """Every template has ways of its own to open, end and fill a turn. Trained on a text that it does not
     write, the model would learn what it is never asked, or never to stop."""
-    template, question, y_w, y_l, prefix, *responses = WRITTEN[case]
+    template, expected, *texts = WRITTEN[case]
+    prefix, *responses = expected.split("|")
     processor = with_template(bunny, template)
-    y_w, y_l = (text.replace("EOS", processor.tokenizer.eos_token) for text in (y_w, y_l))
+    question, *answers = texts or ASKED
+    answers = [answer.replace("EOS", processor.tokenizer.eos_token) for answer in answers]
     images = (noise(1), noise(2)) if "IMAGE" in prefix else ()
-    assert written(processor, pair(question, y_w, y_l, *images)) == [(prefix, y) for y in responses]
+    assert written(processor, pair(question, *answers, *images)) == [f"{prefix}|{y}" for y in responses]
 
 
 IN_ANOTHER_WAY = "writes the question in another way when a response follows"
 SYSTEM_AND_QUESTION = [message("system", "Be brief."), message("user", "IMAGE", "Which?")]
-REFUSED = {
-    "an image would be printed": (PRINTS, "Which?", "the chat template does not take these messages"),
-    "an image would be joined": (JOINS, "Which?", "the chat template does not take these messages"),
-    "a system text moves": (SYSTEM_IF.replace("CONDITION", "loop.last"), SYSTEM_AND_QUESTION, IN_ANOTHER_WAY),
+REFUSED = {  # (template, number of images, question, what the message says)
+    "an image would be printed": (PRINTS, 1, "Which?", "the chat template does not take these messages"),
+    "an image would be joined": (JOINS, 1, "Which?", "the chat template does not take these messages"),
+    "a system text moves": (
+        SYSTEM_IF.replace("CONDITION", "loop.last"), 1, SYSTEM_AND_QUESTION, IN_ANOTHER_WAY),
     "a system text is dropped": (
-        SYSTEM_IF.replace("CONDITION", "messages | length < 3"), SYSTEM_AND_QUESTION, IN_ANOTHER_WAY),
-    "the text before the image changes": (USER_OR_HUMAN, "Which?", IN_ANOTHER_WAY),
+        SYSTEM_IF.replace("CONDITION", "messages | length < 3"), 1, SYSTEM_AND_QUESTION, IN_ANOTHER_WAY),
+    "the text before the image changes": (USER_OR_HUMAN, 1, "Which?", IN_ANOTHER_WAY),
+    "the end depends on the answer": (
+        CHAT.replace("END", "{{ m.content[0].text | length }}"), 0, "Which?", "in another way"),
+    "a row has no prompt": (
+        BARE.replace("messages", "messages if m.role == 'assistant'"), 0, "Which?", "no room for a response"),
 }  # fmt: skip
 
 
@@ -382,9 +352,10 @@ REFUSED = {
 def test_a_template_that_cannot_be_trained_is_refused(bunny, case):
     """The model would be trained on a prompt that it is never given: without its system text, or with
     "[{'type': 'text', ..." in it."""
-    template, question, problem = REFUSED[case]
+    template, n_images, question, problem = REFUSED[case]
+    images = [[noise(n)] * n_images for n in (1, 2)]
     with pytest.raises(BadInput, match=problem):
-        make_batch([pair(question, "No.", "Yes.", noise(1), noise(2))], with_template(bunny, template))
+        make_batch([pair(question, "No.", "Yes.", *images)], with_template(bunny, template))
 
 
 @pytest.fixture
@@ -411,12 +382,8 @@ def test_token_types_go_on_as_text_in_the_responses(fresh, adds, layout):
     """Gemma 3 and others are told of each token whether it is the image's. Types that are shifted, or lost,
     let text see what only an image may. The boundary cuts them as it cuts the tokens, also where tokens merge
     across it."""
-    texts = (("a red answ", "ers", "x"), ("Which of them?", "No.", "A red circle."))
-    pairs = [pair(*text, noise(i), noise(i + 2)) for i, text in enumerate(texts)]
-    batch = laid_out(pairs, adds("types"), layout)
-    expected = torch.zeros_like(batch.labels)  # of a response, and in padding as well
-    for row, types in enumerate(expected):
-        types[: prefix_length(batch, row)] = 7
+    batch = laid_out([pair("a red answ", "ers", "x", noise(1), noise(2)), PAIRS[1]], adds("types"), layout)
+    expected = 7 * ((batch.labels >= 0).cumsum(1) == 0)  # 0 in a response, and in padding as well
     assert torch.equal(batch.inputs["types"], expected)
     if layout == "packed":
         expected = expected.flatten()[batch.take][None]
@@ -436,38 +403,36 @@ def test_a_batch_is_what_its_docstring_says(loaded):
     processor gives for the whole text: other tokens were never meant."""
     _, processor = loaded
     keyed = [one._replace(key=(2, i), id=str(i)) for i, one in enumerate(PAIRS)]
-    batch, shared = make_batch(keyed, processor), make_batch(keyed, processor, share=True)
-    prompts, wholes, images = [], [], []
-    for answer, image in (("chosen", "images"), ("rejected", "images"), ("chosen", "images_rejected")):
-        for one in PAIRS:
-            prompt, response = full_text(processor, one.question, getattr(one, answer))
-            prompts.append(prompt)
-            wholes.append(prompt + response)
-            images.append(getattr(one, image))
+    texts = [full_text(processor, *one[:3]) for one in PAIRS]  # prompt, y_w, y_l
+    images = [one.images for one in PAIRS] * 2 + [one.images_rejected for one in PAIRS]
     encode = partial(processor, images=images, padding=True, padding_side="right", return_tensors="pt")
-    expected = encode(text=wholes)
-    ids, mask, pixels = (expected[name] for name in ("input_ids", "attention_mask", "pixel_values"))
-    starts = encode(text=prompts)["attention_mask"].sum(1, keepdim=True)
+    ids, mask, pixels = encode(text=[of[0] + of[n] for n in (1, 2, 1) for of in texts]).values()
+    starts = encode(text=[prompt for prompt, *_ in texts] * 3)["attention_mask"].sum(1, keepdim=True)
     labels = ids.where(mask.bool() & (torch.arange(ids.shape[1]) >= starts), -100)
-    for made, owner in (batch, [*range(9)]), (shared, [0, 1, 2, 0, 1, 2, 6, 7, 8]):
-        assert torch.equal(made.inputs["input_ids"], ids) and torch.equal(made.labels, labels)
-        assert torch.equal(made.inputs["attention_mask"], mask) and made.owner == owner
-        assert torch.equal(made.inputs["pixel_values"], pixels[sorted({*owner})])
-    assert batch.names == ("chosen", "rejected", "image_rejected")
-    assert batch.ids == ["0", "1", "2"] and batch.keys == [(2, 0), (2, 1), (2, 2)]
+    for share, owner in (False, [*range(9)]), (True, [0, 1, 2, 0, 1, 2, 6, 7, 8]):
+        batch = make_batch(keyed, processor, share=share)
+        assert batch.names == ("chosen", "rejected", "image_rejected") and batch.owner == owner
+        assert batch.ids == ["0", "1", "2"] and batch.keys == [(2, 0), (2, 1), (2, 2)]
+        expected = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels[sorted({*owner})]}
+        torch.testing.assert_close([batch.inputs, batch.labels], [expected, labels], rtol=0, atol=0)
 
 
 @LAYOUTS
-def test_all_inputs_of_the_model_are_on_its_device(fresh, layout):
-    """One that stays behind stops the first step on a GPU."""
-    model, processor = fresh
-    batch = laid_out(PAIRS[:1], processor, layout)
-    inputs = mdpo.forward_inputs(model.to("meta"), batch)
+def test_all_inputs_of_the_model_are_on_its_device_and_as_its_layers_want_them(fresh, layout):
+    """One that stays behind stops the first step on a GPU. In the model's dtype: else each layer converts the
+    masks, and some vision towers (Aria's, Llama 4's) stop with an error at a processor's float32. Rows of a
+    mask begin at multiples of 16 numbers, as CUDA's kernels want them, or each layer copies it."""
+    batch, pixels = laid_out(PAIRS[:1], fresh[1], layout), []
+    with preceded(TOWER, lambda tower, pixel_values, **options: pixels.append(pixel_values)):
+        inputs = mdpo.forward_inputs(fresh[0].to("meta", torch.bfloat16), batch)
     assert ("attention_mask" in inputs) == (layout == "packed")  # plain rows need none
-    features = inputs["mm_encoder_outputs"]["image"].pooler_output[0]
-    masks = [mask for *_, mask in inputs.get("blocks", ())]
-    tensors = filter(torch.is_tensor, [*inputs.values(), features, *masks])
-    assert {tensor.device.type for tensor in tensors} == {"meta"} and batch.labels.device.type == "cpu"
+    masks = [mask for *_, mask in inputs.get("blocks", ()) if mask is not None]  # of y_l
+    tensors = filter(
+        torch.is_tensor, [*inputs.values(), *inputs["mm_encoder_outputs"]["image"].pooler_output]
+    )
+    assert {tensor.device.type for tensor in (*tensors, *pixels, *masks)} == {"meta"}
+    assert {tensor.dtype for tensor in (*pixels, *masks)} == {torch.bfloat16}
+    assert not any(mask.stride(2) % 16 for mask in masks) and batch.labels.device.type == "cpu"
 
 
 SMALL, LARGE = noise(1, (32, 32)), noise(2, (90, 60))
@@ -484,9 +449,8 @@ def test_a_response_is_cut_alike_for_all_images_of_its_pair(family):
     prompt says."""
     _, _, processor = family
     full = make_batch(OTHER_SIZES, processor)
-    short, long = prefix_length(full, 0), prefix_length(full, 1)
-    assert long > short + 9 and [prefix_length(full, row) for row in range(9)] == [
-        short, long, short, short, long, short, long, short, short]  # fmt: skip
+    short, long, *others = [prefix_length(full, row) for row in range(9)]
+    assert others == [short, short, long, short, long, short, short] and long > short + 9
     cut = make_batch(OTHER_SIZES, processor, max_length=long + 3)
     lengths, uncut = ((batch.labels >= 0).sum(1).view(3, 3).tolist() for batch in (cut, full))
     (y_w, *_), (y_l, *_), _ = uncut
@@ -514,21 +478,15 @@ def test_five_images_of_which_three_differ_stay_five(folder, loaded):
     _, processor = loaded
     noise(3, (20, 50)).save(folder / "b.png")
     names = ["a.png", "b.png", "a.png", "merged_images/llava-1.jpg", "b.png"]
-    question = "<image>\n" * 5 + "Which is the odd one?"
-    path = write(folder / "x.json", [authors(img_path=None, images=names, prompt=question, rejected="None.")])
-    one = Pairs(read_examples(path))[0, 0]
-    assert one.question == asked("Which is the odd one?", 5)
+    record = authors(img_path=None, images=names, prompt="<image>\n" * 5 + "Which is odd?")
+    one = Pairs(read_examples(write(folder / "x.json", [record])))[0, 0]
+    assert one.question == asked("Which is odd?", 5)
     assert [image.size for image in one.images_rejected] == [image.size for image in one.images]
     for images, n in (one.images, 3), (one.images_rejected, 5):
         assert len({image.tobytes() for image in images}) == n
     batch = make_batch([one], processor)
     assert len(batch.inputs["pixel_values"]) == 3 * 5
     assert ((batch.inputs["input_ids"] == processor.image_token_id).sum(1) == 5 * 16).all()
-    # The check of the room knows it: behind a prompt of n tokens, n + 2 have room for an answer, and n none.
-    n = prefix_length(batch)
-    assert len(read_examples(path, processor=processor, max_length=n + 2)) == 1
-    with pytest.raises(BadInput, match=f"prompt of {n} tokens, --max-length {n}: no room"):
-        read_examples(path, processor=processor, max_length=n)
 
 
 TWO_IMAGES = [
@@ -665,14 +623,14 @@ def test_nan_never_passes_the_check(fresh):
         assert "cannot be trained: its log-probabilities are not finite" in chosen(fresh, layout)
 
 
-@pytest.mark.parametrize(
-    "user, expected",
-    [
-        ({}, [None, "expandable_segments:True"]),
-        ({"PYTORCH_ALLOC_CONF": "x"}, ["x", None]),
-        ({"PYTORCH_CUDA_ALLOC_CONF": "y"}, [None, "y"]),
-    ],
-)
+SETTINGS = [  # the user's, and then ours
+    ({}, [None, "expandable_segments:True"]),
+    ({"PYTORCH_ALLOC_CONF": "x"}, ["x", None]),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "y"}, [None, "y"]),
+]
+
+
+@pytest.mark.parametrize("user, expected", SETTINGS)
 def test_the_allocator_grows_its_segments_unless_the_user_set_it(user, expected):
     """Shapes never repeat, and freed blocks of other sizes would not be used again. CUDA reads it when it
     starts."""
@@ -696,18 +654,18 @@ def test_plain_rows_are_there_for_models_that_packed_rows_stop(fresh, monkeypatc
     assert chosen(fresh, "plain") == "plain"
 
 
-@pytest.mark.parametrize(
-    "window, options, expected",
-    [
-        (None, (), "packed"),
-        (2048, (), "packed"),
-        (2047, (), "plain"),
-        (500, (None, 500), "packed"),
-        (500, ("plain",), "plain"),
-        (500, ("packed",), "packed rows are not exact: its attention window of 500 tokens is shorter than"),
-    ],
-)
-def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_row_may_be_long(
+WINDOWS = [
+    (None, (), "packed"),
+    (2048, (), "packed"),
+    (2047, (), "plain"),
+    (500, (None, 500), "packed"),
+    (500, ("plain",), "plain"),
+    (500, ("packed",), "packed rows are not exact: its attention window of 500 tokens is shorter than"),
+]
+
+
+@pytest.mark.parametrize("window, options, expected", WINDOWS)
+def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_row(
     fresh, window, options, expected, capsys
 ):
     """A packed row's attention knows no window; the first examples may fit into it, and a later one not."""
@@ -718,18 +676,15 @@ def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_row_may_be_long
 
 
 CUSTOM = {"auto_map": {"AutoConfig": "conf.W"}}
+CONFIG, PROCESSOR = "config.json", "processor_config.json"
 CANNOT_BE_TRAINED = {  # the reason: a model whose folder is copied, or none; a file; what is changed in it
-    "cannot be loaded: Unrecognized processing class": (None, "config.json", {"model_type": "llama"}),
-    "is an encoder-decoder": (None, "config.json", {"model_type": "florence2"}),
+    "cannot be loaded: Unrecognized processing class": (None, CONFIG, {"model_type": "llama"}),
+    "is an encoder-decoder": (None, CONFIG, {"model_type": "florence2"}),
     "is an adapter: merge it first, by python examples/merge.py": (None, "adapter_config.json", {}),
-    "needs code of its own, which is not run here": (None, "config.json", {"model_type": "weird"} | CUSTOM),
-    "has no token of nine tabs": ("bunny", "config.json", {"vocab_size": 20}),
-    "its processor has no patch_size": ("llava", "processor_config.json", {"patch_size": None}),
-    "its processor has no image token": (
-        "llava",
-        "processor_config.json",
-        {"processor_class": "GitProcessor"},
-    ),
+    "needs code of its own, which is not run here": (None, CONFIG, {"model_type": "weird"} | CUSTOM),
+    "has no token of nine tabs": ("bunny", CONFIG, {"vocab_size": 20}),
+    "its processor has no patch_size": ("llava", PROCESSOR, {"patch_size": None}),
+    "its processor has no image token": ("llava", PROCESSOR, {"processor_class": "GitProcessor"}),
     "does not have a chat template": ("llava", "chat_template.jinja", None),
 }
 
@@ -755,21 +710,24 @@ def test_models_that_cannot_be_trained_are_refused_before_their_weights_are_read
         train.load_processor(changed)
 
 
-def test_code_of_a_model_that_the_library_knows_is_not_needed(llava, tmp_path):
+def test_code_of_a_model_that_the_library_knows_is_not_needed_and_not_run(llava, tmp_path):
     """Many folders of the hub still name the code that they came with."""
-    changed = changed_model(llava, tmp_path / "model", "config.json", CUSTOM)
-    assert train.load_processor(changed).image_token == "<image>"
+    names = {"AutoConfig": "own.C", "AutoModelForImageTextToText": "own.M", "AutoProcessor": "own.P"}
+    folder = changed_model(llava, tmp_path / "model", CONFIG, {"auto_map": names})
+    write(tmp_path / "model" / "own.py", f"open({str(tmp_path / 'ran')!r}, 'w')\nC = M = P = None\n")
+    model, _ = train.load_model(folder)
+    assert isinstance(model, transformers.LlavaForConditionalGeneration) and not (tmp_path / "ran").exists()
 
 
 def test_turns_and_several_images_are_read_and_shown(folder, loaded):
     """Every image is shown where the conversation shows it, and each is rejected on its own."""
     _, processor = loaded
     one = Pairs(read_examples(write(folder / "x.json", [TURNS]), processor=processor))[0, 0]
-    assert len(one.images) == 2 and one.images[0].tobytes() == noise(1).tobytes()
-    (example,) = examples = read_examples(folder / "x.json", with_images=False)
-    texts = [re.sub(r"\s", "", written(processor, pair)[0][0]) for pair in (one, Pairs(examples)[0, 0])]
-    assert re.search(r"Bebrief\.(USER:)?IMAGEWhatisit\?ASSISTANT:Acat\..*IMAGE", texts[0])
-    assert example.images == () and texts[1] == texts[0].replace("IMAGE", "")
+    (bare,) = read_examples(folder / "x.json", with_images=False)
+    assert len(one.images) == 2 and one.images[0].tobytes() == noise(1).tobytes() and bare.images == ()
+    shown, text = (re.sub(r"\s", "", written(processor, of)[0]) for of in (one, Pairs([bare])[0, 0]))
+    assert re.search(r"Bebrief\.(USER:)?IMAGEWhatisit\?ASSISTANT:Acat\..*IMAGE", shown)
+    assert text == shown.replace("IMAGE", "")
 
 
 BUNNYS_NAMES = {
@@ -784,16 +742,16 @@ BUNNYS_NAMES = {
 def test_every_bunny_weight_lands_in_its_place(bunny, tmp_path, in_one_file):
     """A tensor left out would be random: the run would go on, and be worthless. Small checkpoints have no
     index of shards; the sizes of the vision tower are then read off the one file."""
+    folder = bunny
     theirs = {name: of for file in bunny.glob("*.safetensors") for name, of in load_file(file).items()}
     if in_one_file:
         folder = shutil.copytree(bunny, tmp_path / "b", ignore=shutil.ignore_patterns("*.safetensors*"))
         save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
-    model, _ = train.load_model(str(folder if in_one_file else bunny))
+    model, _ = train.load_model(str(folder))
     ours = model.state_dict()
     for name, bunnys in BUNNYS_NAMES.items():
         ours = {key.replace(name, bunnys): tensor for key, tensor in ours.items()}
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], tensor.float()) for name, tensor in theirs.items())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, check_dtype=False)
     assert model.config.vision_config.num_hidden_layers == 2 and model.config.image_seq_length == 16
 
 
@@ -837,9 +795,10 @@ def test_activation_of_bunny_is_its_own_in_one_kernel(fresh):
     torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-12)
 
 
-def test_every_rate_of_dropout_is_0(loaded):
-    """Bunny asks for resid_pdrop 0.1, this LLaVA for attention_dropout 0.1, and models call it as they like.
-    Left on, policy and reference differ by chance: rewards are noise."""
+def test_every_rate_of_dropout_is_0_and_weights_are_frozen(loaded):
+    """Weights that train take optimizer memory for 3 billion parameters, or drift. Bunny asks for resid_pdrop
+    0.1, this LLaVA for attention_dropout 0.1, and models call it as they like. Left on, policy and reference
+    differ by chance: rewards are noise."""
     layer = torch.nn.Linear(1, 1)
     vars(layer).update(resid_pdrop=0.1, attn_drop=0.1, drop_prob=0.1, dropout=0.1)
     model = torch.nn.Sequential(layer, torch.nn.Dropout(0.1))
@@ -848,6 +807,7 @@ def test_every_rate_of_dropout_is_0(loaded):
         kept = [of for module in model.modules() for of in vars(module).items()]
         rates = [rate for name, rate in kept if "drop" in name or name == "p"]
         assert rates and not any(rates)
+    assert not any(parameter.requires_grad for parameter in loaded[0].parameters())
 
 
 def test_pickled_weights_are_not_loaded(llava, tmp_path):
@@ -856,11 +816,6 @@ def test_pickled_weights_are_not_loaded(llava, tmp_path):
     torch.save(load_file(llava / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(BadInput):
         train.load_model(str(tmp_path / "pickled"))
-
-
-def test_a_loaded_model_is_frozen(loaded):
-    """Weights that are not frozen take optimizer memory for 3 billion parameters, or drift."""
-    assert not any(parameter.requires_grad for parameter in loaded[0].parameters())
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -908,3 +863,31 @@ def test_one_wrong_row_of_six_is_enough(fresh, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "packed rows are not exact" in said and "about twice as long" in said
     assert "cannot be trained: packed rows are not exact" in chosen(fresh, "packed")
+
+
+def test_the_float32_mode_computes_in_float32_and_leaves_the_weights():
+    """1 + 2 ** -10 is not in bf16. What is written into a tensor made inside must be there afterwards."""
+    one, exact = torch.ones(1, dtype=torch.bfloat16), 1 + 2**-10
+    with train.InFloat32():
+        made = torch.zeros_like(one)
+        made[0] = exact
+        total, by_name = one + 2**-10, torch.add(input=one, other=2**-10)
+    assert made == total == by_name == exact and one.dtype == torch.bfloat16
+
+
+def test_the_layout_check_of_long_answers_takes_no_longer_than_a_step(fresh):
+    """It runs answers through the model, in float32 on a CPU; one of a book would take hours."""
+    seen = outputs_of(fresh[0].get_input_embeddings())
+    long = PAIRS[0]._replace(chosen="a red circle " * 300, rejected="no. " * 600)
+    assert chosen(fresh, None, 500, pairs=[long]) == "packed"
+    assert max(output.shape[:2].numel() for output in seen) == 3 * 500
+
+
+def test_cudnn_attention_and_rounded_float32_are_off(bunny):
+    """It plans anew for each shape, at tens of milliseconds, and shapes never repeat here. And float32 may be
+    rounded on CUDA, in convolutions by default: the check of the layout would take that for a mistake."""
+    on_cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    on_cuda.enable_cudnn_sdp(True)
+    cudnn.allow_tf32 = on_cuda.matmul.allow_tf32 = True
+    train.load_model(str(bunny))
+    assert not (on_cuda.cudnn_sdp_enabled() or cudnn.allow_tf32 or on_cuda.matmul.allow_tf32)

@@ -13,7 +13,6 @@ import locale
 import math
 import multiprocessing
 import os
-import pkgutil
 import random
 import re
 import shutil
@@ -38,7 +37,7 @@ from data import BadInput, make_batch, read_examples
 from examples import shapes
 from test_mdpo import MESSAGES, NO_PROMPT, PAIRS, ROOT, adapter, authors, command, fork, goes_on_exactly
 from test_mdpo import log_of, write
-from tests.helpers import ARGUMENTS, PLAIN, TURNS, VLFEEDBACK, counted, one_line_of, outputs_of
+from tests.helpers import ARGUMENTS, PLAIN, TURNS, VLFEEDBACK, counted, one_line_of, preceded
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -56,20 +55,6 @@ def run(bunny, small, out):
         return train.main(command(bunny, data, out, *flags), **options)
 
     return run
-
-
-@contextlib.contextmanager
-def preceded(name, do):
-    """Inside, the function of this name calls do(*its arguments) first."""
-    function = pkgutil.resolve_name(name)
-
-    def both(*args, **options):
-        do(*args, **options)
-        return function(*args, **options)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(name, both)
-        yield
 
 
 @pytest.fixture
@@ -699,47 +684,6 @@ def test_many_steps_are_planned_at_once():
     started = time.process_time()
     assert len(train.plan_steps(640_000, 32, 4, 3, 0)) == 60_000
     assert time.process_time() - started < 5  # CPU time; 1 second here
-
-
-def test_the_masks_and_the_pixels_are_as_the_models_layers_want_them(bunny):
-    """In the model's dtype: else each layer converts the masks, and some vision towers (Aria's, Llama 4's)
-    stop with an error at a processor's float32. Rows of a mask begin at multiples of 16 numbers, as CUDA's
-    kernels want them, or each layer copies it."""
-    model, processor = train.load_model(str(bunny), dtype=torch.bfloat16)
-    tower, dtypes = "transformers.models.siglip.modeling_siglip.SiglipVisionModel.forward", []
-    with preceded(tower, lambda tower, pixel_values, **options: dtypes.append(pixel_values.dtype)):
-        inputs = mdpo.forward_inputs(model, mdpo.pack(make_batch(PAIRS[:1], processor, share=True)))
-    mask = inputs["blocks"][1][3]  # of y_l, which begins behind y_w
-    assert [*dtypes, mask.dtype] == [torch.bfloat16] * 2 and mask.stride(2) % 16 == 0
-
-
-def test_the_float32_mode_computes_in_float32_and_leaves_the_weights():
-    """1 + 2 ** -10 is not in bf16. What is written into a tensor made inside must be there afterwards."""
-    one, exact = torch.ones(1, dtype=torch.bfloat16), 1 + 2**-10
-    with train.InFloat32():
-        made = torch.zeros_like(one)
-        made[0] = exact
-        total, by_name = one + 2**-10, torch.add(input=one, other=2**-10)
-    assert made == total == by_name == exact and one.dtype == torch.bfloat16
-
-
-def test_the_layout_check_of_long_answers_takes_no_longer_than_a_step(bunny):
-    """It runs answers through the model, in float32 on a CPU; one of a book would take hours."""
-    model, processor = train.load_model(str(bunny))
-    seen = outputs_of(model.get_input_embeddings())
-    long = PAIRS[0]._replace(chosen="a red circle " * 300, rejected="no. " * 600)
-    assert train.choose_layout(model, processor, [long], max_length=500) == "packed"
-    assert max(output.shape[:2].numel() for output in seen) == 3 * 500
-
-
-def test_cudnn_attention_and_rounded_float32_are_off(bunny):
-    """It plans anew for each shape, at tens of milliseconds, and shapes never repeat here. And float32 may be
-    rounded on CUDA, in convolutions by default: the check of the layout would take that for a mistake."""
-    on_cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    on_cuda.enable_cudnn_sdp(True)
-    cudnn.allow_tf32 = on_cuda.matmul.allow_tf32 = True
-    train.load_model(str(bunny))
-    assert not (on_cuda.cudnn_sdp_enabled() or cudnn.allow_tf32 or on_cuda.matmul.allow_tf32)
 
 
 def test_help_shows_every_default(monkeypatch, capsys):
