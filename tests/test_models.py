@@ -27,7 +27,7 @@ import mdpo
 import train
 from data import BadInput, Example, Pairs, make_batch, read_examples
 from examples import families
-from mdpo import LogPs, attention_blocks, mdpo_loss, mdpo_step, pack, response_logps, row_positions
+from mdpo import LogPs, attention_blocks, mdpo_loss, mdpo_step, pack, response_logps
 from test_mdpo import ANCHOR, CONDITIONAL, DPO, HUB_LLAVA_TEMPLATE, LAYOUTS, PAIRS, POLICY, REF, ROOT
 from test_mdpo import asked, authors, command, full_text, laid_out, largest_error, message, move, noise, pair
 from test_mdpo import prefix_length, worked_example, write
@@ -55,14 +55,16 @@ def test_each_image_of_a_step_is_encoded_once(bunny, small, tmp_path):
     assert sizes[-4:] == [4, 4, 4, 2]
 
 
-@pytest.mark.parametrize("policy_dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "ref_dtype, step", [(torch.float16, 2**-9), (torch.bfloat16, 2**-6), (torch.float32, 2**-13)]
-)
-def test_half_precision_is_raised_to_float32(policy_dtype, ref_dtype, step):
-    """Steps are 4 nats wide at -1000 in bf16: subtracted there, -1000 + 3 + 1/64 is -996. `step` is one that
-    `ref_dtype` resolves at 3, so that a type with fewer bits loses it. A policy in float64 stays so: the
+STEPS = {torch.float16: 2**-9, torch.bfloat16: 2**-6, torch.float32: 2**-13}
+
+
+@pytest.mark.parametrize("policy_dtype", STEPS)
+@pytest.mark.parametrize("ref_dtype", STEPS)
+def test_half_precision_is_raised_to_float32(policy_dtype, ref_dtype):
+    """Steps are 4 nats wide at -1000 in bf16: subtracted there, -1000 + 3 + 1/64 is -996. The step is one
+    that `ref_dtype` resolves at 3, so that a type with fewer bits loses it. A policy in float64 stays so: the
     loss can be checked to the last bit."""
+    step = STEPS[ref_dtype]
     policy = LogPs(*torch.tensor([[-1000], [-1004], [-1000]], dtype=policy_dtype))
     ref = LogPs(*torch.tensor([[-3 - step], [-3], [-3]], dtype=ref_dtype))
     losses, metrics = mdpo_loss(policy, ref, beta=1.0)
@@ -98,8 +100,7 @@ def test_odd_texts_are_scored_exactly(loaded, texts, layout):
 def test_a_sequence_has_one_bos(llava, bos):
     """Llama's tokenizer adds <s>, and some templates write it as well: twice, or not at all, is not what the
     model knows."""
-    _, processor = train.load_model(str(llava))
-    processor.chat_template = bos + HUB_LLAVA_TEMPLATE
+    processor = with_template(llava, bos + HUB_LLAVA_TEMPLATE)
     for one in PAIRS[0], pair(*PAIRS[0][:3]):
         ids = make_batch([one], processor).inputs["input_ids"][0].tolist()
         assert ids[0] == processor.tokenizer.bos_token_id == 1 and ids.count(1) == 1
@@ -109,10 +110,7 @@ def test_logits_are_raised_to_float32():
     """A log-softmax in bf16 is off by hundredths of a nat a token. Held to a float64 one of the very same
     bf16 logits, for the tokens 1 2 0, 3 0 and 1 2 0 of the worked example."""
     logits = torch.randn(1, 8, 10, generator=torch.manual_seed(0)).bfloat16()
-
-    def model(**inputs):
-        return SimpleNamespace(logits=logits)
-
+    model = lambda **inputs: SimpleNamespace(logits=logits)
     logps = response_logps(model, pack(worked_example()), {"input_ids": None})
     by_token = logits[0].double().log_softmax(-1)[range(8), [1, 2, 0, 3, 0, 1, 2, 0]]
     expected = [part.sum().item() for part in by_token.split([3, 2, 3])]
@@ -194,10 +192,11 @@ def test_dpo_computes_no_row_of_the_rejected_image(loaded):
 def written(processor, one):
     """The rows of y_w and y_l as text: "prefix|response" each, with EOS and IMAGE for these tokens."""
     batch, texts = make_batch([one], processor, DPO_NAMES), []
-    for row, ids in enumerate(batch.inputs["input_ids"]):
-        start, ids = prefix_length(batch, row), ids[batch.inputs["attention_mask"][row].bool()]
-        assert torch.equal(batch.labels[row, start : len(ids)], ids[start:])
-        text = "|".join(map(processor.tokenizer.decode, (ids[:start], ids[start:])))
+    rows = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool(), batch.labels
+    for ids, mask, labels in zip(*rows):
+        scored = labels >= 0
+        assert torch.equal(labels[scored], ids[scored])
+        text = "|".join(map(processor.tokenizer.decode, (ids[mask & ~scored], ids[scored])))
         text = text.replace(processor.tokenizer.eos_token, "EOS")
         texts.append(text.replace(processor.image_token * 16, "IMAGE"))
     return texts
@@ -266,6 +265,8 @@ THOUGHT_EARLIER = "[user]Is it?EOS[assistant]Yes.EOS[user]And it?EOS[assistant]<
 # (template, None for Bunny's own; what both rows begin with|y_w|y_l; what is asked and answered, if it is
 # not ASKED). With IMAGE in it, the pair has images.
 ASKED = ("Which?", "No.", "Yes.")
+OF_TEXT = "[user]Which?EOS[assistant]|No.EOS|Yes.EOS"
+OF_IMAGE = "[user]IMAGEWhich?EOS[assistant]|No.EOS|Yes.EOS"
 WRITTEN = {
     "what opens the assistant's turn is the prompt's, generation prompt or not": (
         PLACED.replace("[{{ m.role }}]", "{{ m.role }}: ").partition("{% if add")[0],
@@ -274,8 +275,7 @@ WRITTEN = {
         PLACED.replace("]", "]\n").replace("eos_token }}", "eos_token }}\n"),
         "[user]\nWhich?EOS\n[assistant]\n|No.EOS|Yes.EOS", "Which?", "No.", "Yes.EOS Or no."),
     "answers are trimmed": (
-        PLACED.replace("p.text", "p.text | trim"),
-        "[user]Which?EOS[assistant]|No.EOS|Yes.EOS", "Which?", " No.\n", "\nYes. "),
+        PLACED.replace("p.text", "p.text | trim"), OF_TEXT, "Which?", " No.\n", "\nYes. "),
     "the end of a turn is scored once, and no end-of-sequence, which is never reached": (
         ENDS_TURNS, "[user]IMAGEWhich?<end>\n[assistant]|No.<end>|Yes.<end>"),
     "the end of a turn is scored without a generation prompt, too": (
@@ -292,20 +292,18 @@ WRITTEN = {
         "Which?", "No.", THOUGHT),
     "reasoning of an earlier turn is dropped": (
         THINKING, f"{THOUGHT_EARLIER}|No.EOS|Yes.EOS", ASKED_AGAIN, "No.", "Yes."),
-    "messages that are printed are given as text": (PRINTS, "[user]Which?EOS[assistant]|No.EOS|Yes.EOS"),
-    "messages that are joined are given as text": (JOINS, "[user]Which?EOS[assistant]|No.EOS|Yes.EOS"),
-    "messages without an image are given as text": (
-        TEXT_OR_PARTS, "[user]Which?EOS[assistant]|No.EOS|Yes.EOS"),
-    "messages with an image are given as parts": (
-        TEXT_OR_PARTS, "[user]IMAGEWhich?EOS[assistant]|No.EOS|Yes.EOS"),
+    "messages that are printed are given as text": (PRINTS, OF_TEXT),
+    "messages that are joined are given as text": (JOINS, OF_TEXT),
+    "messages without an image are given as text": (TEXT_OR_PARTS, OF_TEXT),
+    "messages with an image are given as parts": (TEXT_OR_PARTS, OF_IMAGE),
     "a question about a printed part is a question": (
         PLACED, f"[user]IMAGE{PRINTED}EOS[assistant]|A {{'type': 'text'}}.EOS|Yes.EOS",
         PRINTED, "A {'type': 'text'}.", "Yes."),
     "where a system text would be refused, a question without it is good": (
-        SYSTEM_IF.replace("CONDITION", "loop.last"), "[user]IMAGEWhich?EOS[assistant]|No.EOS|Yes.EOS"),
+        SYSTEM_IF.replace("CONDITION", "loop.last"), OF_IMAGE),
     "earlier answers of Bunny end as the last one does": (
-        None, "Be brief. USER:  Hello.  ASSISTANT: HiEOSUSER: IMAGE\nWhat is it?  ASSISTANT:| No.EOS| Yes.EOS",
-        CONVERSATION, "No.", "Yes."),
+        None, "Be brief. USER:  Hello.  ASSISTANT: HiEOSUSER: IMAGE\nWhat is it?  ASSISTANT:| No.EOS| OK.EOS",
+        CONVERSATION, "No.", "OK."),
     # "answers" is one token: tokenised apart, the model would be scored on text that it never produces. The
     # boundary moves back to the last token that all three texts share.
     "tokens merge across the boundary": (BARE, "a red| answersEOS| answxEOS", "a red answ", "ers", "x"),
@@ -427,10 +425,9 @@ def test_all_inputs_of_the_model_are_on_its_device_and_as_its_layers_want_them(f
         inputs = mdpo.forward_inputs(fresh[0].to("meta", torch.bfloat16), batch)
     assert ("attention_mask" in inputs) == (layout == "packed")  # plain rows need none
     masks = [mask for *_, mask in inputs.get("blocks", ()) if mask is not None]  # of y_l
-    tensors = filter(
-        torch.is_tensor, [*inputs.values(), *inputs["mm_encoder_outputs"]["image"].pooler_output]
-    )
-    assert {tensor.device.type for tensor in (*tensors, *pixels, *masks)} == {"meta"}
+    features = inputs["mm_encoder_outputs"]["image"].pooler_output
+    tensors = filter(torch.is_tensor, [*inputs.values(), *features, *pixels, *masks])
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert {tensor.dtype for tensor in (*pixels, *masks)} == {torch.bfloat16}
     assert not any(mask.stride(2) % 16 for mask in masks) and batch.labels.device.type == "cpu"
 
@@ -472,21 +469,28 @@ def test_images_of_one_pixel_and_of_extreme_shape(bunny, folder, size):
     make_batch([pairs[0, 0]], train.load_processor(str(bunny)))
 
 
-def test_five_images_of_which_three_differ_stay_five(folder, loaded):
-    """Each is shown as often as the conversation shows it, takes its own tokens, and is rejected by a draw of
-    its own."""
+def test_five_images_of_which_three_differ_stay_five_in_several_turns(folder, loaded):
+    """Each is shown where and as often as the conversation shows it, takes its own tokens, and is rejected by
+    a draw of its own. Without images the texts stay."""
     _, processor = loaded
     noise(3, (20, 50)).save(folder / "b.png")
     names = ["a.png", "b.png", "a.png", "merged_images/llava-1.jpg", "b.png"]
-    record = authors(img_path=None, images=names, prompt="<image>\n" * 5 + "Which is odd?")
-    one = Pairs(read_examples(write(folder / "x.json", [record])))[0, 0]
-    assert one.question == asked("Which is odd?", 5)
+    marks = authors(img_path=None, images=names, prompt="<image>\n" * 5 + "Which is odd?")
+    assert read_examples(write(folder / "x.json", [marks]))[0].question == asked("Which is odd?", 5)
+    turns = [*TURNS["prompt"][:-1], message("user", "And these:", *["IMAGE"] * 4)]
+    path = write(folder / "x.json", [TURNS | {"images": names, "prompt": turns}])
+    one = Pairs(read_examples(path, processor=processor))[0, 0]
+    assert one.images[0].tobytes() == noise(1).tobytes()
     assert [image.size for image in one.images_rejected] == [image.size for image in one.images]
     for images, n in (one.images, 3), (one.images_rejected, 5):
         assert len({image.tobytes() for image in images}) == n
     batch = make_batch([one], processor)
     assert len(batch.inputs["pixel_values"]) == 3 * 5
     assert ((batch.inputs["input_ids"] == processor.image_token_id).sum(1) == 5 * 16).all()
+    (bare,) = read_examples(path, with_images=False)
+    shown, text = (re.sub(r"\s", "", written(processor, of)[0]) for of in (one, Pairs([bare])[0, 0]))
+    assert re.search(r"Bebrief\.(USER:)?IMAGEWhatisit\?ASSISTANT:Acat\..*(IMAGE){4}", shown)
+    assert bare.images == () and text == shown.replace("IMAGE", "")
 
 
 TWO_IMAGES = [
@@ -531,10 +535,6 @@ def chat_text(processor, one):
     return prompt, *(space + answer + processor.tokenizer.eos_token for answer in one[1:3])
 
 
-def positions_plus_one(model, batch):
-    return row_positions(model, batch) + (batch.labels >= 0).int()
-
-
 def a_key_forgotten(*args):
     """The middle one of each shared prefix."""
     blocks = attention_blocks(*args)
@@ -542,9 +542,6 @@ def a_key_forgotten(*args):
         if mask is not None:
             mask[..., prefix // 2] = -torch.inf
     return blocks
-
-
-MISTAKES = {"row_positions": positions_plus_one, "attention_blocks": a_key_forgotten}
 
 
 def test_each_family_trains_in_bf16_and_is_checked_in_float32(family, monkeypatch):
@@ -557,15 +554,12 @@ def test_each_family_trains_in_bf16_and_is_checked_in_float32(family, monkeypatc
     raised = copy.deepcopy(model).float()
     layout = train.choose_layout(model, processor, SIZES)
     assert layout == ("plain" if folder.name == "gemma3" else "packed")
-    mistakes = {"pack": pack}  # Gemma's packed rows are themselves the mistake
-    if layout == "packed":
-        mistakes = MISTAKES
+    if layout == "packed":  # Gemma's packed rows are themselves the mistake
         assert train.packing_error(model, processor, SIZES) < train.TOLERANCE / 5
-    for name, mistake in mistakes.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(mdpo, name, mistake)
-            off, expected = (train.packing_error(of, processor, SIZES) for of in (model, raised))
-        assert off > 20 * train.TOLERANCE and off == pytest.approx(expected, rel=1e-3)
+        monkeypatch.setattr("mdpo.attention_blocks", a_key_forgotten)
+    off, expected = (train.packing_error(of, processor, SIZES) for of in (model, raised))
+    assert off > 20 * train.TOLERANCE and off == pytest.approx(expected, rel=1e-3)
+    monkeypatch.undo()
     train.enable_checkpointing(model.train())
     losses, _ = mdpo_step(model, laid_out(SIZES, processor, layout))
     assert losses.tolist() == pytest.approx([3 * math.log(2)] * 2, abs=1e-6)
@@ -645,12 +639,8 @@ def test_the_allocator_grows_its_segments_unless_the_user_set_it(user, expected)
 def test_plain_rows_are_there_for_models_that_packed_rows_stop(fresh, monkeypatch):
     """--layout plain is the way out for a model that cannot take a packed row at all, such as one whose
     layers are no attention: it must not be refused for what it was not asked to do."""
-
-    def stopped(model, batch):
-        raise RuntimeError("no such mask")
-
-    monkeypatch.setattr(mdpo, "packed_inputs", stopped)
-    assert re.search("cannot be trained: .*no such mask", chosen(fresh, "packed"))
+    monkeypatch.setattr("mdpo.packed_inputs", None)
+    assert "cannot be trained: is not in a known form: 'NoneType'" in chosen(fresh, "packed")
     assert chosen(fresh, "plain") == "plain"
 
 
@@ -719,17 +709,6 @@ def test_code_of_a_model_that_the_library_knows_is_not_needed_and_not_run(llava,
     assert isinstance(model, transformers.LlavaForConditionalGeneration) and not (tmp_path / "ran").exists()
 
 
-def test_turns_and_several_images_are_read_and_shown(folder, loaded):
-    """Every image is shown where the conversation shows it, and each is rejected on its own."""
-    _, processor = loaded
-    one = Pairs(read_examples(write(folder / "x.json", [TURNS]), processor=processor))[0, 0]
-    (bare,) = read_examples(folder / "x.json", with_images=False)
-    assert len(one.images) == 2 and one.images[0].tobytes() == noise(1).tobytes() and bare.images == ()
-    shown, text = (re.sub(r"\s", "", written(processor, of)[0]) for of in (one, Pairs([bare])[0, 0]))
-    assert re.search(r"Bebrief\.(USER:)?IMAGEWhatisit\?ASSISTANT:Acat\..*IMAGE", shown)
-    assert text == shown.replace("IMAGE", "")
-
-
 BUNNYS_NAMES = {
     "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
     "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
@@ -790,9 +769,9 @@ def test_activation_of_bunny_is_its_own_in_one_kernel(fresh):
     """Bunny's config asks for gelu_new, eight kernels in the library; another function would be another
     model. In float64 rounding hides no difference."""
     x = torch.linspace(-6, 6, 1001, dtype=torch.float64)
-    by_hand = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     ours = fresh[0].get_decoder().layers[0].mlp.activation_fn(x)
-    torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours, transformers.activations.ACT2FN["gelu_new"](x), rtol=0, atol=1e-12)
+    assert torch.equal(ours, F.gelu(x, approximate="tanh"))  # the one kernel
 
 
 def test_every_rate_of_dropout_is_0_and_weights_are_frozen(loaded):
@@ -869,7 +848,7 @@ def test_the_float32_mode_computes_in_float32_and_leaves_the_weights():
     """1 + 2 ** -10 is not in bf16. What is written into a tensor made inside must be there afterwards."""
     one, exact = torch.ones(1, dtype=torch.bfloat16), 1 + 2**-10
     with train.InFloat32():
-        made = torch.zeros_like(one)
+        made = torch.zeros(1, dtype=torch.bfloat16)
         made[0] = exact
         total, by_name = one + 2**-10, torch.add(input=one, other=2**-10)
     assert made == total == by_name == exact and one.dtype == torch.bfloat16
