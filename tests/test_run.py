@@ -199,7 +199,8 @@ def test_a_signal_under_nohup_or_in_the_last_step_stops_nothing(finished, stoppe
     assert stopped(2, number=signal.SIGHUP, handler=signal.SIG_IGN) == 0
     assert_same_adapter(out, finished)
     assert stopped(4, "--out", out / "other") == 0
-    assert "to continue" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "to continue" not in printed and "adapter, log and arguments" in printed
 
 
 def test_a_signal_between_saving_and_leaving_loses_nothing(run, out, monkeypatch):
