@@ -216,30 +216,15 @@ BARE = (  # parts one after the other, with no word of its own
 )
 
 
-# An answer without a think block gets an empty one, and reasoning of earlier turns is dropped, as Qwen3 does.
-THINKING = """
-{%- for m in messages -%}
-    [{{ m.role }}]
-    {%- set ns = namespace(text='') -%}
-    {%- for p in m.content -%}
-        {%- if p.type == 'image' -%} {{- 'IMAGE' -}}
-        {%- else -%} {%- set ns.text = ns.text + p.text -%}
-        {%- endif -%}
-    {%- endfor -%}
-    {%- if m.role == 'assistant' -%}
-        {%- set parts = ns.text.split('</think>') -%}
-        {%- if loop.last -%}
-            {{- '<think>' + (parts[0].split('<think>')[1] if parts | length > 1 else '') + '</think>' -}}
-        {%- endif -%}
-        {{- parts[-1].strip() -}}
-    {%- else -%} {{- ns.text -}} {%- endif -%}
-    {{- eos_token -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%} {{- '[assistant]' -}} {%- endif -%}
-"""
-
-
 PLACED = CHAT.replace("END", "{{ eos_token }}")
+# An answer without a think block gets an empty one, and reasoning of earlier turns is dropped, as Qwen3 does.
+THINKING = PLACED.replace(
+    PARTS,
+    "{% set text %}" + PARTS + "{% endset %}{% if m.role != 'assistant' %}{{ text }}{% else %}"
+    "{% set parts = text.split('</think>') %}{% if loop.last %}"
+    "<think>{{ parts[0].split('<think>')[1] if parts | length > 1 }}</think>{% endif %}"
+    "{{ parts[-1] | trim }}{% endif %}",
+)
 ENDS_TURNS = CHAT.replace("END", "<end>\n")  # as Gemma, whose end-of-sequence is another token
 PRINTS = PLACED.replace(PARTS, "{{ m.content }}")
 JOINS = PRINTS.replace("{{ m.content }}", "{{ m.content + '' }}")  # a list and a text: an error
@@ -655,9 +640,7 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize("window, options, expected", WINDOWS)
-def test_packed_rows_are_not_for_layers_that_see_less_far_than_a_row(
-    fresh, window, options, expected, capsys
-):
+def test_packed_rows_are_not_for_layers_that_see_less_far(fresh, window, options, expected, capsys):
     """A packed row's attention knows no window; the first examples may fit into it, and a later one not."""
     fresh[0].config.text_config.sliding_window = window
     assert expected in chosen(fresh, *options)
@@ -748,12 +731,11 @@ def test_bunnys_eye_by_hand(fresh, size):
     torch.manual_seed(0)
     for parameter in (*tower.parameters(), *projector.parameters()):
         parameter.data += 0.1 * torch.randn_like(parameter)
-    eye = transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16, image_size=32,
-            patch_size=8, vision_use_head=False,
-        )
+    config = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=16, image_size=32,
+        patch_size=8, vision_use_head=False,
     )  # fmt: skip
+    eye = transformers.SiglipVisionModel(config)
     eye.load_state_dict(tower.state_dict())
     square = Image.new("RGB", (max(size),) * 2, (127,) * 3)
     square.paste(noise(1, size), [(max(size) - side) // 2 for side in size])
@@ -826,7 +808,6 @@ def test_one_wrong_row_of_six_is_enough(fresh, monkeypatch, capsys):
     rows; one log-probability is off by twice what is accepted, so that their mean is a third of it. What that
     costs is said, and who asked for packed rows does not get others. The check takes one pass of each layout:
     at real size on a CPU, each costs as much as a training example."""
-    response_logps = train.response_logps
 
     def one_off(model, batch):
         logps = response_logps(model, batch)
@@ -837,7 +818,7 @@ def test_one_wrong_row_of_six_is_enough(fresh, monkeypatch, capsys):
 
     passes = outputs_of(fresh[0])
     assert chosen(fresh) == "packed" and [len(output.logits) for output in passes] == [6, 1]
-    monkeypatch.setattr(train, "response_logps", one_off)
+    monkeypatch.setattr("train.response_logps", one_off)
     assert chosen(fresh) == "plain"
     said = capsys.readouterr().out
     assert "packed rows are not exact" in said and "about twice as long" in said
