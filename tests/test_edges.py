@@ -257,9 +257,9 @@ class Reached(Exception):
     pass
 
 
-def test_a_gpu_is_used_where_there_is_one(llava, monkeypatch):
-    """A run that nobody told to would train on the CPU, for weeks. float16 overflows where the weights were
-    trained in bf16."""
+def test_a_gpu_is_used_where_there_is_one(llava, monkeypatch, capsys):
+    """A run that nobody told to would train on the CPU, for weeks. That it loads is said before it takes
+    minutes. float16 overflows where the weights were trained in bf16."""
 
     def reach(name, device):
         raise Reached(device)
@@ -268,6 +268,7 @@ def test_a_gpu_is_used_where_there_is_one(llava, monkeypatch):
     for device, flags in ("cuda", []), ("cpu", ["--device", "cpu"]):
         with preceded("train.load_model", reach), pytest.raises(Reached, match=device):
             train.load_policy(parsed(*flags), None, [])
+        assert capsys.readouterr().out == "loading m\n"
     monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda model, device: model)
     assert train.load_model(str(llava), "cuda:0")[0].dtype == torch.bfloat16
 
