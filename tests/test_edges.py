@@ -3,29 +3,56 @@
 The middle of each is tested elsewhere.
 """
 
+import io
 import json
 import multiprocessing
 import os
 import random
+import re
+import shutil
+import sys
 from functools import partial
 
+import peft
 import pytest
 import torch
 import transformers
 from PIL import Image, features
+from safetensors.torch import load_file, save_file
 
 import data
 import train
 from data import BadInput, Example, Pairs, make_batch, open_image, random_crop, read_examples
 from mdpo import forward_inputs, mdpo_loss, mdpo_step, pack, response_logps
-from test_mdpo import LAYOUTS, PAIRS, authors, gradient, laid_out, message, noise, pair, prefix_length
-from test_mdpo import with_lora, write
-from tests.helpers import CHAT, DPO_NAMES, PLAIN, VLFEEDBACK, outputs_of, preceded
+from test_mdpo import LAYOUTS, PAIRS, authors, command, gradient, laid_out, message, noise, pair
+from test_mdpo import prefix_length, with_lora, write
+from tests.helpers import CHAT, DPO_NAMES, PARTS, PLAIN, VLFEEDBACK, check_file, outputs_of, preceded
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def test_a_third_logp_of_one_side_alone_is_refused():
+def test_a_double_policy_stays_double():
+    """Whoever checks the loss in float64 would be given float32's rounding."""
+    one = torch.tensor([-1.0])
+    losses, _ = mdpo_loss((one.double(),) * 3, (one,) * 3)
+    assert losses.dtype == torch.float64
+
+
+def test_accuracies_are_numbers():
+    """torch has no mean of booleans: whoever logs `values.mean()` would stop at the first step."""
+    _, metrics = mdpo_loss(*[(torch.tensor([-1.0]),) * 3] * 2)
+    assert {values.dtype for values in metrics.values()} == {torch.float32}
+
+
+def test_a_reference_with_a_graph_is_refused_beside_a_policy_with_one():
+    """Who forgets no_grad trains the reference along, or keeps its activations."""
+    logps = (torch.zeros(2, requires_grad=True),) * 3
+    with pytest.raises(ValueError, match="the reference does not"):
+        mdpo_loss(logps, logps)
+
+
+@pytest.mark.parametrize("given", ["policy", "ref"])
+def test_a_third_logp_of_one_side_alone_is_refused(given):
     """One was forgotten: without a word, its metrics would be missing from the log."""
     two, three = (torch.zeros(2),) * 2, (torch.zeros(2),) * 3
     for sides in (three, two), (two, three):
@@ -81,6 +108,12 @@ def test_own_rejected_images_need_no_pool():
     assert len(Pairs([Example("q", "y", "n", ("a.png",), ("b.png",))], "random")) == 1
 
 
+def test_an_unknown_strategy_is_named_at_once():
+    """Not by a worker, at the first batch."""
+    with pytest.raises(BadInput, match="unknown strategy 'crops': choose from crop, random, moco"):
+        Pairs([], "crops")
+
+
 def test_the_pool_has_one_order_in_every_process():
     """Sets of names are ordered by a hash that each process draws anew; a resumed run draws again."""
     names = [f"{letter}.png" for letter in "hgfedcba"]
@@ -108,11 +141,21 @@ def test_every_picture_format_is_read(tmp_path, format):
 
 
 def test_levels_of_16_bits_end_at_255(tmp_path):
-    """White paper of a scan is white, and a picture of one level is a picture."""
-    for number, (mode, level) in enumerate([("I;16", 65535), ("F", 0.5)]):
+    """White paper of a scan is white, and a picture of one level is a picture. 4096 takes more than 12 bits:
+    it is a sixteenth of the way."""
+    for number, (mode, level) in enumerate([("I;16", 65535), ("I;16", 4096), ("F", 0.5)]):
         Image.new(mode, (8, 8), level).save(tmp_path / f"{number}.tif")
-    levels = [open_image(tmp_path / f"{number}.tif").getpixel((0, 0)) for number in range(2)]
-    assert levels == [(255, 255, 255), (0, 0, 0)]
+    levels = [open_image(tmp_path / f"{number}.tif").getpixel((0, 0))[0] for number in range(3)]
+    assert levels == [255, 16, 0]
+
+
+def test_one_infinite_level_is_refused(tmp_path):
+    """Scaled by it, the rest of the picture would be black."""
+    image = Image.new("F", (8, 8), 0.5)
+    image.putpixel((0, 0), float("inf"))
+    image.save(tmp_path / "a.tif")
+    with pytest.raises(BadInput, match="levels are not finite"):
+        open_image(tmp_path / "a.tif")
 
 
 def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, llava):
@@ -131,6 +174,14 @@ def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, 
         read(folder, good, bad, processor=processor)
 
 
+def test_a_template_may_refuse_the_parts_of_a_text(bunny):
+    """Some say in words of their own that they take text alone."""
+    processor = train.load_processor(str(bunny))
+    text_alone = "{% if m.content is not string %}{{ raise_exception('text, please') }}{% endif %}"
+    processor.chat_template = CHAT.replace(PARTS, text_alone + "{{ m.content }}").replace("END", "")
+    assert data.render(processor, data.chat_messages("What?", 0)) == "[user]What?"
+
+
 def test_a_tokenizers_end_behind_the_templates_own_is_refused(llava):
     """It would be scored, and the model taught to end twice. A padding token of its own stays."""
     processor = train.load_processor(str(llava))
@@ -146,14 +197,16 @@ def read(folder, *records, **options):
 
 
 def test_counts_are_of_what_they_say(folder, bunny):
-    """Medians, not means; bad records are not left out for their ids; both answers' ends count."""
+    """Medians, not means; bad records are not left out for their ids; both answers' ends count, each."""
     processor, said = train.load_processor(str(bunny)), []
     eos = processor.tokenizer.eos_token
-    records = [authors(id=f"llava-{n}", chosen=f"A{' cat' * n}", rejected=f"A{eos} dog.") for n in (1, 2, 60)]
+    records = [
+        authors(id=f"llava-{n}", chosen=f"A{' cat' * n}{eos}", rejected=f"A{eos} dog.") for n in (1, 2, 60)
+    ]
     records += [authors(id="llava-4", chosen=""), authors(id="other")]
     kept = read(folder, *records, processor=processor, subset="llava", skip_bad=True, log=said.append)
     said = "\n".join(said)
-    assert "left out 1 records" in said and "3 responses end at an end-of-sequence inside" in said
+    assert "left out 1 records" in said and "6 responses end at an end-of-sequence inside" in said
     batch = make_batch([pair("?", one.chosen, one.rejected) for one in kept], processor, DPO_NAMES)
     lengths = sorted((batch.labels >= 0).sum(1).tolist())
     assert f"responses: {(lengths[2] + lengths[3]) / 2:.0f} tokens, the longest {lengths[-1]}" in said
@@ -167,6 +220,29 @@ def test_records_of_odd_form_are_read(folder):
     assert own.images == (str(folder / "a.png"),)
     (asked,) = read(folder, PLAIN | {"question": "What does the label USER: mean?"})
     assert data.texts_of(asked.question) == ["What does the label USER: mean?"]
+
+
+def test_a_record_without_id_has_its_number(folder):
+    """The run that stops at a batch names its examples by it."""
+    assert [example.id for example in read(folder, PLAIN, authors(id="x"), PLAIN)] == ["1", "x", "3"]
+
+
+def test_a_bad_record_is_named_by_its_number_and_its_id(folder):
+    """Who made the file looks for the id, who opens it for the number."""
+    with pytest.raises(BadInput, match=r"record 2 \(id x7\): "):
+        read(folder, PLAIN, authors(id="x7", chosen=""))
+
+
+def test_one_of_two_images_may_be_the_rejected_one(folder):
+    """The worse context differs in the second image alone."""
+    changed = {"images": ["a.png"] * 2, "rejected_images": ["a.png", "merged_images/llava-1.jpg"]}
+    assert len(read(folder, authors(img_path=None, prompt="What differs?") | changed)) == 1
+
+
+def test_an_error_without_words_is_named():
+    """A line that ends in "x.png cannot be decoded:" helps nobody."""
+    with pytest.raises(BadInput, match="^x: ValueError$"), data.about("x"):
+        raise ValueError
 
 
 MARKS = ["<Image>", "<end_of_utterance>", "<start_of_turn>", "<im_patch>", "<image 1>"]
@@ -190,6 +266,23 @@ def test_utf_16_is_named_in_both_byte_orders(tmp_path, start):
 def test_a_log_file_gets_a_line_every_ten_seconds():
     """Ten a second would fill it."""
     assert data.progress(range(3), "x", 3).mininterval == 10  # the tests' standard error is no terminal
+
+
+def test_output_of_ascii_alone_takes_any_name(folder, monkeypatch):
+    """In a bare container a report on kätzchen.json was a traceback of codecs."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert check_file([write(folder / "kätzchen.json", [authors()])]) == 0
+    assert rb"k\xe4tzchen.json: 1 examples" in sys.stdout.buffer.getvalue()
+
+
+def test_output_that_nobody_reads_is_no_success(capsys, monkeypatch):
+    """As after `| head`: a script that goes on would take half a report for a whole one."""
+
+    def broken(argv):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    assert data.run_command(broken, []) == 141 and capsys.readouterr().err == ""
 
 
 def parsed(*more):
@@ -231,16 +324,52 @@ def test_limits_are_of_the_training_data_alone(folder):
     assert len(found[0]) == 1 and found[1] == ["mine-0", "mine-1", "mine-2"]
 
 
-def test_workers_are_no_more_than_cores(folder, bunny, monkeypatch):
+def test_eval_data_come_beside_those_held_out(folder):
+    """With both flags, one of the two sets would be lost in silence."""
+    records = [authors(id="a"), authors(id="b", img_path="merged_images/llava-1.jpg")]
+    training, held_out = read_pairs(folder, records, "--eval-size", 1, evaluation=[authors(id="mine")])
+    assert len(training) == 1 and sorted(training + held_out) == ["a", "b", "mine"]
+
+
+def test_none_is_no_anchor_wherever_it_stands():
+    """It would be taken back in silence."""
+    with pytest.raises(BadInput, match="none cannot be combined"):
+        parsed("--anchors", "chosen", "none")
+
+
+def test_no_rejected_image_is_anchored_without_images():
+    """Nor beside another anchor: the run would stop at its first step."""
+    with pytest.raises(BadInput, match="leaves no rejected image to anchor"):
+        parsed("--no-image", "--anchors", "chosen", "image_rejected")
+
+
+def test_every_held_out_example_counts_alike(folder, bunny):
+    """Of 0, 1 and 2 the mean is 1: without the last micro-batch 0.5, of micro-batches' means 1.25."""
+    pairs, processor = Pairs(read(folder, *[authors()] * 3)), train.load_processor(str(bunny))
+    args = parsed("--micro-batch-size", 2, "--workers", 0)
+    args.layout = "packed"
+    index = lambda batch: (None, {"index": torch.tensor([float(i) for _, i in batch.keys])})
+    assert train.evaluate(index, pairs, processor, args) == {"eval/index": 1.0}
+
+
+def test_workers_send_arrays(folder, bunny):
+    """A tensor goes through shared memory, of which a container has 64 MB."""
+    pairs, processor = Pairs(read(folder, authors())), train.load_processor(str(bunny))
+    sent = train.collate([pairs[0]], partial(make_batch, processor=processor), "packed")
+    assert not [name for name, value in (vars(sent) | sent.inputs).items() if torch.is_tensor(value)]
+
+
+@pytest.mark.parametrize("n_cores", [1, 2])
+def test_workers_are_as_many_as_cores(folder, bunny, monkeypatch, n_cores):
     """Each has a copy of the process; 4 on a machine of one core take memory for nothing."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: n_cores)
     pairs = Pairs(read(folder, authors(), authors()))
     args = parsed("--workers", 4)
     args.layout = "plain"
     processor = train.load_processor(str(bunny))
     batches = train.load_batches(pairs, [[(0, 0)], [(0, 1)]], DPO_NAMES, processor, args)
     next(batches)
-    assert len(multiprocessing.active_children()) == 1
+    assert len(multiprocessing.active_children()) == n_cores
     batches.close()
 
 
@@ -271,6 +400,7 @@ def test_a_gpu_is_used_where_there_is_one(llava, monkeypatch, capsys):
         assert capsys.readouterr().out == "loading m\n"
     monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda model, device: model)
     assert train.load_model(str(llava), "cuda:0")[0].dtype == torch.bfloat16
+    assert train.load_model(str(llava), "cuda:0", torch.float32)[0].dtype == torch.float32  # if one asks
 
 
 def test_a_window_as_long_as_the_rows_is_no_reason_for_plain_ones(llava):
@@ -281,3 +411,162 @@ def test_a_window_as_long_as_the_rows_is_no_reason_for_plain_ones(llava):
         with preceded("train.choose_layout", shorten):
             train.load_policy(args, train.load_processor(str(llava)), PAIRS[:2])
         assert args.layout == layout
+
+
+def changed(model, tmp_path, **config):
+    """A tiny model with other values in its config.json."""
+    folder = shutil.copytree(model, tmp_path / "changed")
+    values = json.loads((folder / "config.json").read_text())
+    for name, value in config.items():
+        (values["text_config"] if name == "sliding_window" else values)[name] = value
+    write(folder / "config.json", values)
+    return folder
+
+
+def test_code_that_comes_with_a_model_is_not_run(llava, tmp_path):
+    """A folder from the hub may bring some beside a type that the library knows."""
+    names = {"AutoConfig": "own.C", "AutoModelForImageTextToText": "own.M", "AutoProcessor": "own.P"}
+    folder = changed(llava, tmp_path, auto_map=names)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nC = M = P = None\n")
+    model, _ = train.load_model(str(folder))
+    assert isinstance(model, transformers.LlavaForConditionalGeneration) and not (tmp_path / "ran").exists()
+
+
+def test_a_layout_that_is_asked_for_is_taken(llava, tmp_path, capsys):
+    """--layout plain is the way out where packed rows are suspected. Who took it need not be told to."""
+    model = changed(llava, tmp_path, sliding_window=500)
+    args = parsed("--model", model, "--layout", "plain", "--device", "cpu", "--lora-rank", 2)
+    for args.max_length in 400, 600:
+        args.layout = "plain"
+        train.load_policy(args, train.load_processor(str(model)), PAIRS[:2])
+        assert args.layout == "plain" and "not exact" not in capsys.readouterr().out
+
+
+def test_one_row_that_is_not_finite_is_enough(bunny):
+    """A download that broke off may leave most words whole: a run would stop hours in."""
+    model, processor = with_lora(bunny, checkpointing=False)
+    tokens = [{*row.tolist()} for row in make_batch(PAIRS, processor).inputs["input_ids"]]
+    alone = next(token for row in tokens for token in row if sum(token in other for other in tokens) == 1)
+    model.get_input_embeddings().weight.data[alone] = torch.nan
+    with pytest.raises(BadInput, match="log-probabilities are not finite"):
+        train.choose_layout(model, processor, PAIRS)
+
+
+def test_null_in_bunnys_config_is_no_value(bunny, tmp_path):
+    """The library refuses it in the place of a rate, where a field that is not there has its default."""
+    assert train.load_model(str(changed(bunny, tmp_path, embd_pdrop=None)))
+
+
+def test_a_bunny_without_its_eye_is_named(bunny, tmp_path):
+    """As a checkpoint of its language model alone: "list index out of range" tells nobody what is missing."""
+    folder = changed(bunny, tmp_path)
+    for file in folder.glob("*.safetensors"):
+        weights = {name: weight for name, weight in load_file(file).items() if "vision_tower" not in name}
+        save_file(weights, file)
+    with pytest.raises(BadInput, match="holds no weights of a vision tower"):
+        train.load_model(str(folder))
+
+
+def test_another_seed_is_another_adapter(bunny):
+    """Runs of several seeds that all begin alike make the result look surer than it is."""
+    adapters = []
+    for seed in 0, 1, 1:
+        args = parsed("--model", bunny, "--device", "cpu", "--lora-rank", 2, "--seed", seed)
+        model = train.load_policy(args, train.load_processor(str(bunny)), PAIRS[:2])
+        adapters.append(torch.cat([p.flatten() for p in model.parameters() if p.requires_grad]))
+    assert not adapters[0].equal(adapters[1]) and adapters[1].equal(adapters[2])
+
+
+def test_an_adapters_defaults_are_the_papers_and_its_layers_those_asked_for(bunny):
+    """Who takes add_lora alone trains with them; sharded weights are gathered for peft's own layers alone."""
+    model = train.add_lora(train.load_model(str(bunny))[0], layer=peft.tuners.lora.Linear)
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (64, 128)
+    assert not any(isinstance(module, train.LoraLinear) for module in model.modules())
+
+
+def test_one_infinite_number_is_enough(bunny, tmp_path):
+    """A weight that overflowed in one place is as lost as one that did in all."""
+    model, processor = with_lora(bunny)
+    next(p for p in model.parameters() if p.requires_grad).data[0, 0] = torch.inf
+    with pytest.raises(BadInput, match="step 3: its update made a weight infinite"):
+        train.save_checkpoint(tmp_path, parsed(), {}, [{"step": 3, "epoch": 1.0}], model, processor, None)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_who_reads_a_file_reads_one_of_the_two(tmp_path):
+    """A copy that is cut off, as by a kill, would leave neither the old checkpoint nor the new one."""
+    write(tmp_path / "checkpoint.pt", "the old one")
+    with open(tmp_path / "checkpoint.pt") as reader:
+        with train.replacing(tmp_path) as new:
+            write(new / "checkpoint.pt", "new")
+        assert reader.read() == "the old one"
+    assert (tmp_path / "checkpoint.pt").read_text() == "new"
+
+
+def test_a_card_between_two_epochs_has_the_last_numbers_and_no_path_of_this_machine(llava, tmp_path):
+    """A stopped run's last step has no held-out metrics. A card goes to the hub, where paths tell names."""
+    args = parsed("--model", llava, "--data", tmp_path / "silkie.json")
+    held_out = [{"step": step, "epoch": step / 2, "eval/loss": 2.0 - step / 2} for step in (0, 2)]
+    card = train.model_card(args, [*held_out, {"step": 3, "epoch": 1.5, "loss": 0.7}])
+    assert re.search(r"\bloss +2.0000 +1.0000\n", card) and "3 steps" in card
+    assert str(tmp_path) not in card and str(llava) not in card
+
+
+def test_each_kept_epoch_is_a_copy_of_the_runs_folder(bunny, small, tmp_path):
+    """Either can be asked: a folder without the processor's files cannot be."""
+    arguments = command(bunny, small, tmp_path / "out", "--epochs", 1, "--keep-epochs")
+    assert train.main(arguments) == 0
+    kept, latest = ({path.name for path in (tmp_path / "out" / of).iterdir()} for of in ("epoch-1", ""))
+    assert latest - kept == {"epoch-1", "args.json", "metrics.jsonl", "checkpoint.pt"} and kept < latest
+
+
+def test_half_an_epoch_is_not_kept(bunny, small, tmp_path):
+    """1.5 is rounded to 2: an adapter of half the steps would be taken for that epoch's."""
+    arguments = command(bunny, small, tmp_path / "out", *"--epochs 1 --keep-epochs --save-every 1".split())
+    assert train.main(arguments) == 0
+    assert [path.name for path in (tmp_path / "out").glob("epoch-*")] == ["epoch-1"]
+
+
+def test_a_loss_may_be_an_object(bunny, small, tmp_path):
+    """As a partial of one's own with its options: it has no name."""
+    own = lambda policy, ref, batch, scale, **options: mdpo_loss(policy, ref, **options)
+    arguments = command(bunny, small, tmp_path / "out", "--epochs", 1)
+    assert train.main(arguments, loss=partial(own, scale=1)) == 0
+
+
+def test_what_no_longer_is_decides_no_less():
+    """A run that began with a flag that later code lacks would go on without it."""
+    with pytest.raises(BadInput, match="other values of old flag"):
+        train.refuse_others({}, {"old_flag": 1})
+
+
+def test_a_run_knows_the_arguments_and_releases_it_began_with(finished, tmp_path):
+    """Resumed elsewhere, it would forget by which its numbers came about. Its answers are asked for with the
+    system text of its data."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    began = (out / "args.json").read_text()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    assert json.loads(began)["versions"] == versions and json.loads(began)["system"] == train.BUNNY_SYSTEM
+    assert train.main(["--resume", str(out), "--workers", "1"]) == 0
+    assert (out / "args.json").read_text() == began
+
+
+def test_a_checkpoint_that_was_moved_away_is_missed(finished, tmp_path):
+    """A link to a disk that is not there: the run would begin at step 0, over what there is."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "adapter_model.safetensors").unlink()
+    (out / "checkpoint.pt").unlink()
+    (out / "checkpoint.pt").symlink_to(tmp_path / "not there")
+    assert train.main(["--resume", str(out)]) == 2
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_resumed_run_counts_from_where_it_stood_and_removes_only_its_own(finished, tmp_path, capsys):
+    """The bar said 0 of 4 for a run that had ended; a folder x.tmp of the user's went, too."""
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "x.tmp").mkdir()
+    (out / "new.1.tmp").mkdir()
+    assert train.main(["--resume", str(out)]) == 0
+    assert "4/4" in capsys.readouterr().err
+    assert (out / "x.tmp").exists() and not (out / "new.1.tmp").exists()
