@@ -246,7 +246,7 @@ def packed_inputs(model, batch):
 def row_positions(model, batch):
     """Position ids of the rows (R, T), or (3, R, T) for models with positions in space (Qwen-VL)."""
     rope_index = getattr(model.base_model, "get_rope_index", None)
-    if rope_index is None or "pixel_values" not in batch.inputs:
+    if rope_index is None:
         return torch.arange(batch.labels.shape[1], device=model.device).expand(batch.labels.shape)
     owners = sorted({*batch.owner})  # only these rows have images; the others take their owner's positions
     inputs = batch.inputs | {"attention_mask": torch.ones_like(batch.labels)}

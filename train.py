@@ -335,7 +335,7 @@ def open_run(args, examples, model, loss, optimizer):
     if not records:
         versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
         with replacing(args.out) as new:
-            arguments = vars(args) | {"resume": None} | shared | {"versions": versions}
+            arguments = vars(args) | shared | {"versions": versions}
             (new / "args.json").write_text(json.dumps(arguments, indent=2))
     write_log(args.out, records, "w")  # without the steps after the checkpoint, which come again
     return Path(args.out), shared, records
@@ -579,7 +579,7 @@ def parse_args(argv):
     if args.resume:
         with about(f"{args.resume}: cannot be resumed"):
             began = json.loads(Path(args.resume, "args.json").read_text())
-            parser.set_defaults(**{name: began[name] for name in vars(args) if name != "debug"})
+            parser.set_defaults(**{name: began[name] for name in vars(args)})
             args = parser.parse_args(argv)
             refuse_others(vars(args), {name: began[name] for name in (*DECISIVE, "out")})
             args.out = args.resume
@@ -624,6 +624,7 @@ def load_model(name_or_path, device="cpu", dtype=None):
             name_or_path,
             dtype=dtype or (torch.bfloat16 if "cuda" in str(device) else torch.float32),
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are named below, as the others
             output_loading_info=True,
             **options,
         )

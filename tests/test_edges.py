@@ -467,6 +467,12 @@ def test_a_bunny_without_its_eye_is_named(bunny, tmp_path):
         train.load_model(str(folder))
 
 
+def test_weights_of_another_size_are_named(bunny, tmp_path):
+    """The library's own words are "look at the above report!", and no report is above."""
+    with pytest.raises(BadInput, match=r"weights are mismatched, such as \('model.language_model.layers.0"):
+        train.load_model(str(changed(bunny, tmp_path, intermediate_size=96)))
+
+
 def test_another_seed_is_another_adapter(bunny):
     """Runs of several seeds that all begin alike make the result look surer than it is."""
     adapters = []
