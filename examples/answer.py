@@ -83,7 +83,7 @@ def chat_prompt(processor, question, n_images=1, system=""):
 
 def refuse_image_tokens(processor, text):
     """Raise BadInput if a question holds a token that stands for an image: it would be one too many."""
-    parts, names = (processor, getattr(processor, "tokenizer", None)), ("image_token", "boi_token", "video_token")
+    parts, names = (processor, getattr(processor, "tokenizer", None)), ("image_token", "video_token")
     tokens = {getattr(part, name, None) for part in parts for name in names}
     for token in sorted({"<image>", *tokens} - {None}):
         if token in text:
@@ -92,10 +92,7 @@ def refuse_image_tokens(processor, text):
 
 @torch.no_grad()
 def generate_answers(model, processor, questions, max_new_tokens=256, batch_size=8, system=""):
-    """[(PIL image or several, question)] -> the model's greedy answers, in order; it is left in eval mode.
-
-    system: the text of a system message, for questions that have none.
-    """
+    """[(PIL image or several, question)] -> greedy answers. system: a text for questions without a system message."""
     model.eval()  # under gradient checkpointing, a model in training mode forgets its cache and babbles
     answers = []
     for batch in split(questions, batch_size):
@@ -158,10 +155,10 @@ def answer_all(path, belongs, questions, ask, batch_size=8):
         if not path.exists() or not path.stat().st_size:
             path.write_text(json.dumps(belongs) + "\n")
         *lines, cut = path.read_bytes().split(b"\n")  # cut: by a kill in the middle of a line, else empty
-        records = [*map(json.loads, lines)]
-        refuse_others(records[0], belongs)
-        answers = [record["answer"] for record in records[1:]]
-        if [record["question"] for record in records[1:]] != [*map(text_of, questions[: len(answers)])]:
+        found, *records = map(json.loads, lines)
+        refuse_others(found, belongs)
+        answers = [record["answer"] for record in records]
+        if [record["question"] for record in records] != [*map(text_of, questions[: len(answers)])]:
             raise BadInput("two commands wrote into it: move it away")
         os.truncate(path, path.stat().st_size - len(cut))
     with open(path, "a") as file:
@@ -197,7 +194,7 @@ def answer_as(files, name_or_path, questions, max_new_tokens, batch_size=8, devi
 
 
 def files_in(folder, names):
-    """{a model, as in `answer_as`: the file of its answers in a folder of such files}. Raises BadInput if two share one."""
+    """{a model, as in `answer_as`: the file of its answers in this folder}. Raises BadInput if two share one."""
     file_of = lambda name: re.sub(r"[^\w.-]+", "-", name or "base").strip("-.")[-100:] + ".jsonl"
     files = {name: Path(folder, file_of(name)) for name in names}
     if len({*files.values()}) < len(names):
@@ -237,8 +234,7 @@ def make_parser(doc, needs_adapter=False, needs_model=True, **adapter):
     """A parser with the arguments of all commands that load a model. adapter: options of --adapter."""
     parser = Parser(description=doc.splitlines()[0])
     parser.add_argument("--model", required=needs_model, help="folder or hub name")
-    adapter = {"metavar": "RUN", "help": "a run's folder"} | adapter
-    parser.add_argument("--adapter", required=needs_adapter, **adapter)
+    parser.add_argument("--adapter", required=needs_adapter, **{"metavar": "RUN", "help": "a run's folder"} | adapter)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
     return parser
 

@@ -3,10 +3,9 @@
     python examples/benchmarks.py amber --questions query_generative.json --images AMBER/image \
         --model M --adapter OUT --to amber.json
 
-Greedy, with the system text that the adapter's run was trained with. Answers are kept in TO.partial as they come, and
-the same command goes on where a killed one was. Questions are checked before the model is read: an empty answer to a
-missing image would count as free of hallucination. Nothing is fetched: download MMHal's images first. Where a yes-no
-question's answer begins with yes or no, Yes or No alone is written.
+Greedy, with the system text that the adapter's run was trained with. Answers are kept in TO.partial as they come.
+Questions are checked before the model is read: an empty answer to a missing image would count as no hallucination.
+Nothing is fetched: download MMHal's images first. Of a yes-no question's answer, a Yes or No at its start is written.
 """
 
 import base64

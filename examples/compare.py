@@ -12,6 +12,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import statistics
@@ -23,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, read_examples, run_command
 from examples import answer, benchmarks, evaluate
-from train import Parser, load_processor, whole
+from train import Parser, load_processor, replacing, whole
 
 
 def read_questions(args, processor):
@@ -79,8 +80,6 @@ def count_votes(paths):
     results, files = {}, {}  # {(model, other): {question: [1, 0 or -1 for each vote]}}, 1: the model wins
     for path in paths:
         with about(f"{path}: cannot be counted"):
-            if not Path(path).exists():
-                raise BadInput("no such file: a blind page saves it, by its button `download`")
             record = json.loads(Path(path).read_text("utf-8"))
             page, rater = record["page"], record["rater"]
             if (page, rater) in files:
@@ -123,14 +122,15 @@ def run(argv):
         raise BadInput(f"--adapter takes {text}, all different")
     if models and not args.model:
         raise BadInput("--model is needed: whose answers?")
-    if Path(args.to).exists():
+    if os.path.lexists(args.to):
         raise BadInput(f"{args.to}: already exists")
     questions = read_questions(args, load_processor(args.model) if models else None)
     said = {file: answer.read_answers(file, questions) for file in files}
     kept = answer.files_in(args.answers or f"{args.to.removesuffix('.html')}-answers", models)
     said |= answer.answer_as(kept, args.model, questions, args.max_new_tokens, args.batch_size, args.device)
     said = {name or "base": said[name] for name in names}  # in the order of the command
-    Path(args.to).write_text(make_page(questions, said, args.blind), "utf-8")
+    with replacing(Path(args.to).parent) as new:  # half a page never stays
+        (new / Path(args.to).name).write_text(make_page(questions, said, args.blind), "utf-8")
     n_equal = sum(len({*answers}) == 1 for answers in zip(*said.values()))
     print(f"{args.to}: {len(questions)} questions, {n_equal} of them with equal answers")
     return 0

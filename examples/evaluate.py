@@ -3,9 +3,8 @@
     python examples/evaluate.py --model M --adapter RUN [RUN ...] --data FILE [--answers DIR]
 
 Several adapters are all scored by loss, rejected images and seed of the first, whose values are then subtracted,
-example by example. With --answers, base and adapters also answer the questions, each into a file of DIR that goes on
-where it was killed. The margin r(m,q,y_w) - r(m,q,y_l) is what DPO's loss sees: one that looks at the image should be
-lost when the image is taken away.
+example by example. With --answers, base and adapters also answer the questions, each into a file of DIR.
+A margin, r(m,q,y_w) - r(m,q,y_l), should be lost when the image is taken away.
 """
 
 import math

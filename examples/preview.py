@@ -32,7 +32,7 @@ PANELS |= {name: (name, data.CROP) for name in ("random", "moco")}
 WIDTH, HEIGHT, GAP = 240, 180, 10  # of a panel, between panels
 
 
-def show_rows(processor, pair, names, max_length, marks=BRACKETS):
+def show_rows(processor, pair, names, max_length, marks):
     """Yield the text of each row of a pair, its images open, under a title with counts."""
     batch, shown = data.make_batch([pair], processor, names, max_length), {}
     real = batch.inputs["attention_mask"].bool()
@@ -42,7 +42,7 @@ def show_rows(processor, pair, names, max_length, marks=BRACKETS):
         row = visible(prompt) + marks[0] + visible(whole[len(prompt) :]) + marks[1]
         text = f"the text of {shown[row]}" if row in shown else row
         yield f"{TITLES[name]}: {len(ids)} tokens, {n_scored} scored\n{textwrap.indent(text, '  ')}"
-        shown.setdefault(row, TITLES[name])
+        shown[row] = TITLES[name]
 
 
 def fold(processor, ids):

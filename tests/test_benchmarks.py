@@ -79,8 +79,7 @@ def written(name):
 @pytest.mark.parametrize("name", ["amber", "mmhal", "objhal"])
 def test_each_answer_stands_at_its_own_question(name, ask):
     """An answer at another's question is scored against another picture: a wrong number in a table, and no
-    error. A wrong field costs an evaluation's API bill. Five items in batches of two; ids are in no order,
-    lengths differ, picture n is of level 10 n. The third has no answer. Words are 3, 4, 0, 6 and 11."""
+    error. Ids are in no order, lengths differ, the third has no answer. Words are 3, 4, 0, 6 and 11."""
     ask.say = lambda level, text: f"Yes {level}: {text}" if level != 30 else ""
     numbers, texts = (4, 1, 3, 0, 2), [" ".join(["What?"] * n) for n in (1, 2, 3, 4, 9)]
     said = [ask.say(10 * n, text) for n, text in zip(numbers, texts)]
@@ -88,7 +87,9 @@ def test_each_answer_stands_at_its_own_question(name, ask):
     items, records = zip(*(form(name, n, text=text, said=said, place=i) for n, text, said, i in rows))
     assert "5 answers, 4.8 words on average, 1 empty" in ask(name, items, "--batch-size 2")
     assert written(name) == [*records] and not Path("to.partial").exists()
-    assert "7.png: already exists" in ask(name, items, "--to 7.png", status=2) and not ask.calls
+    Path("link").symlink_to("nowhere")
+    for taken in "7.png", "link":
+        assert f"{taken}: already exists" in ask(name, items, f"--to {taken}", status=2) and not ask.calls
 
 
 WRONG = [  # benchmark, what is wrong in an item between two good ones, what is said
@@ -125,6 +126,7 @@ def test_what_cannot_be_asked_or_scored_is_named_before_the_model_is_read(name, 
     flags = "--annotations notes.json" * (name == "amber-discriminative")
     message = ask(name, [good, bad, good], flags, status=2)
     assert reason in message and message.count("\n") <= 2
+    assert ask(name, [bad, good], flags, status=2)
     assert not ask.calls and not Path("to.partial").exists()
 
 
@@ -133,6 +135,9 @@ def test_what_is_no_question_is_named_by_its_line(items, place, ask):
     """One of 14,216 lines is broken: which one? Lines with nothing in them count as well."""
     error = f"items: cannot be read: line or item {place} is no JSON object"
     assert error in ask("amber", items, status=2) and not ask.calls
+    many = ask("amber", [{"id": 1}] * 25, status=2)
+    assert "25 of 25 questions" in many and many.count("\n") == 21  # the first twenty are listed
+    assert "items: holds no question" in ask("amber", "[]", status=2) and not ask.calls
 
 
 @pytest.mark.parametrize("address", ["https://x.org/9/1.png", "file:///1.png"])
@@ -179,8 +184,8 @@ def test_yes_and_no_are_written_and_counted_as_the_benchmarks_own_script_does(na
 
 
 def test_flags_and_system_text_reach_the_model_and_the_partial_file(ask, adapted, bunny):
-    """Answers cut at another length, without the text of training, or half of them another model's, are
-    scored as this one's."""
+    """Answers of another length, without the system text, or half of them another model's, count as this
+    one's."""
     shutil.copytree(adapted, "run")
     shutil.copytree(bunny, "model")
     items, args = [form("amber", n, text=f"Who {n}?")[0] for n in (1, 2, 3)], Path("run/args.json")
@@ -212,6 +217,6 @@ def test_flags_and_system_text_reach_the_model_and_the_partial_file(ask, adapted
     assert [record["response"] for record in written("amber")] == ["Yes.", "Yes.", "No."]
     ask("amber", items[:1], "--adapter run")
     assert ask.calls[1:] == [(["Who 1?"], 512, 8, "Be brief.")]
-    write(args, "[")
+    write(args, "[]")
     assert "args.json: cannot be read" in ask("amber", items, "--adapter run", status=2)
     assert "holds no adapter" in ask("amber", items, "--adapter .", status=2) and not ask.calls

@@ -7,6 +7,7 @@ page is tried in a headless Chromium where one is installed.
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 
 import train
-from data import BadInput, Example, open_image, read_examples, run_command
+from data import BadInput, Example, open_image, read_examples, run_command, texts_of
 from examples import answer, compare, evaluate, shapes
 from test_mdpo import ROOT, write
 from tests.test_benchmarks import drawn, form
@@ -44,17 +45,22 @@ def run(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def stub(monkeypatch):
-    """No weights: an answer says which adapter was on, the question, the numbers of images and new tokens."""
+    """No weights: an answer says what was asked of which adapter. `loaded`: what was asked of load_tuned."""
     model = SimpleNamespace()
+
+    def load(*given):
+        model.loaded = given
+        return model, None
 
     def speaking_as(model, number):
         model.on = number
         return nullcontext()
 
-    def say(model, processor, questions, limit, *more, **options):
-        return [f"{model.on}: {text} {len(images)} {limit}" for images, text in questions]
+    def say(model, processor, questions, limit, batch_size=8, system=""):
+        how = f"{limit} {batch_size} {system}"
+        return [f"{model.on}: {text} {len(images)} {how}" for images, text in questions]
 
-    monkeypatch.setattr(answer, "load_tuned", lambda *given: (model, None))
+    monkeypatch.setattr(answer, "load_tuned", load)
     monkeypatch.setattr(answer, "read_adapter", lambda adapter: None)
     monkeypatch.setattr(answer, "speaking_as", speaking_as)
     monkeypatch.setattr(answer, "generate_answers", say)
@@ -90,10 +96,32 @@ def test_each_adapter_of_several_speaks_as_if_it_were_alone(bunny):
 
 
 def test_answer_command_asks_each_model_each_question(stub, run):
-    """The paper's Figure 3: a question, then the base's answer and each adapter's, about all images."""
-    line = f"--model {BASE} --image 1.png 1.png --question Why? Where? --adapter a bcd --max-new-tokens 9"
-    expected = "{0}\nbase: None: {0} 2 9\na:    0: {0} 2 9\nbcd:  1: {0} 2 9\n"
-    assert run(answer, line) == expected.format("Why?") + expected.format("Where?")
+    """The paper's Figure 3. All answer by the system text of the first run's training."""
+    for name in "a", "bcd":
+        write(Path(name, "args.json"), {"system": f"You are {name}."})
+    line = f"--model {BASE} --image 1.png 1.png --question Why? Where? --max-new-tokens 9 --device cpu"
+    how = "{0} 2 9 8 You are a."
+    expected = f"{{0}}\nbase: None: {how}\na:    0: {how}\nbcd:  1: {how}\n"
+    assert run(answer, f"{line} --adapter a bcd") == expected.format("Why?") + expected.format("Where?")
+    assert stub.loaded == (str(BASE), ["a", "bcd"], "cpu")
+    assert run(answer, f"--model {BASE} --question Why?") == "base: None: Why? 0 256 8 \n"
+
+
+def test_files_of_answers_are_named_after_their_runs():
+    """A name that no disk takes, or a file outside of the folder."""
+    found = answer.files_in("said", [None, "runs/my run/", "../v1.5", "y" * 300])
+    names = "base", "runs-my-run", "v1.5", "y" * 100
+    assert [*found.values()] == [Path("said", f"{name}.jsonl") for name in names]
+
+
+def test_no_question_holds_a_token_of_an_image():
+    """It would be one image too many. Gemma 3's tokenizer has another such token than its processor."""
+    tokenizer = SimpleNamespace(image_token="<soft>", video_token="<film>")
+    processor = SimpleNamespace(image_token="<i>", video_token="<v>", tokenizer=tokenizer)
+    for token in "<image>", "<i>", "<v>", "<soft>", "<film>":
+        with pytest.raises(BadInput, match=f"holds the image token '{token}'"):
+            answer.refuse_image_tokens(processor, f"Is {token} red?")
+    answer.refuse_image_tokens(processor, "What is <it>?")
 
 
 UPPER = [f"WHY {i}?" for i in range(5)]
@@ -102,7 +130,7 @@ UPPER = [f"WHY {i}?" for i in range(5)]
 def keep(ask):
     """Answers by a file: five questions in batches of two."""
     questions = [Example(f"Why {i}?", "", "", ()) for i in range(5)]
-    return answer.answer_all("new/a.jsonl", {"model": "m"}, questions, ask, 2)
+    return answer.answer_all("new/folder/a.jsonl", {"model": "m"}, questions, ask, 2)
 
 
 def said_in(path):
@@ -110,10 +138,10 @@ def said_in(path):
 
 
 def test_answers_are_kept_as_they_come_and_gone_on_with():
-    """A kill after three hours must not cost three hours. The second batch ends in a kill. The file ends in
-    half a line, as of a full disk. A file is left as it is if it is the user's own, or if two commands wrote
-    into it at once: each answer would stand at another's question."""
-    asked, path = [], Path("new/a.jsonl")
+    """A kill must not cost three hours: one before anything is written, one in the second batch, and half a
+    line, as of a full disk. The user's own file stays as it is, as does one of two commands at once: each
+    answer would stand at another's question."""
+    asked, path = [], Path("new/folder/a.jsonl")
 
     def ask(batch):
         asked.append([text.upper() for _, text in batch])
@@ -122,6 +150,7 @@ def test_answers_are_kept_as_they_come_and_gone_on_with():
             raise KeyboardInterrupt
         return asked[-1]
 
+    write(path, "")
     with pytest.raises(KeyboardInterrupt):
         keep(ask)
     path.write_text(path.read_text() + '{"question": "Why 2?", "ans')
@@ -133,6 +162,9 @@ def test_answers_are_kept_as_they_come_and_gone_on_with():
         with pytest.raises(BadInput, match="a.jsonl: cannot go on: "):
             keep(pytest.fail)
         assert path.read_text() == content
+    path.unlink()
+    with pytest.raises(ValueError):
+        keep(lambda batch: ["one of two"])
 
 
 BETTER = """
@@ -150,9 +182,8 @@ margin, other image -12.5000; answers, words -0.5000; answers, refusals 0.0000; 
 
 
 def test_differences_are_taken_example_by_example(stub, run, monkeypatch):
-    """Unpaired, the spread of the examples drowns a difference that each of them shows: of losses 0, 10, ...,
-    50 the second adapter's are 0.5 lower, and its margins half of the first's. Words, refusals and equal
-    answers are counted by hand."""
+    """Unpaired, the spread of the examples drowns a difference that each shows: the second adapter's losses
+    are 0.5 lower, its margins half of the first's. Answers are counted by hand."""
     write(Path("a/args.json"), {"beta": 0.3, "no_conditional": True})
     said = {
         None: ["red"] * 6,
@@ -166,15 +197,20 @@ def test_differences_are_taken_example_by_example(stub, run, monkeypatch):
 
     monkeypatch.setattr(evaluate, "score", score)
     monkeypatch.setattr(answer, "generate_answers", lambda *given: said[stub.on])
-    line = f"--model {BASE} --data {shapes.write_pairs(Path('data'), 6)} --adapter"
+    moved = Path(shapes.write_pairs(Path("data"), 6)).rename("moved.json")
+    line = f"--model {BASE} --data {moved} --images data --device cpu --adapter"
     out = run(evaluate, f"{line} b")
     assert "b: has no args.json; train.py's defaults are taken" in out and "minus" not in out
     out = run(evaluate, f"{line} a b --answers said")
+    assert stub.loaded == (str(BASE), ["a", "b"], "cpu")
     assert BETTER in re.sub(r"\n  (.*?)  +(\S+).*", r"; \1 \2", out)
     assert re.search(r"loss +-0.5000 +-0.5000 to -0.5000", out)
     assert sorted(map(said_in, Path("said").iterdir())) == sorted(said.values())
     monkeypatch.setattr(answer, "generate_answers", pytest.fail)
     assert run(evaluate, f"{line} a b --answers said") == out  # asks nothing again
+    alone = run(evaluate, f"{line} a --answers said")
+    assert "\nbase\n" in alone and "\na\n  loss" in alone and "\na minus base\n" in alone
+    assert "other max new tokens" in run(evaluate, f"{line} a b --answers said --max-new-tokens 9", 2)
 
 
 def test_a_run_is_read_as_it_was_trained():
@@ -187,11 +223,23 @@ def test_a_run_is_read_as_it_was_trained():
     assert vars(evaluate.read_run("a")) == defaults | began
 
 
-def test_refusals_are_told_by_their_words():
+TOLD = {  # refusals, and what is none
+    1: "There is no dog. THERE ARE NO dogs. There is not one. There isn't one. There aren't any. Sorry. "
+    "It is not visible. They are not shown. It is not depicted. It is not present. A dog, not in the image. "
+    "None, not in the picture. None, not in the photo. It does not show it. They do not contain it. "
+    "It doesn't depict it. They don't include it. I do not see it. I cannot tell. I can not determine it. "
+    "I can't identify it. I am unable to answer. I can't see it.",
+    0: "It cannot be red. There is now one. An axis not shown. I am unable. Not in the car. It can see.",
+}
+
+
+@pytest.mark.parametrize("refused", TOLD)
+def test_refusals_are_told_by_their_words(refused):
     """The share of refusals is how a model that refuses all looks better than it is."""
-    refusals = ["There is no dog in the picture.", "I'm sorry, but I can't see.", "It does not show a cat."]
-    found = evaluate.measure([*refusals, "It cannot be red.", "A notable ring, therefore blue.", ""])
-    assert found == {"answers, words": [7, 6, 6, 4, 5, 0], "answers, refusals": [1, 1, 1, 0, 0, 0]}
+    for text in TOLD[refused].split(". "):
+        found = evaluate.measure([f"{text} \n"])
+        assert found == {"answers, words": [text.count(" ") + 1], "answers, refusals": [refused]}, text
+    assert evaluate.measure([""])["answers, words"] == [0]
 
 
 def content_of(path):
@@ -205,27 +253,34 @@ def content_of(path):
 
 
 def test_page_of_base_and_adapters_and_of_an_earlier_pages_answers(stub, run, monkeypatch):
-    """Each answer under its own name, beside its own question and image. A file of answers says itself which
-    questions and images it is about."""
-    sides = ["b", "base", "a"]
+    """Each answer under its own name, in the order of the command, beside its own question and image."""
     pairs, other = (shapes.write_pairs(Path(f"data{seed}"), 6, seed=seed) for seed in (0, 1))
-    line = f"--model {BASE} --max-new-tokens 9 --data {pairs} --adapter b base a --to"
-    assert "1.html: 6 questions, 0 of them with equal" in run(compare, f"{line} 1.html")
+    for name in "a", "b":
+        write(Path(name, "args.json"), {"system": f"You are {name}."})
+    flags = f"--model {BASE} --max-new-tokens 9 --batch-size 4 --device cpu --data"
+    line = f"{flags} {Path(pairs).rename('moved.json')} --images data0 --adapter"
+    assert "1.html: 6 questions, 0 of them with equal" in run(compare, f"{line} b base a --to 1.html")
+    assert stub.loaded == (str(BASE), ["b", "a"], "cpu")
+    assert "2.html: 2 questions" in run(compare, f"{line} b base a --to 2.html --limit 2 --no-image --blind")
+    assert len(content_of("2.html")["items"]) == 2 * 3 and not content_of("2.html")["images"]
     monkeypatch.setattr(answer, "generate_answers", pytest.fail)  # each model has answered once
-    assert "already exists" in run(compare, f"{line} 1.html", 2)
-    run(compare, f"{line} 2.html --answers 1-answers")
-    assert Path("2.html").read_text() == Path("1.html").read_text()
+    Path("link").symlink_to("nowhere")
+    for taken in "1.html", "link":
+        assert f"{taken}: already exists" in run(compare, f"{line} b base a --to {taken}", 2)
     theirs = write(Path("theirs.json"), [{"answer": "red"}] * 6)
-    line = f"--adapter {theirs} 1-answers/base.jsonl --to 3.html --data"
-    assert "holds answers of other questions, images: " in run(compare, f"{line} {other}", 2)
-    run(compare, f"{line} {pairs}")
+    sides = f"b {theirs} 1-answers/base.jsonl"
+    error = run(compare, f"{flags} {other} --adapter {sides} --to 3.html", 2)
+    assert "holds answers of other questions, images: " in error
+    run(compare, f"{line} {sides} --answers 1-answers --to 3.html")
     content, later = content_of("1.html"), content_of("3.html")
     assert not content["blind"]
-    for item, item_later, example in zip(content["items"], later["items"], read_examples(pairs), strict=True):
-        # As they stand in the command: the adapter that it names first is load_tuned's first.
-        texts = [f"{on}: {example.question} 1 9" for on in (0, None, 1)]
-        assert (item["question"], item["who"], item["texts"]) == (answer.text_of(example), sides, texts)
-        assert item_later["texts"] == ["red", texts[1]]
+    examples = read_examples("moved.json", "data0")
+    for item, item_later, example in zip(content["items"], later["items"], examples, strict=True):
+        # The adapter that the command names first is load_tuned's first, and its system text is all's.
+        texts = [f"{on}: {example.question} 1 9 4 You are b." for on in (0, None, 1)]
+        assert (item["question"], item["who"]) == (texts_of(example.question)[1], ["b", "base", "a"])
+        assert item["texts"] == texts and item_later["texts"] == [texts[0], "red", texts[1]]
+        assert item_later["who"] == sides.split()
         (shown,), (path,) = item["images"], example.images
         assert content["pictures"][shown].convert("RGB").tobytes() == open_image(path).tobytes()
 
@@ -237,17 +292,20 @@ def benchmark(name):
 
 @pytest.mark.parametrize("name", ["amber", "pope", "mmhal", "objhal"])
 def test_page_of_a_benchmark_and_files_of_answers(name, no_model, run):
-    """Files of answers need no model. JSON or JSON lines, under each scorer's own field; one answer is
-    empty."""
+    """Files of answers, of each scorer's own form, need no model; one answer is empty."""
     questions, answers = benchmark(name)
     write(Path("q.json"), questions)
     write(Path("one.json"), answers)
-    write(Path("two.jsonl"), "\n".join(map(json.dumps, answers)).replace('""', '"Yes."'))
-    line = f"--benchmark {name} --data q.json --images . --to page.html --adapter one.json two.jsonl"
+    write(Path("two.jsonl"), "\n".join(map(json.dumps, answers)).replace('""', '" Yes. "'))
+    Path("images").mkdir()
+    Path("1.png").rename("images/1.png")
+    line = f"--benchmark {name} --data q.json --images images --to page.html --adapter one.json two.jsonl"
+    assert "holds 2 answers to 1 questions" in run(compare, f"{line} --limit 1", 2)
     assert "2 questions, 1 of them with equal answers" in run(compare, line)
     content = content_of("page.html")
     rows = [(item["question"], *item["texts"], item["equal"]) for item in content["items"]]
     assert rows == [("Is it?", "Yes.", "Yes.", True), ("Why?", "", "Yes.", False)]
+    assert content["items"][1]["id"] == ("1001" if name == "amber" else "2")  # the benchmark's, or its place
     assert content["pictures"][0].format == "PNG"
 
 
@@ -262,40 +320,50 @@ REFUSED = [  # script, command line, what is said
     (compare, f"{OF} q.json --adapter good.json mute.json good.json", "all different"),
     (compare, f"{OF} q.json --adapter good.json base", "--model is needed"),
     (compare, f"{OF} q.json --adapter good.json short", "short: cannot be compared: holds 1 answers to 2"),
+    (compare, f"{OF} q.json --adapter good.json none.json", "none.json: cannot be compared: holds 0 answers"),
+    (compare, f"{OF} q.json --adapter good.json long", "long: cannot be compared: holds 3 answers to 2"),
     (compare, f"{OF} q.json --adapter good.json swapped", "answer 1 is one to another question"),
     (compare, f"{OF} q.json --adapter good.json mute.json", "answer 1 has no text in a field answer or"),
     (compare, f"{OF} q.json --model {BASE} --adapter base none", "none: holds no adapter"),
     (compare, "--votes first again", "again: cannot be counted: is of the rater and page of first"),
     (compare, "--votes q.json", "is not in a known form"),
     (compare, "--votes up", "has no 'up'"),
-    (compare, "--votes none", "none: cannot be counted: no such file"),
+    (compare, "--votes none", "none: cannot be counted: [Errno 2]"),
     (compare, "--votes", "--votes"),
 ]
 
 
 @pytest.mark.parametrize("script, line, message", REFUSED)
 def test_wrong_commands_are_refused_before_a_model_is_read(script, line, message, no_model, run):
-    """A run minus itself is a table of zeros. Of two runs in one file of answers one would have the other's.
-    Answers stand beside the wrong questions. A rater who downloads twice counts twice."""
+    """A run minus itself is a table of zeros. Answers stand beside wrong questions. A rater counts twice."""
     questions, answers = benchmark("pope")
     for name, content in {
-        "q.json": questions, "good.json": answers, "short": answers[:1], "swapped": answers[::-1],
-        "mute.json": [{"id": 1}] * 2, "big/args.json": {"beta": "big"},
+        "q.json": questions, "good.json": answers, "swapped": answers[::-1],
+        "short": answers[:1], "long": answers + answers[:1], "mute.json": [{"id": 1}] * 2,
+        "none.json": [], "big/args.json": {"beta": "big"},
     }.items():  # fmt: skip
         write(Path(name), content)
     for name, cast in ("first", "0 A left"), ("again", "0 A left"), ("up", "0 A up"):
         votes(name, "p", "1", cast)
     assert message in run(script, line, 2)
-    assert not Path("page.html").exists() and not Path("new").exists()
+    assert not any(map(os.path.exists, ("page.html", "page-answers", "new")))
+
+
+def bracketed(pieces):
+    return "".join(f"[{text}]" * differs or text for text, differs in pieces)
 
 
 def test_what_differs_is_marked():
-    """By hand: the words that the other text lacks, and nothing else; all pieces together are the text."""
+    """By hand: what the other text lacks, also in a long one of few words. The first answer is held against
+    the second, the others against the first."""
     found = compare.marked("a red circle and a ring.", "a blue circle.")
-    assert "".join(f"[{text}]" * mark or text for text, mark in found) == "a [red] circle[ and a ring]."
-    assert compare.marked("same", "same") == [("same", False)] and compare.marked("", "x") == []
-    text = "  two\n lines, <b>é</b> "
+    assert bracketed(found) == "a [red] circle[ and a ring]." and compare.marked("", "x") == []
+    text, long = "  two\n lines, <b>é</b> ", "a ring " * 200
     assert "".join(piece for piece, _ in compare.marked(text, "other lines")) == text
+    assert compare.marked(text, text) == [(text, False)]
+    assert compare.marked(f"red {long}", long) == [("red ", True), (long, False)]
+    (item,) = content_of(make(["Why?"], {"a": ["red"], "b": ["blue"], "c": ["red"]}))["items"]
+    assert [*map(bracketed, item["answers"])] == ["[red]", "[blue]", "red"]
 
 
 NASTY = "</script><script>document.title='x'</script><img src=x onerror=\"document.title='x'\"> DATA &amp;"
@@ -309,11 +377,11 @@ def make(texts, said, blind=False):
 
 
 def test_no_text_can_end_the_script_that_holds_it():
-    """A model that answers in HTML would write into the page. The id changes with each text: votes of one
-    page must not show up in another."""
+    """A model that answers in HTML would write into the page; votes of one page would show up in another."""
     page = make([NASTY], {NASTY: [NASTY], "b": ["x"]})
     text, content = page.read_text(), content_of(page)
     assert text.count("</script>") == 2 and text.count("<script") == 2 and "<img" not in text
+    assert "default-src 'none'" in text
     assert not re.search(r"https?:|//", text.partition("<script type")[0]), "the page needs no network"
     (item,) = content["items"]
     assert item["question"] == item["texts"][0] == item["who"][0] == NASTY
@@ -337,12 +405,12 @@ def who_of(item):
 
 
 def test_blind_pages_shuffle_and_hide_names():
-    """A rater who sees the name, or who finds that the better one stands on the right, votes for it. Of 60
-    questions 30 -+ 15 stand on either side (four standard deviations), and not in the order of the file.
-    Three models meet in pairs."""
+    """A rater who sees the name, or finds the better one on the right, votes for it. Of 60 questions 30 -+ 15
+    stand on either side (four standard deviations). Three models meet in pairs."""
     said = {name: [f"{name[0]} says {i}" for i in range(60)] for name in ("tuned", "unchanged")}
-    page, lefts = make([f"Why {i}?" for i in range(60)], said, blind=True), []
-    assert not re.search("tuned|unchanged", page.read_text())
+    page, lefts = make(questions := [f"Why {i}?" for i in range(60)], said, blind=True), []
+    assert not re.search("tuned|unchanged", text := page.read_text())
+    assert make(questions, said, blind=True).read_text() == text  # the same answers give the same page
     items = content_of(page)["items"]
     order = [int(item["id"]) for item in items]
     assert order != sorted(order) == [*range(60)]
@@ -376,10 +444,10 @@ A against C: 1 questions, 1 votes
 
 
 def test_votes_are_counted_by_hand(run):
-    """Fig. 4 upside down, or the votes of many raters of one question taken for many questions. By hand, for
-    A: question 0 is won by rater 1 and lost by rater 2, 1 and 2 are won, 3 is a tie, and question 0 of
-    another page, which names the models in the other order, is lost. Win (.5 + 1 + 1) / 5, tie 1 / 5, lose
-    1.5 / 5. The intervals are the roots p of (share - p)^2 = 3.8415 p (1 - p) / n."""
+    """Fig. 4 upside down, or votes of one question taken for many questions. By hand, for A: question 0 is
+    won by rater 1 and lost by rater 2, 1 and 2 are won, 3 is a tie, and question 0 of another page, which
+    names the models in the other order, is lost. Win (.5 + 1 + 1) / 5, tie 1 / 5, lose 1.5 / 5. The intervals
+    are the roots p of (share - p)^2 = 3.8415 p (1 - p) / n."""
     votes("1", "p", "1", "0 A left, 1 B right, 2 A left, 3 B same")
     votes("2", "p", "2", "0 A right")
     votes("3", "q", "1", "0 B left", models="BA")
@@ -389,12 +457,10 @@ def test_votes_are_counted_by_hand(run):
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 RATER = """
-const texts = selector => Array.from(document.querySelectorAll(selector), element => element.textContent);
 const keys = {left: "ArrowLeft", right: "ArrowRight", same: "s"}, other = {left: "right", right: "left"};
 const press = (to, more) => document.dispatchEvent(new KeyboardEvent("keydown", {key: keys[to], ...more}));
-const click = selector => document.querySelector(selector).click();
 const better = () => texts("section p")[0].length > texts("section p")[1].length ? "left" : "right";
-const found = {counts: [], images: []};
+Object.assign(found, {counts: [], images: []});
 URL.createObjectURL = blob => { found.file = blob.text(); return "blob:x"; };
 HTMLAnchorElement.prototype.click = function () { found.name = this.download; };
 function reopen() {
@@ -412,38 +478,79 @@ const steps = [
   () => click(`[name=${better()}]`),
   () => click("#next"),
   () => click("#download"),
+  () => { Storage.prototype.setItem = () => { throw Error("full"); }; press("same"); },
 ];
-async function rate() {
+async function look() {
   Object.assign(found, {title: document.title, question: texts("h2")[0], heads: texts("h3")});
   found.shown = document.body.innerText;
-  for (const image of document.images) await image.decode().then(() => found.images.push(image.naturalWidth));
+  for (const image of document.images) await image.decode();
+  await new Promise(resolve => setTimeout(resolve));  // onload comes first
+  for (const image of document.images) found.images.push(`${image.naturalWidth} ${image.className}`);
   for (const step of steps) step(), found.counts.push(texts("#count")[0]);
   found.file = await found.file;
+  found.kept = Object.keys(localStorage);
   found.sent = performance.getEntriesByType("resource").map(entry => entry.name.slice(0, 5));
 }
-rate().catch(error => found.error = String(error)).then(() => {
+"""
+LOOK = """<script>
+const texts = selector => Array.from(document.querySelectorAll(selector), element => element.textContent);
+const click = selector => document.querySelector(selector).click(), found = {};
+SCRIPT
+look().catch(error => found.error = String(error)).then(() => {
   document.documentElement.dataset.found = encodeURIComponent(JSON.stringify(found));
 });
-"""
+</script></html>"""
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="the page was not tried in a browser: apt-get install chromium")
-def test_votes_are_cast_kept_downloaded_and_counted(run):
-    """A rater's hour is lost, or counts for the other model. The rater here prefers the longer answer, which
-    is always the tuned model's, calls the third the same, and corrects the first vote; by keys and buttons,
-    with the page opened again in between. A key that is held down, or that is the browser's, is no vote."""
-    said = {"tunéd": [f"{NASTY} and more {i}" for i in range(4)], "base": ["", "b", "c", "d"]}
-    page = make([f"{i}: {NASTY}" for i in range(4)], said, blind=True)
-    page.write_text(page.read_text("utf-8").replace("</html>", f"<script>{RATER}</script></html>"), "utf-8")
+def look(page, script):
+    """What the script's look() finds on a page, in a browser."""
+    page.write_text(page.read_text("utf-8").replace("</html>", LOOK.replace("SCRIPT", script)), "utf-8")
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --virtual-time-budget=10000 --dump-dom"
     command = [CHROMIUM, *flags.split(), f"--user-data-dir={page.parent / 'profile'}", page.as_uri()]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     found = json.loads(unquote(re.search('data-found="(.*?)"', shown)[1]))
-    assert "error" not in found and found["title"] == "Answers side by side" and found["images"] == [8]
+    assert "error" not in found
+    return found
+
+
+in_browser = pytest.mark.skipif(not CHROMIUM, reason="not tried in a browser: apt-get install chromium")
+SIDES = """
+async function look() {
+  const shown = () => Array.from(document.querySelectorAll("article"), one => one.offsetHeight > 0);
+  Object.assign(found, {heads: texts("h3"), said: texts("section p"), marks: texts("mark"), all: shown()});
+  click("#filter");
+  Object.assign(found, {choice: texts("#choice"), differ: shown()});
+  found.hidden = document.querySelector("#voting").hidden;
+}
+"""
+
+
+@in_browser
+def test_an_open_page_says_who_said_what_and_where_they_differ():
+    """An answer under another's name. A reader of 1,000 questions looks for the ones whose answers differ."""
+    page = make(["Why?", "Who?", "How?"], {"<b>": ["red", "a ring", "so"], "base": ["red", "", "so"]})
+    assert look(page, SIDES) == {
+        "heads": ["<b>", "base"] * 3, "said": ["red", "red", "a ring", "(no answer)", "so", "so"],
+        "marks": ["a ring"], "choice": [" only where answers differ: 1 of 3"], "hidden": True,
+        "all": [True, True, True], "differ": [False, True, False],
+    }  # fmt: skip
+
+
+@in_browser
+def test_votes_are_cast_kept_downloaded_and_counted(run):
+    """A rater's hour is lost, or counts for the other model. This one prefers the longer answer, the tuned
+    model's, calls the third the same, and corrects the first vote; by keys and buttons, with the page opened
+    again in between. A key that is held down, or that is the browser's, is no vote."""
+    said = {"tunéd": [f"{NASTY} and more {i}" for i in range(4)], "base": ["", "b", "c", "d"]}
+    page = make([f"{i}: {NASTY}" for i in range(4)], said, blind=True)
+    found = look(page, RATER)
+    assert found["title"] == "Answers side by side" and found["images"] == ["8 small"]
     assert found["heads"] == ["left", "right"] and NASTY in found["question"]
     assert not re.search("tunéd|base", found["shown"])
     counts = "1/4, voted 0; 2/4, voted 1; 3/4, voted 2; 4/4, voted 3; 1/4, voted 3; 4/4, voted 3; "
-    assert "; ".join(found["counts"]) == counts + "4/4, voted 4; 1/4, voted 4; 1/4, voted 4"
+    unkept = "1/4, voted 4; this browser keeps no votes: download them before you leave"
+    assert "; ".join(found["counts"]) == f"{counts}4/4, voted 4; 1/4, voted 4; 1/4, voted 4; {unkept}"
+    assert found["kept"] == [f"votes {content_of(page)['id']}"]
     assert len(found["pressed"]) == 1 and {*found["sent"]} <= {"data:", "blob:"}
     assert re.fullmatch(r"votes-\w+-[\w-]+\.json", found["name"])
     assert sorted(vote["id"] for vote in json.loads(found["file"])["votes"]) == ["0", "1", "2", "3"]

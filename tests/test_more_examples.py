@@ -15,94 +15,56 @@ import torch
 
 import train
 from data import run_command
-from examples import answer, evaluate, miniature, shapes, throughput, tiny_bunny
+from examples import answer, evaluate, families, miniature, shapes, throughput, tiny_bunny
 from test_mdpo import TEXTS, log_of, noise, write
+from tests.test_examples import changed, evaluated, printed  # noqa: F401
 
 # ruff: noqa: F811 (fixtures)
 
 
-@pytest.fixture
-def changed(finished, tmp_path):
-    """A function: the run `finished`, as if it had been trained with other arguments -> its folder."""
-
-    def change(**arguments):
-        folder = shutil.copytree(finished, tmp_path / "changed", dirs_exist_ok=True)
-        began = json.loads((finished / "args.json").read_text())
-        write(folder / "args.json", began | arguments)
-        return folder
-
-    return change
-
-
-@pytest.fixture
-def scored(bunny, small, capsys):
-    """A function: a run and flags -> what evaluate.py prints, {metric: its mean}."""
-
-    def scored(run, *flags):
-        capsys.readouterr()
-        argv = ["--model", str(bunny), "--adapter", str(run), "--data", str(small), *flags]
-        assert run_command(evaluate.run, argv) == 0
-        rows = re.findall(r"^  (\S.*?) {2,}(-?\d+\.\d+)", capsys.readouterr().out, re.MULTILINE)
-        return {name: float(value) for name, value in rows}
-
-    return scored
-
-
-@pytest.fixture
-def asks(tmp_path, capsys):
-    """A function: a model and names of images -> what answer.py prints of it."""
-
-    def asks(model, *names):
-        for name in names:
-            noise(ord(name)).save(tmp_path / f"{name}.png")
-        argv = ["--model", str(model), "--image", *(str(tmp_path / f"{name}.png") for name in names)]
-        assert run_command(answer.run, [*argv, "--question", "What?", "--max-new-tokens", "12"]) == 0
-        return capsys.readouterr().out
-
-    return asks
-
-
-def test_an_answer_may_be_about_several_images(bunny, asks):
-    """One placeholder for all of them: the model stops, or sees the first alone."""
-    assert asks(bunny, "a", "b").startswith("base:")
-
-
-def test_answers_are_greedy_whatever_the_models_own_settings(bunny, asks, tmp_path):
+def test_answers_are_greedy_whatever_the_models_own_settings(bunny, tmp_path):
     """Some models ask to be sampled. Two commands would disagree, and benchmarks measure chance."""
-    sampled = shutil.copytree(bunny, tmp_path / "sampled")
+    sampled, asked = shutil.copytree(bunny, tmp_path / "sampled"), [(noise(1), "What?")]
     write(sampled / "generation_config.json", {"do_sample": True, "temperature": 100.0, "top_k": 0})
-    assert asks(bunny, "a") == asks(sampled, "a")
+    said = [answer.generate_answers(*train.load_model(str(folder)), asked, 12) for folder in (bunny, sampled)]
+    assert said[0] == said[1] != [""]
 
 
-def test_evaluation_has_the_beta_of_the_run(changed, scored):
+def test_evaluation_has_the_beta_of_the_run(changed, evaluated):
     """By another beta an adapter's margins would be other multiples of the same nats than its log's."""
-    low, high = (scored(changed(beta=beta)) for beta in (0.1, 10.0))
+    low, high = (printed(evaluated(changed(beta=beta))) for beta in (0.1, 10.0))
     for name in "rewards/margins", "rewards/chosen", "margin, image":
-        assert high[name] == pytest.approx(100 * low[name], abs=0.006) != 0
+        assert high[name] == pytest.approx([100 * value for value in low[name]], abs=0.006) != (0, 0, 0)
     for found in low, high:
         assert found["margin, image"] == pytest.approx(found["rewards/margins"], abs=2e-4)
+
+
+def test_evaluation_reads_its_file_as_the_run_did(tmp_path, monkeypatch):
+    """By images of full size an example has no room that was trained on; by the default length one has room
+    that had none. Of 560 x 560 pixels are 400 tokens, of 56 x 56 four."""
+    noise(1, (560, 560)).save(tmp_path / "a.png")
+    record = {"image": "a.png", "chosen": "A cat.", "rejected": "A dog."}
+    write(tmp_path / "x.json", [record | {"question": "What is it? " * n} for n in (1, 50)])
+    write(tmp_path / "run" / "args.json", {"max_length": 64, "max_pixels": 56 * 56})
+    flags = f"--model {families.write_family('qwen2_5_vl', tmp_path / 'm')} --data {tmp_path / 'x.json'}"
+    args = evaluate.make_parser("?").parse_args([*flags.split(), "--adapter", str(tmp_path / "run")])
+    monkeypatch.setattr(answer, "load_tuned", lambda *given: (None, None))
+    _, examples, pairs, *_ = evaluate.load(args)
+    assert [one.id for one in examples] == ["1"] and pairs["held out", 0].images[0].size == (56, 56)
 
 
 def softplus(x):
     return math.log1p(math.exp(x))
 
 
-def test_evaluation_without_images_keeps_the_anchors_that_need_none(changed, scored):
+def test_evaluation_without_images_keeps_the_anchors_that_need_none(changed, evaluated):
     """The loss would be another than the run's. Of one example, delta 0: softplus(-r_w) + softplus(r_l)."""
-    run = changed(anchors=["chosen", "rejected", "image_rejected"], beta=10.0)
-    found = scored(run, "--no-image", "--limit", "1")
+    run = changed(anchors=["chosen", "rejected", "image_rejected"], beta=1.0)
+    found = {name: mean for name, (mean, *_) in printed(evaluated(run, "--no-image", "--limit", 1)).items()}
     anchor = softplus(-found["rewards/chosen"]) + softplus(found["rewards/rejected"])
     assert found["loss/anchor"] == pytest.approx(anchor, abs=3e-4)
     assert found["loss"] == pytest.approx(anchor + softplus(-found["rewards/margins"]), abs=5e-4)
     assert abs(found["rewards/rejected"]) > 0.01
-
-
-def test_a_margin_that_turns_has_a_negative_share():
-    """A model that prefers the other answer without the image has looked at it: no half of it survived."""
-    found = evaluate.diagnose({"image": [1.0, 3.0], "no_image": [-1.0, -1.0], "other_image": [4.0, 0.0]})
-    assert (found["no_image_share"], found["other_image_share"]) == (-0.5, 1)
-    found = evaluate.diagnose({"image": [-2.0], "no_image": [-1.0], "other_image": [1.0]})
-    assert (found["no_image_share"], found["other_image_share"]) == (0.5, -0.5)
 
 
 def test_a_study_that_was_stopped_goes_on(bunny, tmp_path, monkeypatch):
@@ -131,8 +93,8 @@ def test_a_study_that_was_stopped_goes_on(bunny, tmp_path, monkeypatch):
 
 
 def test_labels_of_the_base_lie_under_their_shapes(tmp_path, monkeypatch):
-    """A base that learned from mirrored pictures does not look when asked, and all methods look alike. Under
-    each label there is its colour, and where there is none the background, a grey of 45."""
+    """A base that learned from mirrored pictures does not look. Under each label there is its colour, and
+    where there is none the background, a grey of 45."""
     folder = tiny_bunny.write_bunny(tmp_path / "m", TEXTS, tower_hidden=64, vision_tower="x-patch8-32")
     pictures, labels, draw, loss = [], [], tiny_bunny.pixels, torch.nn.functional.cross_entropy
     note_labels = lambda logits, targets: labels.append(targets.view(8, 2, 2, 2, 2)) or loss(logits, targets)
@@ -152,8 +114,7 @@ def test_labels_of_the_base_lie_under_their_shapes(tmp_path, monkeypatch):
 
 
 def test_memory_of_throughput_is_in_gib(monkeypatch):
-    """Off by a factor, a model is said to fit that does not. /proc counts pages; the device says 3 * 1024^3
-    bytes now, and 5 at its peak."""
+    """Off by a factor, a model is said to fit that does not. /proc counts pages."""
     pages, now = int(Path("/proc/self/statm").read_text().split()[1]), throughput.memory_now("cpu")
     assert now == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE") / 1024**3, rel=0.02)
     assert throughput.memory_now("cpu", peak=True) >= 0.98 * now

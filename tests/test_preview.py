@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from PIL import Image, ImageColor
 import data
 import train
 from data import CROP, read_examples, run_command
-from examples import curves, families, miniature, minimal, preview, words
+from examples import benchmarks, compare, curves, families, miniature, minimal, preview, words
 from mdpo import mdpo_loss
 from test_mdpo import ROOT, authors, command, noise, write
 from tests.helpers import one_line_of
@@ -61,9 +62,8 @@ def show(models, folder, monkeypatch, capsys):
 
 REASONED = RECORD | {name: f"<think>\nFur.\n</think>\n\n{RECORD[name]}" for name in ("chosen", "rejected")}
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-ASK = (
-    "<|im_start|>user\n<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant"
-)
+SHOWN = "<|vision_start|><image> x 2<|vision_end|>"
+ASK = f"<|im_start|>user\n{SHOWN}What is it?<|im_end|>\n<|im_start|>assistant"
 ROWS = [  # model, record -> the row of y_w, by hand, and what a model that is asked has in its place
     # 32 pixels in patches of 8: 4 x 4 image tokens. Bunny's template and the authors' prompt agree.
     ("bunny", authors(), " USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.<|endoftext|>]", ""),
@@ -81,8 +81,8 @@ ROWS = [  # model, record -> the row of y_w, by hand, and what a model that is a
 
 @pytest.mark.parametrize("model, record, row, asked", ROWS)
 def test_rows_are_shown_as_the_model_is_given_them(model, record, row, asked, show):
-    """A wrong template, a second think block, a lost end or a scored prompt is seen here, or by nobody. Where
-    a model is asked otherwise than it was trained, every number is a little worse for no visible reason."""
+    """A wrong template, a second think block, a lost end or a scored prompt is seen here, or by nobody; so is
+    a model that is asked otherwise than it was trained."""
     printed = show(model, [record] * 2)
     texts = printed.replace("\n  ", "\n")
     assert (model == "bunny") == (f"\n{train.BUNNY_SYSTEM} USER" in texts)
@@ -94,10 +94,10 @@ def test_rows_are_shown_as_the_model_is_given_them(model, record, row, asked, sh
 def test_a_rejected_image_of_another_size_has_a_row_of_its_own(show):
     """The third row is shown where it differs: its image has more tokens. 56 x 84 pixels are 2 x 3."""
     noise(3, (56, 84)).save("b.png")
-    *_, row = show("qwen2_5_vl", [RECORD | {"rejected_images": ["b.png"]}]).split("y_w with m_l")
-    assert "<image> x 6<|vision_end|>What is it?" in row and "[A cat.<|im_end|>]" in row
-    *_, row = show("qwen2_5_vl", [RECORD]).split("y_w with m_l")
-    assert "the text of y_w with m_w" in row
+    own, same = (show("qwen2_5_vl", [RECORD | more]) for more in ({"rejected_images": ["b.png"]}, {}))
+    own, same = (printed.split("y_w with m_l")[-1] for printed in (own, same))
+    assert "<image> x 6<|vision_end|>What is it?" in own and "[A cat.<|im_end|>]" in own
+    assert "the text of y_w with m_w" in same
 
 
 OF_M_L = ["", "--no-conditional --anchors image_rejected"]
@@ -115,10 +115,10 @@ def test_a_row_that_is_cut_is_shown_cut(show):
     """Without its end-of-sequence the model learns never to stop."""
     records = [authors(chosen="A cat on a mat. " * 9)]
     whole = show("bunny", records)
-    n_tokens = int(whole.split("y_w with m_w: ")[1].split()[0])
+    n_tokens, n_scored = map(int, re.search(r"y_w with m_w: (\d+) tokens, (\d+) scored", whole).groups())
     cut = show("bunny", records, f"--max-length {n_tokens - 1}")
     assert (whole.count("<|endoftext|>]"), cut.count("<|endoftext|>]")) == (2, 1)
-    assert f"y_w with m_w: {n_tokens - 1} tokens" in cut
+    assert f"y_w with m_w: {n_tokens - 1} tokens, {n_scored - 1} scored" in cut
 
 
 def test_data_do_not_command_the_terminal_where_what_is_scored_is_green(show, monkeypatch):
@@ -131,22 +131,24 @@ def test_data_do_not_command_the_terminal_where_what_is_scored_is_green(show, mo
 
 
 def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, capsys):
-    """Rows of other examples than the run's would say nothing about it. Here the run's loss notes what it
-    sees: 5 of 7 examples, one of them held out."""
-    flags = "--epochs 1 --seed 3 --limit 5 --eval-size 1".split()
-    seen, argv = [], command(bunny, small, tmp_path / "out", *flags)
+    """Other rows would say nothing about the run, whose loss notes here what it sees of 5 examples but
+    one."""
+    argv = command(bunny, small, tmp_path / "out", *"--epochs 1 --seed 3 --limit 5 --eval-size 1".split())
+    seen = []
 
     def loss(*logps, batch, **options):
-        if batch.keys[0][0] == 0:  # not held out
-            seen.extend(batch.ids)
+        seen.extend(batch.ids * (batch.keys[0][0] == 0))  # not held out
         return mdpo_loss(*logps, **options)
 
     def shown(*argv):
         assert run_command(preview.run, [*argv]) == 0
-        return [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("---")]
+        out = capsys.readouterr().out
+        assert "example 1 of 4," in out and ("x.png: 2 examples" in out) == ("--to" in argv)
+        return [line.split()[-1] for line in out.splitlines() if line.startswith("---")]
 
-    first = shown(*argv, "--rows", "3")
-    assert train.main(argv, loss) == 0 and len(seen) == 4 and first == seen[:3]
+    first = shown(*argv)  # three are shown unasked
+    first_two = shown(*argv, "--rows", "2", "--to", str(tmp_path / "x.png"))
+    assert train.main(argv, loss) == 0 and len(seen) == 4 and (first, first_two) == (seen[:3], seen[:2])
     assert shown("--resume", str(tmp_path / "out"), "--rows", "99") == seen
 
 
@@ -171,25 +173,27 @@ def test_a_preview_refuses_what_train_py_refuses_and_keeps_files(flags, show):
 
 
 def test_each_strategy_is_drawn_under_its_title(monkeypatch, tmp_path):
-    """A user judges a strategy by its panel. Here every strategy makes a plain colour. An example's own
-    rejected image is the run's, not the strategies'; `random` needs the images of the whole file."""
+    """A user judges a strategy by its panel; here each makes a plain colour. An example's own rejected image
+    is the run's alone; `random` needs the images of the whole file."""
     seen = set()
 
     def make(colour, image, rng, area, other):
         seen.add((image.size, rng.random()))
-        return Image.new("RGB", (64, 48), colour if area == CROP else "blue")
+        return Image.new("RGB", (64, 48), {CROP: colour, (0.2, 0.5): "blue"}[area])
 
     for strategy, colour in ("crop", "lime"), ("random", "yellow"), ("moco", "purple"):
         monkeypatch.setitem(data.STRATEGIES, strategy, partial(make, colour))
     for colour in "red", "white", "cyan":
         Image.new("RGB", (64, 48), colour).save(tmp_path / f"{colour}.png")
-    record = RECORD | {"image": "red.png", "rejected_images": ["cyan.png"]}
-    examples = read_examples(write(tmp_path / "x.json", [RECORD | {"image": "white.png"}, record]))
+    # Of two images the first is drawn.
+    two = {"image": ["red.png", "cyan.png"], "rejected_images": ["cyan.png", "red.png"]}
+    examples = read_examples(write(tmp_path / "x.json", [RECORD | {"image": "white.png"}, RECORD | two]))
     args = SimpleNamespace(seed=7, max_pixels=12)
     sheet = preview.contact_sheet(args, data.Pairs(examples, **vars(args)), [(0, 1)])
-    colours = ["red", "cyan", "lime", "blue", "yellow", "purple"]
-    found = [sheet.getpixel((x, 100)) for x in range(70, sheet.width, 250)]  # a pixel of each panel
-    assert found == [*map(ImageColor.getrgb, colours)] and seen == {((4, 3), random.Random("7 0 1").random())}
+    colours = map(ImageColor.getrgb, ["red", "cyan", "lime", "blue", "yellow", "purple"])
+    assert [sheet.getpixel((x, 100)) for x in range(70, sheet.width, 250)] == [*colours]  # one of each panel
+    rng = random.Random("7 0 1")
+    assert seen == {((4, 3), rng.random()) for _ in range(2)}
 
 
 def draw_figure(argv):
@@ -198,30 +202,35 @@ def draw_figure(argv):
     return 0
 
 
+AMBER = "amber --images ."
 WRITERS = {  # what is written: the command, and its flags
     "preview.png": (preview.run, "--model {} --data {}"),
     "words.html": (words.run, "--model {} --data {} --device cpu --limit 2"),
-    "curves.png": (curves.run, "run"),  # these two are by matplotlib, over the old ones
+    "curves.png": (curves.run, "run"),
     "figure.png": (draw_figure, ""),
+    "amber.json": (benchmarks.run, f"{AMBER} --questions q.json --model {{}}"),
+    "page.html": (compare.run, f"--benchmark {AMBER} --data q.json --adapter 1.json 2.json"),
 }
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_half_a_page_never_stays_and_a_figure_is_replaced(name, bunny, small, tmp_path, monkeypatch, capsys):
-    """A disk that is full in the middle of a file, here the system's limit: half a page, under a name that is
-    then taken. Curves are drawn again and again while a run goes on: the last good ones must not go."""
+    """A full disk, here the system's limit, left half a page under a name that is then taken, or a figure in
+    place of the last good one."""
     limits = pytest.importorskip("resource")
     limit = limits.getrlimit(limits.RLIMIT_FSIZE)
     run, flags = WRITERS[name]
     argv = [*flags.format(bunny, small).split(), "--to", name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(curves, "read_log", lambda run: [{"step": 1, "loss": 1.5}])
-    monkeypatch.setattr(
-        os, "remove", lambda path: None
-    )  # PIL removes what it began, but no killed program can
-    if "--model" not in flags:
+    monkeypatch.setattr(os, "remove", lambda path: None)  # as PIL does, but no killed program
+    if run in (curves.run, draw_figure):
         pytest.importorskip("matplotlib")
-        write(Path(name), "the old one")
+        write(Path(name), "the old one")  # which these may replace
+    for file, text in ("q.json", "query"), ("1.json", "answer"), ("2.json", "answer"):
+        write(Path(file), [{"id": 1, "image": "1.png", text: "What is it?"}])
+    noise(1).save("1.png")
+    monkeypatch.setattr(benchmarks, "answer_as", lambda files, *more: dict.fromkeys(files, ["A cat." * 20]))
     files = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     before = files()
     limits.setrlimit(limits.RLIMIT_FSIZE, (99, limit[1]))
@@ -230,7 +239,7 @@ def test_half_a_page_never_stays_and_a_figure_is_replaced(name, bunny, small, tm
     finally:
         limits.setrlimit(limits.RLIMIT_FSIZE, limit)
     assert "cannot be written to" in message and "File too large" in message and files() == before
-    assert run_command(run, argv) == 0 and [*files()] == [name] and files() != before
+    assert run_command(run, argv) == 0 and {*files()} == {*before, name} and files() != before
 
 
 def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(tmp_path, monkeypatch):
