@@ -6,13 +6,14 @@
 For each it prints the layout that training chose, how far packed rows are from plain ones, which are the library's own
 call, in nats / sqrt(tokens), and whether four steps with an exaggerated learning rate change an answer.
 
-In a model with many experts, rounding can exchange two experts that are almost equally good for a token. Then training
-takes plain rows, although packed rows are exact. With another --seed it looks at other crops.
+In a model with many experts, rounding can exchange two experts that are almost equally good for a token: training takes
+plain rows, although packed rows are exact.
 """
 
 import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -29,7 +30,7 @@ from examples import shapes
 from examples.answer import generate_answers, load_tuned
 
 
-def template(start, image, end, asked, text="part.text", order=""):
+def template(image, start, end, asked, text="part.text", order=""):
     """A chat template that writes what a family's own does: order, markers and white space around images and turns.
 
     start, end: of a turn. asked: the generation prompt. image, text: expressions. order: a filter of a turn's parts.
@@ -40,43 +41,40 @@ def template(start, image, end, asked, text="part.text", order=""):
     return turns + f"{{% if add_generation_prompt %}}{asked}{{% endif %}}"
 
 
-def chatml(image):
-    return template("<|im_start|>{{ message.role }}\n", image, "<|im_end|>\n", "<|im_start|>assistant\n")
-
-
 IMAGES_FIRST = " | sort(attribute='type')"
-QWEN = chatml("'<|vision_start|><|image_pad|><|vision_end|>'")
-INTERNVL = chatml("'<IMG_CONTEXT>\n'")
+CHATML = ("<|im_start|>{{ message.role }}\n", "<|im_end|>\n", "<|im_start|>assistant\n")
+QWEN = template("'<|vision_start|><|image_pad|><|vision_end|>'", *CHATML)
+INTERNVL = template("'<IMG_CONTEXT>\n'", *CHATML)
 SYSTEM = (  # Qwen2.5-VL's, where the messages have none
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
 )
 LLAVA = template(  # LLaVA-1.5, and LLaVA-1.6 of Vicuna
-    "{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}",
-    "'<image>\n'", "", "ASSISTANT:", "part.text + ' '", IMAGES_FIRST,
+    "'<image>\n'", "{% if message.role != 'system' %}{{ message.role | upper }}: {% endif %}",
+    "", "ASSISTANT:", "part.text + ' '", IMAGES_FIRST,
 )  # fmt: skip
 ONEVISION = template(  # a space after the role, but not in the generation prompt, and no new line between turns
-    "<|im_start|>{{ message.role }} ",
-    "'<image>'", "<|im_end|>", "<|im_start|>assistant\n", "'\n' + part.text", IMAGES_FIRST,
+    "'<image>'", "<|im_start|>{{ message.role }} ", "<|im_end|>", CHATML[2], "'\n' + part.text", IMAGES_FIRST,
 )  # fmt: skip
 SMOL = "{{ bos_token }}" + template(  # Idefics3, SmolVLM
-    "{{ message.role | capitalize }}:{{ '' if message.content[0].type == 'image' else ' ' }}",
-    "'<image>'", "<end_of_utterance>\n", "Assistant:",
+    "'<image>'", "{{ message.role | capitalize }}:{{ '' if message.content[0].type == 'image' else ' ' }}",
+    "<end_of_utterance>\n", "Assistant:",
 )  # fmt: skip
 GEMMA = (  # a system text is part of the user's first turn
     "{{ bos_token }}{% set first = messages[0] %}"
     "{% set system = first.content[0].text + '\n\n' if first.role == 'system' else '' %}"
     "{% set messages = messages[1:] if system else messages %}"
 ) + template(
+    "'<start_of_image>'",
     "{% if loop.index0 % 2 == (message.role == 'user') %}{{ raise_exception('no turns') }}{% endif %}"
     "<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
     "{{ system if loop.first else '' }}",
-    "'<start_of_image>'", "<end_of_turn>\n", "<start_of_turn>model\n", "part.text | trim",
+    "<end_of_turn>\n", "<start_of_turn>model\n", "part.text | trim",
 )  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = VISION | {"num_key_value_heads": 2}
 PATCHES = {"image_size": 32, "patch_size": 8}
 TILE = {"height": 32, "width": 32}
-GRIDS = [[32, 64], [64, 32], [64, 64]]
+GRIDS = {"image_grid_pinpoints": [[32, 64], [64, 32], [64, 64]]}
 EDGES = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 12}  # pixels of the smallest and largest image
 VIDEO = {"LlavaOnevision": "LlavaOnevision", "Qwen2_5_VL": "Qwen2VL", "Qwen3VL": "Qwen3VL", "InternVL": "InternVL"}
 
@@ -87,16 +85,14 @@ def make_tokenizer(*special, **named):
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     known = {name: named.pop(name) for name in ("bos_token", "eos_token", "pad_token") if name in named}
     special = [*dict.fromkeys([*known.values(), *special, *named.values()])]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=len(special) + 300, special_tokens=special,
-                                             initial_alphabet=alphabet, show_progress=False)  # fmt: skip
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=len(special) + 300, special_tokens=special, **options)
     text = "I can see that there is a red circle and a blue square here. Describe the picture."
     bpe.train_from_iterator([text] * 3, trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=named, **known)
 
 
-def chatml_tokenizer(*special, **named):
-    return make_tokenizer("<|im_start|>", *special, eos_token="<|im_end|>", pad_token="<|endoftext|>", **named)
+chatml_tokenizer = partial(make_tokenizer, "<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def build(name, image_processor, tokenizer, template, text, vision, config, processor_name=None, **options):
@@ -115,28 +111,22 @@ def build(name, image_processor, tokenizer, template, text, vision, config, proc
 def llava_next():
     """Several tiles an image, a new line's embedding after each row of patches."""
     tokenizer = make_tokenizer(bos_token="<s>", eos_token="</s>", pad_token="<pad>", image_token="<image>")
-    tiles = transformers.LlavaNextImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size=TILE, image_grid_pinpoints=GRIDS
-    )
-    config = {"image_grid_pinpoints": GRIDS, "image_token_index": tokenizer.image_token_id}
+    tiles = transformers.LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size=TILE, **GRIDS)
+    config = GRIDS | {"image_token_index": tokenizer.image_token_id}
     text, vision = {"model_type": "llama"}, PATCHES | {"model_type": "clip_vision_model"}
-    return build(
-        "LlavaNext", tiles, tokenizer, LLAVA, text, vision, config,
-        patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-    )  # fmt: skip
+    options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    return build("LlavaNext", tiles, tokenizer, LLAVA, text, vision, config, **options)
 
 
 def llava_onevision():
     """Tiles, at any resolution; Qwen2 reads them."""
     tokenizer = chatml_tokenizer(image_token="<image>", video_token="<video>")
-    tiles = transformers.LlavaOnevisionImageProcessorPil(size=TILE, image_grid_pinpoints=GRIDS)
-    config = {"image_grid_pinpoints": GRIDS, "vision_feature_select_strategy": "full"}
-    config |= {"image_token_index": tokenizer.image_token_id, "video_token_index": tokenizer.video_token_id}
+    tiles = transformers.LlavaOnevisionImageProcessorPil(size=TILE, **GRIDS)
+    full = {"vision_feature_select_strategy": "full"}
+    config = {"image_token_index": tokenizer.image_token_id, "video_token_index": tokenizer.video_token_id}
     text, vision = {"model_type": "qwen2"}, PATCHES | {"model_type": "siglip_vision_model", "vision_use_head": False}
-    return build(
-        "LlavaOnevision", tiles, tokenizer, ONEVISION, text, vision, config,
-        num_image_tokens=16, vision_feature_select_strategy="full",
-    )  # fmt: skip
+    config |= GRIDS | full
+    return build("LlavaOnevision", tiles, tokenizer, ONEVISION, text, vision, config, num_image_tokens=16, **full)
 
 
 def qwen(name, patch_size, system, rope, vision, **text):
@@ -145,9 +135,8 @@ def qwen(name, patch_size, system, rope, vision, **text):
     image_processor = transformers.Qwen2VLImageProcessorPil(size=EDGES, patch_size=patch_size)
     text |= {"rope_parameters": {"rope_type": "default"} | rope}
     vision |= {"depth": 2, "out_hidden_size": 32}
-    config = {"image_token_id": tokenizer.image_token_id, "video_token_id": tokenizer.video_token_id}
-    config |= {"vision_start_token_id": tokenizer.vision_bos_token_id}
-    config |= {"vision_end_token_id": tokenizer.vision_eos_token_id}
+    tokens = {"image": "image", "video": "video", "vision_start": "vision_bos", "vision_end": "vision_eos"}
+    config = {f"{ours}_token_id": getattr(tokenizer, f"{its}_token_id") for ours, its in tokens.items()}
     return build(name, image_processor, tokenizer, system + QWEN, text, vision, config)
 
 
@@ -163,17 +152,16 @@ def qwen3_vl():
     return qwen("Qwen3VL", 16, "", rope, vision | {"num_position_embeddings": 64}, head_dim=8)
 
 
-def idefics3(name="Idefics3", image_processor=transformers.Idefics3ImageProcessorPil, bos="<|begin_of_text|>"):
+def idefics3(name="Idefics3", tiles=transformers.Idefics3ImageProcessorPil, bos="<|begin_of_text|>"):
     """An image is split into parts, with text between that says which part it is."""
     parts = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     tokenizer = make_tokenizer("<global-img>", *parts, bos_token=bos, eos_token="<end_of_utterance>",
-                               pad_token="<pad>", image_token="<image>",
-                               fake_image_token="<fake_token_around_image>",
-                               global_image_token="<global-img>", end_of_utterance_token="<end_of_utterance>")  # fmt: skip
-    image_processor = image_processor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+                               pad_token="<pad>", image_token="<image>", global_image_token="<global-img>",
+                               fake_image_token="<fake_token_around_image>", end_of_utterance_token="<end_of_utterance>")  # fmt: skip
+    tiles = tiles(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     config = {"scale_factor": 2, "image_token_id": tokenizer.image_token_id}
     text = {"model_type": "llama"}
-    return build(name, image_processor, tokenizer, SMOL, text, PATCHES, config, "Idefics3", image_seq_len=4)
+    return build(name, tiles, tokenizer, SMOL, text, PATCHES, config, "Idefics3", image_seq_len=4)
 
 
 def smolvlm():
@@ -217,8 +205,7 @@ def write_family(name, folder):
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    video = VIDEO.get(type(processor).__name__.removesuffix("Processor"))
-    if video:  # in a file of its own, torchvision or not
+    if video := VIDEO.get(type(processor).__name__.removesuffix("Processor")):  # its own file, torchvision or not
         parts = json.loads((folder / "processor_config.json").read_text())
         parts.pop("video_processor", None)
         (folder / "processor_config.json").write_text(json.dumps(parts))

@@ -65,7 +65,7 @@ def run(argv):
     if base is None:
         raise BadInput(f"{args.adapter}: names no base model, --model has to")
     model, processor = load_tuned(base, args.adapter, "cpu")
-    expected, answers = measure(model.eval(), processor)
+    expected, answers = measure(model, processor)
     merged, dtype = model.merge_and_unload(safe_merge=True), dtype_of(read_config(base))
     exact = measure(merged, processor)
     off = (exact[0] - expected).abs().max()

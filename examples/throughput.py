@@ -5,15 +5,9 @@
 
 Weights are random: speed does not depend on them. Texts have lengths as in Silkie, log-normal around the means.
 
-    ours         two packed sequences an example, images encoded once, logits of response tokens only
-    authors      what their release does, on the same model: three rows padded to the longest, policy and reference
-                 each with their own encoding of three images an example, float32 logits of the whole sequence
-    trl          TRL's DPOTrainer: plain DPO, so two rows and no rejected image, under TRL's own padding mask
-
 Ours and authors are first checked to give equal log-probabilities. They are timed in turns of --items examples, so
 that a change in the machine's speed meets both: with identical settings, then ours without checkpointing against
-theirs as released. As in training, no step sees a batch again. Each measurement is a line of JSON, printed and added
-to FILE.
+theirs as released. Each measurement is a line of JSON, printed and added to FILE.
 """
 
 import copy
@@ -51,16 +45,9 @@ WORDS = "there is a red circle and blue square here the picture of on in with sm
 LEARNING_RATE = 1e-4
 TEXT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 VISION = (*TEXT[:4], "image_size", "patch_size")
-
-
-def siglip(*sizes):
-    return transformers.SiglipVisionConfig(**dict(zip(VISION, sizes)), vision_use_head=False)
-
-
-def phi(*sizes, **options):
-    return transformers.PhiConfig(**dict(zip(TEXT, sizes)), **options, hidden_act="gelu_pytorch_tanh")
-
-
+GELU = "gelu_pytorch_tanh"  # faster than the activation that a Bunny's config names, and equal
+phi = lambda *sizes, **options: transformers.PhiConfig(**dict(zip(TEXT, sizes)), hidden_act=GELU, **options)
+siglip = lambda *sizes: transformers.SiglipVisionConfig(**dict(zip(VISION, sizes)), vision_use_head=False)
 SHAPES = {  # language model, vision tower
     "tiny": (phi(128, 512, 4, 4, 2560), siglip(48, 192, 4, 4, 216, 8)),
     "bunny-3b": (phi(2560, 10240, 32, 32, 51200, partial_rotary_factor=0.4), siglip(1152, 4304, 26, 16, 384, 14)),
@@ -69,50 +56,45 @@ SHAPES = {  # language model, vision tower
 }  # fmt: skip
 
 
-def make_model(shape, device, dtype, rank):
+def make_model(shape, device, dtype, checkpointing=True):
     """A Llava with random weights, LoRA on its language model -> (peft model, processor)."""
+    torch.manual_seed(0)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in training: it plans anew for each shape, and ours never repeat
     text, vision = copy.deepcopy(SHAPES[shape])  # a config holds its model's attention: another model would change it
-    side = vision.image_size // vision.patch_size
-    clip = isinstance(vision, transformers.CLIPVisionConfig)
     with tempfile.TemporaryDirectory() as folder:
         tiny_bunny.write_tokenizer(Path(folder), [" ".join(WORDS)] * 3)
         tower = f"patch{vision.patch_size}-{vision.image_size}"
         processor = train.bunny_processor(folder, {"mm_vision_tower": tower, "vocab_size": text.vocab_size})
     processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    if clip:  # its first token stands for the whole image, and is left out
-        processor.num_additional_image_tokens, processor.vision_feature_select_strategy = 1, "default"
-    config = transformers.LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=processor.image_token_id,
-        vision_feature_layer=-2 if clip else -1, vision_feature_select_strategy="default" if clip else "full",
-        image_seq_length=side**2,
-    )  # fmt: skip
+    is_clip = isinstance(vision, transformers.CLIPVisionConfig)  # its first token, of the whole image, is left out
+    layer, strategy = (-2, "default") if is_clip else (-1, "full")
+    processor.num_additional_image_tokens, processor.vision_feature_select_strategy = is_clip, strategy
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy, image_token_index=processor.image_token_id)  # fmt: skip
     with torch.device(device):
         model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
     train.disable_dropout(model)
-    return train.add_lora(model.requires_grad_(False), rank, 2 * rank), processor
+    rank = 8 if shape == "tiny" else 64
+    model = train.add_lora(model.requires_grad_(False), rank, 2 * rank)
+    if checkpointing:
+        train.enable_checkpointing(model)
+    return model.train(), processor
 
 
 def draw_length(rng, mean):
     return max(3, round(mean * math.exp(rng.gauss(0, 0.5) - 0.125)))
 
 
-def make_pairs(n, seed=0):
+def make_pairs(n):
     """n pairs of Silkie-like lengths."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     words = lambda mean: " ".join(rng.choices(WORDS, k=draw_length(rng, mean)))
-    drawn = lambda detail: Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), detail).convert("RGB")
-    images = lambda: (drawn(rng.randint(10, 90)),)
-    return [Example(*map(words, MEANS), images(), images()) for _ in range(n)]
-
-
-# ----------------------------------------------------------------------------------------------------- three schemes
-#
-# A scheme is a function that makes a batch of (pairs, processor), and one of a model and a batch -> losses (B,).
+    image = lambda: Image.effect_mandelbrot((640, 480), (-2, -1.5, 1, 1.5), rng.randint(10, 90)).convert("RGB")
+    return [Example(*map(words, MEANS), (image(),), (image(),)) for _ in range(n)]
 
 
 def packed_batch(pairs, processor):
-    """Two sequences an example, end to end in one row."""
+    """Two sequences an example, end to end in one row; images are encoded once, logits are of response tokens only."""
     return pack(make_batch(pairs, processor, share=True))
 
 
@@ -121,7 +103,7 @@ def our_losses(model, batch):
 
 
 def authors_losses(model, batch):
-    """Two passes that share nothing over three padded rows an example, a batch of `make_batch`."""
+    """What their release does, over a batch of `make_batch`, three padded rows an example: passes share nothing."""
     batch = to_device(batch, model.device)
     with torch.no_grad(), model.disable_adapter():
         ref_logps = authors_logps(model, batch)
@@ -129,17 +111,17 @@ def authors_losses(model, batch):
 
 
 def authors_logps(model, batch):
-    """The library's own call, with logits of every position.
-
-    Rows are padded on the right, where no token of a response looks: without a mask, attention is fastest.
-    """
+    """The library's own call, with all logits. No mask is fastest: padding is on the right, where nothing looks."""
     inputs = dict(batch.inputs)
     del inputs["attention_mask"]
     return LogPs(*sequence_logps(model(**inputs, use_cache=False).logits, batch.labels).chunk(3))
 
 
+SCHEMES = {"ours": (packed_batch, our_losses), "authors": (make_batch, authors_losses)}  # -> a batch, losses (B,)
+
+
 def trl_rival(model, processor, pairs):
-    """-> (how a batch is made, losses) of TRL's DPOTrainer. pairs: any micro-batch, which the trainer looks at."""
+    """A scheme: TRL's DPOTrainer, without rejected images. pairs: any micro-batch, which the trainer looks at."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -155,8 +137,8 @@ def trl_rival(model, processor, pairs):
     )  # fmt: skip
     dataset = Dataset.from_list(rows(pairs))
     trainer = DPOTrainer(model, args=config, train_dataset=dataset, processing_class=processor)
-    losses = lambda model, batch: trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
-    return lambda pairs, processor: trainer.data_collator(rows(pairs)), losses
+    make = lambda pairs, processor: trainer.data_collator(rows(pairs))
+    return make, lambda model, batch: trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
 
 
 def as_released(model, losses):
@@ -172,75 +154,50 @@ def as_released(model, losses):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)(losses)
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
-
-
 def record(args, **measurement):
-    """Print a measurement as a line of JSON, and add it to the file of --json -> the measurement."""
+    """Print a measurement as a line of JSON, and add it to the file of --json."""
     line = json.dumps({"shape": args.shape, "device": args.device_name, "dtype": str(args.dtype),
                        "micro_batch_size": args.micro_batch_size, **measurement})  # fmt: skip
     print(line, flush=True)
     if args.json:
         with args.json.open("a") as file:
             file.write(line + "\n")
-    return measurement
 
 
-class Stepper:
-    """A scheme with its own optimizer: `step()` -> seconds, of the next micro-batch of `groups`.
+def train_on(model, batches, losses):
+    """A training step on each batch, none of which comes twice -> a generator of the seconds that each took.
 
-    No batch comes twice: in training shapes never repeat, and what plans or allocates by shape would gain by it.
+    In training shapes never repeat, and what plans or allocates by shape would gain by it.
     """
-
-    def __init__(self, name, model, processor, groups, losses, make=packed_batch):
-        self.name, self.model, self.losses = name, model, losses
-        self.batches = (make(pairs, processor) for pairs in groups)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        on_cuda = self.parameters[0].is_cuda
-        self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, fused=on_cuda)
-        self.synchronize = torch.cuda.synchronize if on_cuda else lambda: None
-        self.times = []
-
-    def step(self):
-        batch = next(self.batches)
-        self.synchronize()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    on_cuda = parameters[0].is_cuda
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, fused=on_cuda)
+    synchronize = torch.cuda.synchronize if on_cuda else lambda: None
+    for batch in batches:
+        synchronize()
         started = time.perf_counter()
-        self.losses(self.model, batch).mean().backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.synchronize()
-        return time.perf_counter() - started
+        losses(model, batch).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize()
+        yield time.perf_counter() - started
 
 
-def prepare(args, checkpointing):
-    """-> (peft model, processor)."""
-    torch.manual_seed(0)
-    model, processor = make_model(args.shape, args.device, args.dtype, rank=64 if args.shape != "tiny" else 8)
-    if checkpointing:
-        train.enable_checkpointing(model)
-    return model.train(), processor
-
-
-MEMORY = {  # whose peak is measured: losses, how a batch is made, checkpointing
-    "ours": (our_losses, packed_batch, True),
-    "authors": (authors_losses, make_batch, True),
-    "ours, no checkpointing": (our_losses, packed_batch, False),
-}
+MEMORY = {"ours": True, "authors": True, "ours, no checkpointing": False}  # whose peak is measured: checkpointing
 
 
 def measure_memory(args, name):
     """GiB before the first step and, above that, at the peak of two, of which the second has the longest texts."""
-    losses, make, checkpointing = MEMORY[name]
-    model, processor = prepare(args, checkpointing)
+    make, losses = SCHEMES[name.partition(",")[0]]
+    model, processor = make_model(args.shape, args.device, args.dtype, MEMORY[name])
     groups = train.split(make_pairs(max(args.items, 2 * args.micro_batch_size)), args.micro_batch_size)
     groups = sorted(groups, key=lambda group: sum(len(text) for pair in group for text in pair[:3]))[-2:]
-    stepper = Stepper(name, model, processor, groups, losses, make)
     gc.collect()
     before = memory_now(args.device)
-    for _ in groups:
-        stepper.step()
-    return record(args, memory_gib={name: {"before": before, "above": memory_now(args.device, peak=True) - before}})
+    for _ in train_on(model, (make(group, processor) for group in groups), losses):
+        above = memory_now(args.device, peak=True) - before
+    record(args, memory_gib={name: {"before": before, "above": above}})
 
 
 def memory_now(device, peak=False):
@@ -250,38 +207,30 @@ def memory_now(device, peak=False):
     return int(Path("/proc/self/status").read_text().partition(line)[2].split()[0]) / 2**20
 
 
-def in_turns(steppers, n_batches, rounds):
-    """Time the first of the steppers against each other -> {name: {"median", "low", "high"}}: times as long."""
-    for stepper in steppers:
-        for _ in range(2):
-            stepper.step()
-    for _ in range(rounds):
-        for stepper in steppers:
-            stepper.times.append(sum(stepper.step() for _ in range(n_batches)) / n_batches)
-    ours, *others = steppers
-    ratios = {other.name: sorted(b / a for a, b in zip(ours.times, other.times)) for other in others}
-    return {name: {"median": statistics.median(r), "low": r[0], "high": r[-1]} for name, r in ratios.items()}
-
-
 def compare(args, identical):
     """Time ours against the others: at identical settings, or ours at its best and theirs as released."""
-    model, processor = prepare(args, identical)
-    in_turn = -(-args.items // args.micro_batch_size)
+    in_turn, steps = -(-args.items // args.micro_batch_size), {}
     pairs = make_pairs((2 + args.rounds * in_turn) * args.micro_batch_size)  # two steps come before the clock starts
     groups = train.split(pairs, args.micro_batch_size)
-    check_equal(model, processor, groups[0])
-    steppers = [Stepper("ours", model, processor, groups, our_losses)]
-    for name in ("authors", "trl") if args.trl else ("authors",):
-        theirs, _ = prepare(args, True)  # a model each: TRL's constructor changes the one that it gets
-        theirs.load_state_dict(model.state_dict())
-        make, losses = (make_batch, authors_losses) if name == "authors" else trl_rival(theirs, processor, groups[0])
-        losses = losses if identical else as_released(theirs, losses)
-        steppers.append(Stepper(name, theirs, processor, groups, losses, make))
-    speedup = in_turns(steppers, in_turn, args.rounds)
-    rates = {stepper.name: args.micro_batch_size / statistics.median(stepper.times) for stepper in steppers}
+    for name in [*SCHEMES, "trl"] if args.trl else SCHEMES:  # a model each: TRL's constructor changes its own
+        ours = name == "ours"
+        model, processor = make_model(args.shape, args.device, args.dtype, identical or not ours)
+        if ours:
+            check_equal(model, processor, groups[0])
+        make, losses = SCHEMES.get(name) or trl_rival(model, processor, groups[0])
+        losses = losses if identical or ours else as_released(model, losses)
+        steps[name] = train_on(model, map(make, groups, itertools.repeat(processor)), losses)
+    times = {name: [next(each), next(each)][2:] for name, each in steps.items()}
+    for _ in range(args.rounds):
+        for name, each in steps.items():
+            times[name].append(sum(next(each) for _ in range(in_turn)) / in_turn)
+    rates = {name: args.micro_batch_size / statistics.median(each) for name, each in times.items()}
+    ours = times.pop("ours")
+    ratios = {name: sorted(b / a for a, b in zip(ours, each)) for name, each in times.items()}
+    speedup = {name: {"median": statistics.median(r), "low": r[0], "high": r[-1]} for name, r in ratios.items()}
     settings = "identical" if identical else "ours at its best, theirs as released"
-    hours = 30_000 / rates["ours"] / 3600
-    return record(args, settings=settings, speedup=speedup, examples_per_second=rates, hours_for_10k_x_3=hours)
+    record(args, settings=settings, speedup=speedup, examples_per_second=rates,
+           hours_for_10k_x_3=30_000 / rates["ours"] / 3600)  # fmt: skip
 
 
 @torch.no_grad()
@@ -295,13 +244,8 @@ def check_equal(model, processor, pairs):
 
 # ----------------------------------------------------------------------------------- memory and hours, predicted
 
-CARDS = {  # dense bf16 TFLOP/s and TB/s, by the vendor's data sheets
-    "H200": (990, 4.8),
-    "H100": (990, 3.35),
-    "A100": (312, 2.04),
-    "L40S": (362, 0.864),
-    "RTX 4090": (165, 1.008),
-}
+# Dense bf16 TFLOP/s and TB/s, by the vendor's data sheets.
+CARDS = {"H200": (990, 4.8), "H100": (990, 3.35), "A100": (312, 2.04), "L40S": (362, 0.864), "RTX 4090": (165, 1.008)}
 PRODUCTS = 0.48  # share of that rate: large products reach 0.8 of it, and the products of a step 0.6 of this
 TRAFFIC = 0.8  # share of the bandwidth that elementwise operations reach
 LAUNCH = 38e-6  # s of the host for an operation: a server's core took 405 ms for Bunny's micro-batch of 4
@@ -312,14 +256,14 @@ class Work(TorchDispatchMode):
     """Counts FLOPs of products and attention, bytes that all other operations move, and operations: launches.
 
     An operation reads its inputs and writes its outputs once, as if no cache helped. peak: the most bytes that were
-    alive at once, of all that operations made; what a view shows is not made. known: storages that were there before.
+    alive at once: those of before, of the storages `known`, and what operations made. What a view shows is not made.
     """
 
-    flops = traffic = launches = alive = peak = 0
+    flops = traffic = launches = 0
 
-    def __init__(self, known=()):
+    def __init__(self, known=(), before=0):
         super().__init__()
-        self.known = weakref.WeakSet(known)
+        self.known, self.alive, self.peak = weakref.WeakSet(known), before, before
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out, name = operation(*args, **(kwargs or {})), operation.__name__.partition(".")[0]
@@ -335,18 +279,14 @@ class Work(TorchDispatchMode):
             is_causal = "flash" in name and any(arg is True for arg in args)  # half of the products
             self.flops += flops(*args, **(kwargs or {}), out_val=out) / (1 + is_causal)
         else:
-            moved = [leaf for leaf in tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf)]
-            self.traffic += sum(distinct(tensor) * tensor.element_size() for tensor in moved)
+            for tensor in filter(torch.is_tensor, tree_leaves((args, kwargs, out))):  # what is expanded is read once
+                distinct = (n for n, stride in zip(tensor.shape, tensor.stride()) if stride)
+                self.traffic += math.prod(distinct) * tensor.element_size()
         return out
 
     def hold(self, n_bytes):
         self.alive += n_bytes
         self.peak = max(self.peak, self.alive)
-
-
-def distinct(tensor):
-    """Elements in memory: what is expanded is read once."""
-    return math.prod(n for n, stride in zip(tensor.shape, tensor.stride()) if stride)
 
 
 def attention_on_gpu(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
@@ -362,17 +302,13 @@ def count_work(model, batch):
     inner = unwrapped(model).model  # it would ask of data where the images stand
     inner.get_placeholder_mask = lambda *ids, inputs_embeds, **images: inputs_embeds.detach().bool()
     model.zero_grad()
-    known = [parameter.untyped_storage() for parameter in model.parameters()]
-    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention_on_gpu), Work(known) as work:
+    weights = [*model.parameters()]
+    adapter = sum(weight.nbytes for weight in weights if weight.requires_grad)
+    always = sum(weight.nbytes for weight in weights) + 3 * adapter  # AdamW's state, the gradient
+    known = [weight.untyped_storage() for weight in weights]
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", attention_on_gpu), Work(known, always) as work:
         our_losses(model, batch).mean().backward()
     return work
-
-
-def predicted_peak(model, batch):
-    """GiB at the peak of a step: what is always there, and what a micro-batch adds."""
-    adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    always = sum(parameter.nbytes for parameter in model.parameters()) + 3 * adapter  # AdamW's state, the gradient
-    return (always + count_work(model, batch).peak) / 2**30
 
 
 def predicted_seconds(work, card):
@@ -381,38 +317,31 @@ def predicted_seconds(work, card):
     return work.flops / (PRODUCTS * flops), work.traffic / (TRAFFIC * bandwidth), LAUNCH * work.launches
 
 
-def print_memory(model, processor):
-    """The peak by micro-batch size, with texts as long as the longest of 30,000 examples."""
+def print_predictions(shape):
+    """By checkpointing and micro-batch: the peak, what a mean micro-batch is made of, and the paper's hours."""
+    print(f"\n{shape}: predicted, not measured. Peaks are of the heaviest micro-batch of 30,000 examples.\n"
+          f"  10K x 3 epochs, if products reach {PRODUCTS} of a card's peak and other traffic {TRAFFIC} of its\n"
+          f"  bandwidth, one after the other, and the host {LAUNCH * 1e6:.0f} us a launch beside them:")  # fmt: skip
     rng, image = random.Random(0), (Image.new("RGB", (640, 480)),)
     drawn = [[draw_length(rng, mean) for mean in MEANS] for _ in range(30_000)]
-    print("  peak of the heaviest micro-batch of 30,000 examples, GiB:")
-    for checkpointing, n in itertools.product((False, True), (1, 2, 4, 8, 16, 32)):
-        heaviest = max(train.split(drawn, n), key=lambda group: sum(2 * (q + y_w) + y_l for q, y_w, y_l in group))
-        texts = [map(str.__mul__, (" red", " blue", " left"), lengths) for lengths in heaviest]  # a token each
-        batch = packed_batch([Example(*each, image, image) for each in texts], processor)
-        if checkpointing:
-            train.enable_checkpointing(model)
-        peak = predicted_peak(model.train(), batch)
-        print(f"{n:8}: {peak:6.1f} {'with' if checkpointing else 'without'} checkpointing")
-
-
-def print_hours(model, processor):
-    """What a micro-batch is made of, by its size and checkpointing, and the hours of the paper's run."""
-    print(f"  10K x 3 epochs, if products reach {PRODUCTS} of a card's peak and other traffic {TRAFFIC} of its\n"
-          f"  bandwidth, one after the other, and the host {LAUNCH * 1e6:.0f} us a launch beside them:")  # fmt: skip
-    for checkpointing, n in itertools.product((False, True), (1, 2, 4, 8)):
-        if checkpointing:
-            train.enable_checkpointing(model)
-        batch = packed_batch(make_pairs(n), processor)
-        work = count_work(model.train(), batch)
-        print(f"{n:8} {'with' if checkpointing else 'without'} checkpointing: {len(batch.take):,} tokens, "
-              f"{work.flops / 1e12:.1f} TFLOP, {work.traffic / 1e9:.0f} GB, {work.launches:,} launches")  # fmt: skip
-        for card in CARDS:
-            products, traffic, host = predicted_seconds(work, card)
-            hours = 30_000 / n * max(products + traffic, host) / 3600
-            waits = ", waits for the host" if host > products + traffic else ""
-            print(f"{card:>18}: {1e3 * products:5.0f} + {1e3 * traffic:4.0f} ms, host {1e3 * host:3.0f} ms: "
-                  f"{hours:5.2f} h{waits}")  # fmt: skip
+    for checkpointing in (False, True):
+        model, processor = make_model(shape, "meta", torch.bfloat16, checkpointing)
+        for n in (1, 2, 4, 8, 16, 32):
+            heaviest = max(train.split(drawn, n), key=lambda group: sum(2 * (q + y_w) + y_l for q, y_w, y_l in group))
+            texts = [map(str.__mul__, (" red", " blue", " left"), lengths) for lengths in heaviest]  # a token each
+            longest = packed_batch([Example(*each, image, image) for each in texts], processor)
+            peak = count_work(model, longest).peak / 2**30
+            batch = packed_batch(make_pairs(n), processor)
+            work = count_work(model, batch)
+            print(f"{n:8} {'with' if checkpointing else 'without'} checkpointing, peak {peak:5.1f} GiB: "
+                  f"{len(batch.take):,} tokens, {work.flops / 1e12:.1f} TFLOP, {work.traffic / 1e9:.0f} GB, "
+                  f"{work.launches:,} launches")  # fmt: skip
+            for card in CARDS:
+                products, traffic, host = predicted_seconds(work, card)
+                hours = 30_000 / n * max(products + traffic, host) / 3600
+                waits = ", waits for the host" if host > products + traffic else ""
+                print(f"{card:>18}: {1e3 * products:5.0f} + {1e3 * traffic:4.0f} ms, host {1e3 * host:3.0f} ms: "
+                      f"{hours:5.2f} h{waits}")  # fmt: skip
 
 
 def run(argv):
@@ -437,9 +366,7 @@ def run(argv):
     args.shape = args.shape or ("bunny-3b" if cuda else "tiny")
     if args.only == "memory-formula":
         for shape in ("bunny-3b", "llava-7b"):
-            print(f"\n{shape}: predicted, not measured")
-            for show in (print_memory, print_hours):  # a model each: checkpointing is not switched off again
-                show(*make_model(shape, "meta", torch.bfloat16, rank=64))
+            print_predictions(shape)
     elif args.only in MEMORY:
         measure_memory(args, args.only)
     elif args.only == "speed":

@@ -133,7 +133,6 @@ def learn_to_see(model, rng, world, steps=400, batch_size=64):
         sum(F.cross_entropy(*pair) for pair in zip(logits, labels.flatten(1))).backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.model.vision_tower.requires_grad_(False)
 
 
 def question_and_answer(scene, rng):
@@ -149,7 +148,6 @@ def learn_to_answer(model, processor, rng, world, n_scenes=12, questions=8, lr=2
     prefix = tokenizer(f"{BUNNY_SYSTEM} USER: {BUNNY_IMAGE_TOKEN * (2 * world.grid) ** 2}\n").input_ids
     tokens = functools.cache(lambda text: tokenizer(text).input_ids)
     parameters = [p for name, p in model.requires_grad_(True).named_parameters() if "vision_tower" not in name]
-    model.model.vision_tower.requires_grad_(False)
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, world.base_steps // 20, world.base_steps)
     for _ in range(world.base_steps):

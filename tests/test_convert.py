@@ -403,17 +403,18 @@ def test_continues_where_it_was_stopped(folder, monkeypatch, source, stop):
         write_parquet(source, SPA_VL, n=5)
     write(RECORD, RECORD, RECORD | {"image": BASE64}, RECORD, RECORD)
     assert run(source, "whole") == 0
-    seen, real = [], convert.convert
+    seen, kept, log, real = [], [], Path("out/converted.jsonl"), convert.convert
 
     def stopping(record, number, *others):
         seen.append(number)
+        kept.append(log.read_bytes().count(b"\n"))  # records that a kill would leave
         if number == stop == len(seen):
             raise KeyboardInterrupt
         return real(record, number, *others)
 
     monkeypatch.setattr(convert, "convert", stopping)
     assert run(source, "out") == 130 and not Path("out/data.jsonl").exists()
-    log = Path("out/converted.jsonl")
+    assert kept == [*range(stop)]
     log.write_bytes(log.read_bytes() + '\n{"é'.encode()[:-1])
     assert run(source, "out") == 0
     assert seen == [*range(1, stop + 1), *range(stop, 6)]
@@ -423,9 +424,12 @@ def test_continues_where_it_was_stopped(folder, monkeypatch, source, stop):
     assert Path("out/data.jsonl").read_bytes() == Path("whole/data.jsonl").read_bytes()
 
 
-def test_a_full_disk_leaves_no_half_result(folder, monkeypatch):
+@pytest.mark.parametrize("image", [{}, {"image": BASE64}])
+def test_a_full_disk_leaves_no_half_result(folder, monkeypatch, image):
     """The user makes room, and the same command goes on."""
-    write(RECORD)
+    write(RECORD | image)
+    images = lambda out: [path.read_bytes() for path in Path(out, "images").iterdir()]
+    assert run("in.jsonl", "whole") == 0
     real = Path.write_bytes
 
     def full(path, content):
@@ -436,6 +440,7 @@ def test_a_full_disk_leaves_no_half_result(folder, monkeypatch):
         patch.setattr(Path, "write_bytes", full)
         assert run("in.jsonl", "out") == 2
     assert run("in.jsonl", "out") == 0 and len(written()) == 1
+    assert images("out") == images("whole")
 
 
 def test_nothing_that_is_there_is_overwritten(folder, capsys):

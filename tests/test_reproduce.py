@@ -1,9 +1,6 @@
 """Protects `examples/reproduce.py`: the paper's values, the scripts that it prints, the tables it collects.
 
-The hub, the scorers and their judge are stand-ins: programs of the same names, arguments and outputs.
-Training and answering are the project's own, on the tiny Bunny of `examples/base`, with three questions a
-benchmark.
-"""
+The hub, the scorers and their judge are stand-ins: programs of the same names, arguments and outputs."""
 
 import base64
 import io
@@ -71,7 +68,7 @@ def test_papers_values_stand_in_the_cells_of_their_rows(name, tmp_path, printed)
     rows = re.findall(r"(?m)^\S.*: paper(.*)\n  found(.*)$", text)
     expected = [row.split() for row in PAPER[name].split("|")]
     assert [paper.split() for paper, _ in rows] == expected
-    assert {found for _, found in rows} == {""}
+    assert {found for _, found in rows} == {""} and text.rstrip().count(reproduce.TABLES[name].note)
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -95,17 +92,24 @@ def test_list_has_every_table_and_figure_with_runs_questions_scorers_and_cells(p
     assert re.search(r"- conditional +bunny-no-conditional +--no-conditional\n", parts["table2"])
     assert re.search(r"(?m)^  AMBER, .* inference.py: CHAIRs, Cover, HalRate, Cog$", parts["table1"])
     assert parts["figure3"].endswith("MMHalBench, 96 questions: answers")  # not scored
+    assert printed("--list", "table2", "table2") == printed("--list", "table2")
     with pytest.raises(SystemExit):
         reproduce.run(["--help"])
     assert "figure5; all" in capsys.readouterr().out
 
 
-def test_every_script_is_accepted_by_bash(tmp_path, printed):
-    """The paths of the folder hold what a shell would take for its own."""
+def test_every_script_is_accepted_by_bash(tmp_path, printed, monkeypatch):
+    """The paths hold what a shell would take for its own. A model's folder is found from anywhere."""
     work = tmp_path / 'it\'s $(here) & "there"'
-    text = printed("--work", work)
+    model = work / "my model"
+    model.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    text = printed("--work", ".", "--models", "my model", "llava-hf/x")
+    commands = map(shlex.split, re.findall("(?m)^(?:train|answer .*) (?:bunny|llava).*", text))
+    assert {words[2 + (words[0] == "answer")] for words in commands} == {str(model), "llava-hf/x"}
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     (line,) = re.findall("^ROOT=.*$", text, re.MULTILINE)
+    assert line.endswith(" JUDGE=gpt-4.1-2025-04-14")
     assert subprocess.check_output(["bash", "-c", f'{line}; printf %s "$W"'], text=True) == str(work)
 
 
@@ -284,9 +288,8 @@ def bash(tmp_path):
 
 
 def test_table_from_nothing_to_its_cells(bash, tmp_path, monkeypatch, printed):
-    """The whole way: downloads, training, answers, scores, table. It stops where something has to be done by
-    hand (AMBER's images) or a key is missing, goes on there, makes nothing twice, and resumes a run that has
-    its arguments but no mark of its end. Of Table 1 the three rows of Bunny.
+    """The whole way. It stops where something has to be done by hand (AMBER's images) or a key is missing,
+    goes on there, makes nothing twice, and resumes a run that has arguments but no mark of its end.
 
     By hand: mDPO's ratings 6, 4, 2 have mean 4, one of three is below 3, and attribute's, first and last,
     have mean 4. The others' 1, 0, 3 have mean 1.33, two are below 3. CHAIRs is that of all answers, 33.3."""
@@ -349,12 +352,14 @@ def scored(tmp_path):
 
 
 def test_each_judge_has_rows_of_its_own(scored, printed):
-    """Two judges' scores in one row would be compared with each other. What is missing stays empty, AMBER's
-    cells need no judge."""
-    scored("a-1/bunny.mmhal.json", replies("Rating: 5", "Rating: 5", model="a-1"))
+    """Two judges' scores in one row would be compared. What is missing stays empty, AMBER needs no judge. A
+    server may answer by another model than it was asked for, which is named."""
+    scored("a-1/bunny.mmhal.json", replies("Rating: 5", "Rating: 5", model="else"))
     scored("b-2/bunny.objhal.json", '{"overall_metrics": {"CHAIRs": 0.27, "CHAIRi": 0.046}}')
     flags = scored("amber/bunny.txt", "CHAIR:\t\t 4.9\nCover:\t\t 67.4\nHal:\t\t 37.7\nCog:\t\t 2.4 \n")
-    assert printed(*flags, "table1").split("\n")[3:6] == [
+    text = printed(*flags, "table1")
+    assert "a-1/bunny.mmhal.json: judged by else\n" in text
+    assert text.split("\n")[3:6] == [
         "Bunny-v1.0-3B: paper        2.11     0.58    43.0     8.9     9.8    75.6     64.9     6.0",
         "  a-1                       5.00     0.00                     4.9    67.4     37.7     2.4",
         "  b-2                                        27.0     4.6     4.9    67.4     37.7     2.4",
@@ -368,17 +373,12 @@ def test_each_judge_has_rows_of_its_own(scored, printed):
     ("Rating: 5 or Rating: 4", None),
 ])  # fmt: skip
 def test_ratings_are_read_as_the_official_scorer_reads_them(said, score, scored, printed):
-    """eval_gpt4.py looks for "rating: N" in lower case and counts 0 unless there is exactly one. A judge that
-    writes it otherwise makes every model bad, which has to be seen."""
+    """As eval_gpt4.py: "rating: N", once. A judge that writes otherwise makes every model bad, which has to
+    be seen."""
     text = printed(*scored("judge-2/bunny.mmhal.json", replies(said, said)), "table5")
     assert re.search(rf"(?m)^  judge-2 +{score or '0.00'} +{score or '0.00'}$", text)
     assert ("2 replies without a single rating count 0" in text) == (score is None)
-
-
-def test_another_judge_than_the_folders_is_named(scored, printed):
-    """A server may answer by another model than it was asked for."""
-    flags = scored("judge-2/bunny.mmhal.json", replies("Rating: 3", "Rating: 3", model="else"))
-    assert "bunny.mmhal.json: judged by else\n" in printed(*flags, "table5")
+    assert "json: judged by" not in text
 
 
 @pytest.mark.parametrize("path, content", [

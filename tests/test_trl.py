@@ -35,7 +35,7 @@ def flags(model, data, out, *more, accumulation=2):
     argv = f"""--model {model} --data {data} --output_dir {out} --num_train_epochs 2 --learning_rate 1e-2
         --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --eval-size 3 --save_strategy steps
         --gradient_accumulation_steps {accumulation} --save_steps 2 --disable_tqdm True
-        --dataloader_num_workers 0 --lora-rank 4 --lora-alpha 8 --use_cpu"""
+        --dataloader_num_workers 0 --lora-rank 4 --lora-alpha 8 --use_cpu --seed 1"""
     return [*argv.split(), *map(str, more)]
 
 
@@ -44,7 +44,7 @@ def runs(request, drawn, tmp_path_factory):
     """The same run by train.py and in TRL -> (model, its folder, its folder in TRL)."""
     model, out = request.getfixturevalue(request.param), tmp_path_factory.mktemp("runs")
     argv = f"""--model {model} --data {drawn} --out {out / "ours"} --epochs 2 --batch-size 4 --lr 1e-2
-        --micro-batch-size 2 --workers 0 --eval-size 3 --lora-rank 4 --lora-alpha 8 --device cpu"""
+        --micro-batch-size 2 --workers 0 --eval-size 3 --lora-rank 4 --lora-alpha 8 --device cpu --seed 1"""
     assert train.main(argv.split()) == 0
     assert run_command(trl_mdpo.run, flags(model, drawn, out / "trl")) == 0
     return model, out / "ours", out / "trl"
@@ -70,8 +70,8 @@ def assert_train_pys_numbers(out, ours):
 
 
 def test_one_process_gives_train_pys_numbers(runs):
-    """The way to many GPUs must train what the README reports: a wrong token, order, crop, weight of the last
-    short batch, default of the optimizer or mean over the held-out examples shows here."""
+    """The way to many GPUs must train what the README reports, from tokens to the mean over a short last
+    batch."""
     _, ours, out = runs
     assert_train_pys_numbers(out, ours)
     assert not (out / "ref").exists()  # a second adapter of TRL's
@@ -82,8 +82,8 @@ def test_one_process_gives_train_pys_numbers(runs):
 
 
 def test_two_processes_equal_one(runs, drawn, tmp_path):
-    """A last update of one example leaves a process without any: counted, repeated or waited for, it would be
-    wrong. So would gradients or metrics that are means over processes."""
+    """A last update of one example leaves a process without any: it must not count, be repeated or waited
+    for."""
     model, ours, _ = runs
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -118,8 +118,8 @@ class Groups:
 
 
 def test_the_process_group_outlives_the_trainer(monkeypatch):
-    """Where DDP lets go of the group last, one run in four ends by hanging: DDP holds Python's lock while it
-    waits for the group's threads, and they wait for the lock (pytorch issue 56297)."""
+    """Else one run in four ends by hanging: DDP waits for threads that wait for its lock (pytorch issue
+    56297)."""
     monkeypatch.setattr(torch.distributed, "group", Groups())
     monkeypatch.setattr(trl_mdpo, "MDPOTrainer", Freed)
     monkeypatch.setattr(trl_mdpo, "parse", lambda argv: ["trainer"])
@@ -142,7 +142,7 @@ def test_tokens_loss_and_gradients_are_train_pys(family, drawn, tmp_path):
     model, processor, pairs = trainer.model, trainer.processing_class, trainer.pairs
     inputs = next(iter(trainer.get_train_dataloader()))
     layout = train.choose_layout(model, processor, [pairs[0, 0], pairs[0, 1]])
-    first = [pairs[key] for key in train.plan_steps(9, 4, 2, 1, 0)[0][0]]
+    first = [pairs[key] for key in train.plan_steps(9, 4, 2, 1, 1)[0][0]]
     given, batch = inputs["batch"], make_batch(first, processor, share=layout == "packed")
     batch = pack(batch) if layout == "packed" else batch
     assert tuple(given.names) == batch.names and (given.take is None) == (layout == "plain")
@@ -153,7 +153,7 @@ def test_tokens_loss_and_gradients_are_train_pys(family, drawn, tmp_path):
     move(model.train())
     for name, module in model.get_base_model().named_modules():
         assert not (module.training and re.search("tower|vision|visual", name))
-    assert model.get_decoder().training
+    assert model.get_decoder().training and model.get_base_model().is_gradient_checkpointing
     ours, theirs = mdpo_step(model, batch)[0].mean(), trainer.compute_loss(model, inputs)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5) != 3 * math.log(2)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -180,13 +180,17 @@ def test_templates_of_the_families_write_what_the_hubs_write(name, system):
 
 
 def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):
-    """A flag that is read and not used trains something else than was asked for. Policy and reference are the
-    same at the start, so rewards are 0: DPO's term is ln 2, the anchor's is softplus(delta) on y_w and
-    softplus(-delta) on y_l."""
+    """A flag that is read and not used trains something else. At the start rewards are 0: DPO's term is ln 2,
+    the anchor's softplus(delta) on y_w and softplus(-delta) on y_l."""
     more = "--delta 1 --no-conditional --anchors chosen rejected --crop 0.5 0.6 --beta 0.2 --max_length 90"
+    more += " --dataloader_num_workers 1 --gradient_checkpointing False --debug"
     argv = flags(bunny, drawn, tmp_path, *more.split(), "--limit", 8)
     trainer = trl_mdpo.MDPOTrainer(*trl_mdpo.parse(argv))
     inputs = next(iter(trainer.get_train_dataloader()))
+    assert not trainer.model.get_base_model().is_gradient_checkpointing
+    assert trainer.get_train_dataloader().num_workers == 1
+    held_out, _ = trainer.get_eval_dataloader()  # 2 + 1; with more than such a loss needs: for its metrics
+    assert [*held_out["batch"].names] == ["chosen", "rejected", "image_rejected"]
     assert [*inputs["batch"].names] == ["chosen", "rejected"] and trainer.loss.keywords["beta"] == 0.2
     assert (len(trainer.pairs), len(trainer.held_out)) == (5, 3)
     assert (trainer.pairs.strategy, tuple(trainer.pairs.crop)) == ("crop", (0.5, 0.6))
@@ -227,8 +231,8 @@ def test_an_update_is_32_examples_on_any_number_of_processes(n, micro, accumulat
 
 @pytest.mark.parametrize("n, seed", [(1, 0), (2, 1), (3, 0), (8, 1)])
 def test_processes_share_train_pys_plan(n, seed):
-    """Each example once an epoch, in train.py's update and the order of the seed; and as many micro-batches
-    for each process, or one waits for ever."""
+    """Each example once an epoch, in train.py's update; as many micro-batches a process, or one waits for
+    ever."""
     plan = train.plan_steps(9, 4, 2, 2, seed)
     sizes = {"world_size": n, "batch_size": 4, "per_device_train_batch_size": 2, "seed": seed}
     processes = [trl_mdpo.Epochs(SimpleNamespace(process_index=i, **sizes), 9) for i in range(n)]
@@ -252,8 +256,7 @@ def test_processes_share_train_pys_plan(n, seed):
     ("--eval-size 12", "--eval-size 12 leaves none of 12"),
 ])  # fmt: skip
 def test_what_is_not_used_or_wrong_is_one_line(bunny, drawn, tmp_path, capsys, argv, message):
-    """`--loss_type` used to be ignored in silence, and a missing file was a traceback. Every other field of
-    TRL's is refused, too."""
+    """`--loss_type` used to be ignored in silence, and a missing file was a traceback."""
     assert run_command(trl_mdpo.run, [*flags(bunny, drawn, tmp_path / "out"), *argv.split()]) == 2
     printed = capsys.readouterr().err.splitlines()
     assert message in printed[-1] and sum("error: " in line for line in printed) == 1

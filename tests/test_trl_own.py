@@ -1,15 +1,10 @@
-"""Protects the ways into one's own trainer, and the predicted hours. Each test says what breaks if it fails.
-
-`MDPOTrainer` of examples/trl_own.py (where trl is missing, its tests are skipped), the lines of README's
-section "The loss in your own trainer", and what examples/throughput.py counts.
-"""
+"""Protects the ways into one's own trainer: `MDPOTrainer` and README's lines; and what throughput.py
+counts."""
 
 import ast
 import random
 import re
 from functools import partial
-from types import SimpleNamespace
-from unittest.mock import Mock
 
 import peft
 import pytest
@@ -19,7 +14,7 @@ import train
 from data import BadInput, make_batch, random_crop
 from examples import families, shapes, throughput
 from mdpo import mdpo_loss, mdpo_step, pack
-from test_mdpo import PAIRS, ROOT, move, noise
+from test_mdpo import PAIRS, ROOT, message, move, noise
 from tests.helpers import EXAMPLES_README, README
 
 SECTION = README.split("## The loss in your own trainer")[1].split("\n## ")[0]
@@ -30,9 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def data_set(form="text", own=True):
-    """PAIRS as a `datasets.Dataset` of texts, or of messages whose contents are texts or parts.
-
-    own: with their rejected images; else with a column `image`."""
+    """PAIRS as a `Dataset` of texts, messages or parts. own: with rejected images; else with `image`."""
 
     def say(role, text):
         shown = [{"type": "image"}] if role == "user" else []  # a `Dataset` gives it "text": None
@@ -69,10 +62,7 @@ def in_trl(trl_own, tmp_path):
     from trl import DPOConfig
 
     def in_trl(model, processor, rows=None, wrap=None, more=None, **arguments):
-        fixed = dict.fromkeys(["bf16", "gradient_checkpointing"], False) | {
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
+        fixed = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "disable_tqdm": True}
         fixed |= {"per_device_train_batch_size": 3, "num_train_epochs": 1, "logging_steps": 1}
         fixed |= {"report_to": "none", "save_strategy": "no"}
         args = DPOConfig(str(tmp_path / "out"), **fixed | arguments)
@@ -115,8 +105,7 @@ def test_each_step_is_mdpo_steps(kind, folder_of, in_trl):
 
 
 def test_an_adapter_that_comes_with_the_model_is_the_reference(llava, in_trl):
-    """TRL's rule: training starts from the model that is given. Against the base, the policy would be held to
-    another model than the user's."""
+    """TRL's rule: training starts from the model that is given, and is not held to its base."""
     model, processor = train.load_model(str(llava))
     model = train.add_lora(model, rank=4, alpha=8)
     torch.manual_seed(0)
@@ -148,6 +137,10 @@ def test_the_crop_is_drawn_once_a_visit_for_policy_and_reference(llava, trl_own,
     random.seed(3)
     first, second = trl_own.to_pair(ROW), trl_own.to_pair(ROW)
     assert first.images_rejected == (expected,) != second.images_rejected and first.images == second.images
+    long = trl_own.collate([ROW | {"prompt": "word " * 200}], train.load_processor(str(llava)), None)
+    assert long["input_ids"].shape[1] > 400  # None: uncut
+    turns = [message("user", "What?"), message("assistant", "this")]  # the answer is the last one
+    assert trl_own.to_pair(ROW | {"chosen": turns}).chosen == first.chosen
     assert trl_own.to_pair(ROW | {"images": noise(5).convert("L")}).images[0].mode == "RGB"
     loss, found = first_step(in_trl(*train.load_model(str(llava)), data_set(own=False), wrap=True))
     assert loss.item() == pytest.approx(LN_8, abs=1e-4)
@@ -158,10 +151,8 @@ def test_accumulated_and_evaluated(llava, in_trl):
     """Two micro-batches an update, evaluation, a loss of one's own: metrics keep TRL's names there."""
     data = data_set("messages")
     more = {"eval_dataset": data, "loss": partial(mdpo_loss, anchors=(), delta=0.5)}
-    sizes = {f"per_device_{name}_batch_size": 2 for name in ("train", "eval")} | {
-        "gradient_accumulation_steps": 2
-    }
-    options = sizes | {"eval_strategy": "epoch", "learning_rate": 1e-2}
+    options = {f"per_device_{name}_batch_size": 2 for name in ("train", "eval")}
+    options |= {"gradient_accumulation_steps": 2, "eval_strategy": "epoch", "learning_rate": 1e-2}
     trainer = in_trl(*train.load_model(str(llava)), data, True, more, **options)
     trainer.train()
     record, evaluation, _ = trainer.state.log_history
@@ -169,6 +160,9 @@ def test_accumulated_and_evaluated(llava, in_trl):
     names = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
     assert {*names.split()} <= {*record} and {f"eval_{name}" for name in names.split()} <= {*evaluation}
     assert evaluation["eval_loss"] < 1.3863
+    inputs = next(iter(trainer.get_train_dataloader()))
+    loss, _ = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+    assert loss.item() == trainer.compute_loss(trainer.model, inputs).item()
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -184,7 +178,8 @@ def test_a_row_that_cannot_be_trained_on_is_named(changes, message, llava, trl_o
 
 
 @pytest.mark.parametrize("name, value", [
-    ("loss_type", "ipo"), ("label_smoothing", 0.1), ("ld_alpha", 0.5), ("use_weighting", True)
+    ("loss_type", "ipo"), ("label_smoothing", 0.1), ("ld_alpha", 0.5), ("use_weighting", True),
+    ("loss_weights", [2.0]), ("f_divergence_type", "js_divergence"),
 ])  # fmt: skip
 def test_options_of_another_loss_are_refused(name, value, in_trl):
     """Taken in silence, the run would not be what its arguments say."""
@@ -273,51 +268,28 @@ def test_what_an_operation_counts(operation, shapes, counted):
 
 
 def test_checkpointing_computes_the_layer_once_more(monkeypatch):
-    """One layer of width 32, MLP 64. The difference by hand: the products of the layer, LoRA's A of six and
-    B of all but the last (nothing after it is needed), and attention: causal in a row, whole where y_l's n
-    tokens see a prefix."""
-    text, vision = throughput.phi(32, 64, 1, 2, 600), throughput.siglip(32, 64, 1, 2, 32, 8)
-    monkeypatch.setitem(throughput.SHAPES, "tiny", (text, vision))
-    model, processor = throughput.make_model("tiny", "meta", torch.bfloat16, 8)
+    """By hand, of width 32 and an MLP of 64: the products of a layer, LoRA's A of six and B of all but the
+    last (nothing after it is needed), and attention: causal in a row, whole where y_l's n tokens see a
+    prefix."""
+    shape = throughput.phi(32, 64, 1, 2, 600), throughput.siglip(32, 64, 1, 2, 32, 8)
+    monkeypatch.setitem(throughput.SHAPES, "tiny", shape)
+    model, processor = throughput.make_model("tiny", "meta", torch.bfloat16, checkpointing=False)
     batch = throughput.packed_batch(PAIRS[:1], processor)
-    without = throughput.count_work(model.train(), batch)
+    without = throughput.count_work(model, batch)
     assert throughput.count_work(model, batch).launches == without.launches  # nothing is left of the first
     train.enable_checkpointing(model)
     again = throughput.count_work(model.train(), batch)
     layer, lora = 4 * 32 * 32 + 2 * 32 * 64, 8 * (5 * 32 + 64) + 8 * (4 * 32 + 64)
-    attention = sum(
-        2 * n * n * 32 if owner == row else 4 * n * (prefix + n) * 32
-        for row, (n, owner, prefix) in enumerate(batch.blocks)
-    )
+    seen = [(n, n / 2 if owner == row else prefix + n) for row, (n, owner, prefix) in enumerate(batch.blocks)]
+    attention = sum(4 * 32 * n * n_keys for n, n_keys in seen)
     assert again.flops - without.flops == 2 * len(batch.take) * (layer + lora) + attention
     assert again.traffic > without.traffic and again.launches > without.launches
 
 
-def test_hours_are_those_of_the_slower_of_card_and_host(monkeypatch, capsys):
-    """A GPU that waits for Python is not faster than Python. By hand: 1 s of products at 0.48 of 990 TFLOP/s,
-    0.5 s of traffic at 0.8 of 4.8 TB/s; 30,000 examples. With checkpointing, here, 100,000 launches of
-    38 us are 3.8 s; without, none."""
-    enable = Mock()
-
-    def count_work(model, batch):
-        return SimpleNamespace(flops=475.2e12, traffic=1.92e12, launches=100_000 * enable.call_count)
-
-    monkeypatch.setattr(throughput, "packed_batch", Mock(return_value=SimpleNamespace(take=[])))
-    monkeypatch.setattr(throughput, "make_pairs", Mock())
-    monkeypatch.setattr(throughput, "count_work", count_work)
-    monkeypatch.setattr(train, "enable_checkpointing", enable)
-    throughput.print_hours(torch.nn.Linear(1, 1), None)
-    lines = re.findall("H200:(.*)", capsys.readouterr().out)
-    assert lines[0] == "  1000 +  500 ms, host   0 ms: 12.50 h"
-    assert lines[1] == "  1000 +  500 ms, host   0 ms:  6.25 h"  # two examples at once
-    assert lines[4] == "  1000 +  500 ms, host 3800 ms: 31.67 h, waits for the host"
-
-
 def test_readme_hours_are_what_is_counted():
     """A table that rots: Bunny's hours on every card, with checkpointing."""
-    model, processor = throughput.make_model("bunny-3b", "meta", torch.bfloat16, 64)
-    train.enable_checkpointing(model)
-    work = throughput.count_work(model.train(), throughput.packed_batch(throughput.make_pairs(4), processor))
+    model, processor = throughput.make_model("bunny-3b", "meta", torch.bfloat16)
+    work = throughput.count_work(model, throughput.packed_batch(throughput.make_pairs(4), processor))
     rows = re.findall(r"^\| (.*), \d+ GB \| ([\d.]+), ([\d.]+) \| ([\d.]+) h ", HOURS, re.MULTILINE)
     assert {name: (float(flops), float(width)) for name, flops, width, _ in rows} == throughput.CARDS
     for name, *_, hours in rows:
