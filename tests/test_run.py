@@ -336,7 +336,7 @@ DAMAGES = {  # what the line must say: a file of the run, and its bytes or what 
     "args.json": ("args.json", Path.unlink),
     "not valid JSON": ("args.json", b'{"model": '),
     "cannot be resumed: is not in a known form": ("args.json", b"[]"),
-    "has no 'model'": ("args.json", b"{}"),
+    "cannot be resumed: has no": ("args.json", b"{}"),
     "seed, data files, examples, system, base weights, loss": ("checkpoint.pt", of_another_run),
     "checkpoint.pt: cannot be resumed from: is damaged": ("checkpoint.pt", changed),
     "checkpoint.pt: cannot be resumed from: File is not": ("checkpoint.pt", b"half"),
