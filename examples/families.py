@@ -6,8 +6,8 @@
 For each it prints the layout that training chose, how far packed rows are from plain ones, which are the library's own
 call, in nats / sqrt(tokens), and whether four steps with an exaggerated learning rate change an answer.
 
-In a model with many experts, rounding can exchange two experts that are almost equally good for a token: training takes
-plain rows, although packed rows are exact.
+In a model with many experts, rounding can exchange two experts that are almost equally good for a token: training
+takes plain rows, although packed rows are exact.
 """
 
 import json
@@ -157,7 +157,8 @@ def idefics3(name="Idefics3", tiles=transformers.Idefics3ImageProcessorPil, bos=
     parts = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     tokenizer = make_tokenizer("<global-img>", *parts, bos_token=bos, eos_token="<end_of_utterance>",
                                pad_token="<pad>", image_token="<image>", global_image_token="<global-img>",
-                               fake_image_token="<fake_token_around_image>", end_of_utterance_token="<end_of_utterance>")  # fmt: skip
+                               fake_image_token="<fake_token_around_image>",
+                               end_of_utterance_token="<end_of_utterance>")  # fmt: skip
     tiles = tiles(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     config = {"scale_factor": 2, "image_token_id": tokenizer.image_token_id}
     text = {"model_type": "llama"}

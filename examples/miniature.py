@@ -30,8 +30,8 @@ from examples.answer import chat_prompt, generate_answers, load_tuned
 from examples.curves import load_pyplot, read_log
 from examples.evaluate import diagnose, score_margins
 
-# Fixed on seeds 101 and 102, which are not reported, and not touched afterwards. Grounding there of DPO and mDPO was .52 and
-# .57 at a learning rate of 1e-4, .49 and .66 at 3e-4, .57 and .66 at 1e-3; the middle one was taken for all methods.
+# Fixed on seeds 101 and 102, which are not reported, and not touched afterwards. Grounding there of DPO and mDPO was
+# .52 and .57 at a learning rate of 1e-4, .49 and .66 at 3e-4, .57 and .66 at 1e-3; the middle one was taken for all.
 PAIRS, HELD_OUT = 1536, 96  # 48 steps an epoch of 32
 COMMON = "--epochs 3 --lr 3e-4 --lora-rank 16 --lora-alpha 32 --batch-size 32 --micro-batch-size 32 --workers 0 "
 COMMON += f"--no-checkpointing --eval-size {HELD_OUT} --limit {PAIRS + HELD_OUT}"
@@ -82,7 +82,7 @@ def yes_leanings(model, processor, questions):
 
 @contextlib.contextmanager
 def in_folder(out, seed):
-    """The folder of a seed, in which what is said goes to log.txt; one thread, so that a rerun gives the same numbers."""
+    """The folder of a seed, in which what is said goes to log.txt; one thread, so that a rerun is the same."""
     torch.set_num_threads(1)
     folder = Path(out) / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def run_method(out, seed, method, n_scenes, world=shapes.SMALL):
 
 
 def curves(out, beta=0.1):
-    """Change of log p(y_w) and image-conditional accuracy on held-out pairs, after each epoch: lists, and their ends."""
+    """Change of log p(y_w) and image-conditional accuracy on held-out pairs, after each epoch; and the last."""
     records = [record for record in read_log(out) if "eval/loss" in record]
     result = {"chosen_curve": [record["eval/rewards/chosen"] / beta for record in records]}
     if records and "eval/rewards/image_accuracies" in records[0]:  # not without images

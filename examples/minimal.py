@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from peft import LoraConfig, get_peft_model
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
 
 BETA, LR, EPOCHS, BATCH, SEED = 0.1, 1e-5, 3, 32, 0
 LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # all linear layers of Llama, Mistral and Qwen
@@ -61,9 +61,9 @@ def main(name, data, out):
     if Path(out).exists():
         sys.exit(f"{out}: already exists")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    processor = AutoProcessor.from_pretrained(name)
-    processor.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")  # with torchvision, too
-    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()  # no dropout
+    processor = transformers.AutoProcessor.from_pretrained(name)
+    processor.image_processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")  # with torchvision, too
+    model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()  # no dropout
     torch.manual_seed(SEED)
     model = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules=LAYERS))
     if device == "cuda":
@@ -76,7 +76,7 @@ def main(name, data, out):
         random.Random(f"{SEED} order {epoch}").shuffle(order)
         steps += [order[at : at + BATCH] for at in range(0, len(order), BATCH)]
     optimizer = torch.optim.AdamW(model.parameters(), LR, (0.9, 0.98), weight_decay=0.05)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * len(steps)), len(steps))
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, math.ceil(0.1 * len(steps)), len(steps))
     for step, batch in enumerate(steps, 1):
         losses = []
         for epoch, i in batch:  # gradient accumulation; a new crop in each epoch

@@ -1,11 +1,11 @@
 """A small world in which mDPO's claims can be checked exactly: drawn scenes, questions, a careless annotator, metrics.
 
-Scenes hold one to three shapes on a 2 x 2 grid. Each shape has a habitual colour and a habitual companion. The annotator
-often answers from habit instead of looking: he names the habitual colour, accepts a false premise, says yes, adds the
-absent companion. A model that learned from him can see, but is biased: it hallucinates as large models do.
+Scenes hold one to three shapes on a 2 x 2 grid. Each shape has a habitual colour and a habitual companion. The
+annotator often answers from habit instead of looking: he names the habitual colour, accepts a false premise, says yes,
+adds the absent companion. A model that learned from him can see, but is biased: it hallucinates as large models do.
 
-Preference pairs are like Silkie's: chosen answers are mostly long and polite, rejected ones terse, a difference that the
-words alone betray. Both come from the annotator. What only the image can tell is that some rejected answers are about
+Preference pairs are like Silkie's: chosen answers are mostly long and polite, rejected ones terse, which the words
+alone betray. Both come from the annotator. What only the image can tell is that some rejected answers are about
 *another scene in which the question could have been asked*: the words have the same statistics, the image differs.
 """
 
@@ -43,7 +43,7 @@ CELL = 16
 
 
 def random_scene(rng, habitual=0.0, world=SMALL):
-    """{shape: (colour, cell)}: different shapes in reading order; a share `habitual` of them in their habitual colour."""
+    """{shape: (colour, cell)}: different shapes in reading order; a share `habitual` in their habitual colour."""
     shapes = rng.sample(SHAPES, rng.randint(1, world.most))
     spots = rng.sample(range(world.grid**2), len(shapes))
     colour = lambda shape: HABIT[shape] if rng.random() < habitual else rng.choice(list(COLOURS))
@@ -206,7 +206,7 @@ def is_right(scene, question, text):
 def score(answers):
     """[(scene, question, text)] -> metrics against the exact scene: a "red circle" is hallucinated if none is there.
 
-    chair_s: share of descriptions with a hallucinated thing (Rohrbach et al. 2018 count objects, found by a word list).
+    chair_s: share of descriptions with a hallucinated thing (Rohrbach et al. 2018 count objects by a word list).
     hallucination_rate: share of all answers with a false claim (AMBER's HalRate: of descriptions alone).
     false_premise: share of "colour" questions about absent things that are refused (MMHal-Bench's
     "adversarial objects"); false_premise_balanced: mean of it and of `answered`, of those about present things.

@@ -1,7 +1,7 @@
 """Tiny checkpoints in the file format of BAAI/Bunny-v1_0-3B: random ones, and the base model of the shapes world.
 
 The base is a Phi + SigLIP of 0.4 million parameters that learned from the careless annotator of `shapes.py`.
-`examples/base` is `write_base` of seed 0 on one thread at commit 65c4989; other versions and machines round differently.
+`examples/base` is `write_base` of seed 0 on one thread at commit 65c4989; other versions and machines round otherwise.
 """
 
 import functools
@@ -26,7 +26,7 @@ from train import BUNNY_IMAGE_TOKEN, BUNNY_SYSTEM, load_model
 
 def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layers=2, vision_tower="siglip-patch8-64",
                 seed=0):  # fmt: skip
-    """Write a random Phi + SigLIP in the format of BAAI/Bunny-v1_0-3B: config, CodeGen tokenizer, sharded fp16 weights.
+    """Write a random Phi + SigLIP in the format of BAAI/Bunny-v1_0-3B: config, CodeGen tokenizer, fp16 shards.
 
     texts: what the tokenizer is trained on. vision_tower: ends in patch<P>-<pixels>, as in the real config.
     """

@@ -1,10 +1,8 @@
 """The examples, by their commands: what they print, write and leave on the disk is what they say."""
 
-import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +12,6 @@ import pytest
 import torch
 
 import train
-from data import run_command
 from examples import answer, evaluate, families, miniature, shapes, throughput, tiny_bunny
 from test_mdpo import TEXTS, log_of, noise, write
 from tests.test_examples import changed, evaluated, printed  # noqa: F401
