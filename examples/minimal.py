@@ -62,7 +62,7 @@ def main(name, data, out):
         sys.exit(f"{out}: already exists")
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     processor = transformers.AutoProcessor.from_pretrained(name)
-    processor.image_processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")  # with torchvision, too
+    processor.image_processor = transformers.AutoImageProcessor.from_pretrained(name, backend="pil")  # not torchvision
     model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device).eval()  # no dropout
     torch.manual_seed(SEED)
     model = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules=LAYERS))
