@@ -639,6 +639,7 @@ def test_max_pixels_is_of_the_check_and_of_all_pairs(folder, qwen):
 
 def test_the_check_processes_one_image_of_each_size(folder, bunnys, monkeypatch):
     """Resizing pixels that nobody looks at took most of the check's time, minutes for 10,000 records."""
+    data.n_image_tokens.cache_clear()  # of other tests
     calls = counted(monkeypatch, type(bunnys.image_processor), "__call__")
     records = [authors(id=i, img_path=("a.png", "b.png")[i % 2], rejected_image=MERGED) for i in range(20)]
     assert len(read(folder, *records, processor=bunnys)) == 20 and 0 < len(calls) <= 4
