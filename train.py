@@ -788,7 +788,7 @@ def packing_error(model, processor, pairs, layout="packed", max_length=2048):
     rows = make()
     with InFloat32():
         batches = rows, rows if layout == "plain" else pack(make(share=True))
-        plain, packed = (torch.cat(response_logps(model.eval(), batch)).cpu() for batch in batches)
+        plain, packed = (torch.cat(response_logps(model, batch)).cpu() for batch in batches)
     if not plain.isfinite().all():
         raise BadInput("its log-probabilities are not finite: its weights may be damaged")
     return ((packed - plain).abs() / (rows.labels >= 0).sum(1).sqrt()).max().item()  # nan if one is

@@ -25,7 +25,7 @@ import train
 from data import BadInput, Example, Pairs, make_batch, open_image, random_crop, read_examples
 from mdpo import forward_inputs, mdpo_loss, mdpo_step, pack, response_logps
 from test_mdpo import LAYOUTS, PAIRS, authors, command, gradient, laid_out, message, noise, pair
-from test_mdpo import prefix_length, with_lora, write
+from test_mdpo import log_of, prefix_length, with_lora, write
 from tests.helpers import CHAT, DPO_NAMES, PARTS, PLAIN, VLFEEDBACK, check_file, outputs_of, preceded
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -233,6 +233,13 @@ def test_a_bad_record_is_named_by_its_number_and_its_id(folder):
         read(folder, PLAIN, authors(id="x7", chosen=""))
 
 
+def test_own_rejected_images_are_scaled_down_as_well(folder):
+    """m_w in fewer pixels than m_l would be told apart by that alone, and m_l may not fit."""
+    examples = read(folder, authors(rejected_image="merged_images/llava-1.jpg"))
+    for image in sum(data.Pairs(examples, max_pixels=100)[0][3:5], ()):
+        assert image.width * image.height <= 100
+
+
 def test_one_of_two_images_may_be_the_rejected_one(folder):
     """The worse context differs in the second image alone."""
     changed = {"images": ["a.png"] * 2, "rejected_images": ["a.png", "merged_images/llava-1.jpg"]}
@@ -315,6 +322,13 @@ def test_a_resumed_run_drops_what_it_dropped_and_checks_nothing_else(folder):
     assert read_pairs(folder, records, resume="r") == [["1", "2"], []]
     with pytest.raises(BadInput, match="broken.png cannot be decoded"):
         read_pairs(folder, records)
+
+
+def test_a_sample_is_drawn_by_the_runs_seed(folder):
+    """Five seeds on one sample would show less spread than there is."""
+    records = [authors(id=n) for n in range(9)]
+    drawn = read_pairs(folder, records, "--limit", 3, "--seed", 1)[0]
+    assert [*map(int, drawn)] == sorted(random.Random(1).sample(range(9), 3))
 
 
 def test_limits_are_of_the_training_data_alone(folder):
@@ -525,6 +539,14 @@ def test_each_kept_epoch_is_a_copy_of_the_runs_folder(bunny, small, tmp_path):
     assert train.main(arguments) == 0
     kept, latest = ({path.name for path in (tmp_path / "out" / of).iterdir()} for of in ("epoch-1", ""))
     assert latest - kept == {"epoch-1", "args.json", "metrics.jsonl", "checkpoint.pt"} and kept < latest
+
+
+def test_without_images_nothing_is_compared_between_images(bunny, small, tmp_path):
+    """A margin of 0 between images that are not there reads as a model that is blind."""
+    flags = "--no-image --epochs 1 --eval-size 1".split()
+    assert train.main(command(bunny, small, tmp_path / "out", *flags)) == 0
+    names = log_of(tmp_path / "out")[0].keys()
+    assert "eval/rewards/margins" in names and not any("image" in name for name in names)
 
 
 def test_half_an_epoch_is_not_kept(bunny, small, tmp_path):

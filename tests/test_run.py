@@ -88,6 +88,8 @@ def ended(function, *arguments):
     process = fork(function, *arguments)
     process.join(timeout=60)
     process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its workers, where it led a group of its own
     return process.exitcode
 
 
@@ -629,7 +631,11 @@ def test_what_changes_speed_does_not_change_the_update(finished, run, out, monke
 
     spawning = functools.partial(train.DataLoader, multiprocessing_context="spawn")
     monkeypatch.setattr("train.DataLoader", spawning)
-    with preceded("torch.optim.AdamW.__init__", halve):
+
+    def look(model, batch, **options):
+        assert batch.take is None, "packed"
+
+    with preceded("torch.optim.AdamW.__init__", halve), preceded("train.mdpo_step", look):
         assert run("--layout", "plain", "--micro-batch-size", 1, "--workers", 1) == 0
     args = json.loads((out / "args.json").read_text())
     assert args["layout"] == "plain" and args["micro_batch_size"] == 1
