@@ -21,6 +21,15 @@ import train
 from examples import families
 
 
+@pytest.fixture(autouse=True)
+def threads():
+    """A test that leaves another number of threads changes the last bits of runs behind it."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", params=families.FAMILIES)
 def family(request, tmp_path_factory):
     """(folder, model, processor) of a tiny random model of each family."""
