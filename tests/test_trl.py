@@ -82,7 +82,7 @@ def test_one_process_gives_train_pys_numbers(runs):
 
 
 def test_dpo_in_trl_has_no_anchor(bunny, drawn, tmp_path):
-    """"none" is no name of a log-probability: Table 2's rows without the anchor would not begin."""
+    """The word none names no log-probability: Table 2's rows without the anchor would not begin."""
     argv = flags(bunny, drawn, tmp_path, *"--no-conditional --anchors none --num_train_epochs 1".split())
     assert run_command(trl_mdpo.run, argv) == 0
     assert numbers_of(tmp_path)[1, "loss"] == pytest.approx(math.log(2), abs=1e-5)
