@@ -496,7 +496,7 @@ def printable(text):
 
 
 def lasting(text):
-    """An argparse type: such a name, absolute if it exists, so that a run can go on from another folder."""
+    """An argparse type: a path that exists is made absolute: a run may go on from another folder."""
     return os.path.abspath(text) if os.path.exists(printable(text)) else text
 
 
