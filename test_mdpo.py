@@ -132,11 +132,12 @@ def test_step_0_loss_is_3_ln_2_and_trains_the_language_model(family, n_layers, l
 
 
 def test_a_step_is_the_loss_of_policy_and_reference(bunny):
-    """With the adapter left on, every reward is 0 for ever; a reference of one's own is scored by itself. A
-    wrong name that is swallowed trains with the defaults. A metric that keeps its graph keeps the activations
-    of every step that is logged."""
+    """With the adapter left on, every reward is 0 for ever; a reference of one's own is scored by itself, and
+    sees with its own projector. A wrong name that is swallowed trains with the defaults. A metric that keeps
+    its graph keeps the activations of every step that is logged."""
     (model, processor), (other, _) = with_lora(bunny), with_lora(bunny)
     move(other)
+    other.get_base_model().model.multi_modal_projector.linear_1.weight.data *= 2
     batch = make_batch(PAIRS, processor)
     with torch.no_grad():
         base, others = (response_logps(of, batch) for of in (model, other))
@@ -211,8 +212,15 @@ WRONG_ARGUMENTS = {  # what the message must say: policy_logps, ref_logps, optio
     "ref_logps.image_rejected must be floats of shape (B,)": (THREE, (B2, B2, torch.zeros(3)), {}),
     "ref_logps.chosen must be floats": (THREE, (B2.long(), B2, B2), {}),
     "are the two swapped": (THREE, (B2.clone().requires_grad_(), B2, B2), {}),
+    "the reference does not: are the two swapped": ((B2.clone().requires_grad_(),) * 3,) * 2 + ({},),
     "ref_logps.image_rejected must be floats": (THREE, TWO, {}),
     "policy_logps.image_rejected must be floats of": (TWO, THREE, {}),
+    "ref_logps.image_rejected must be floats of": (THREE, TWO, {"conditional": False, "anchors": ()}),
+    "policy_logps.image_rejected must be floats of shape": (
+        TWO,
+        THREE,
+        {"conditional": False, "anchors": ()},
+    ),
     "policy_logps.image_rejected must be floats": (TWO, TWO, {"conditional": True, "anchors": ()}),
     "policy_logps.image_rejected must be": (TWO, TWO, {"conditional": False, "anchors": ("image_rejected",)}),
     "anchors must be a tuple": (THREE, THREE, {"anchors": ("cropped",)}),

@@ -25,16 +25,16 @@ import numpy
 import pytest
 import tokenizers
 import torch
-from PIL import Image, ImageFilter, ImageStat
+from PIL import Image, ImageFilter, ImageStat, features
 
 import data
 import mdpo
 import train
-from data import BadInput, Example, Pairs, make_batch, open_image, read_examples
+from data import BadInput, Example, Pairs, make_batch, open_image, random_crop, read_examples
 from examples import families, shapes
 from test_mdpo import LAYOUTS, MESSAGES, NO_PROMPT, ROOT, asked, authors, command, crop_by_hand, gradient
 from test_mdpo import laid_out, message, noise, pair, prefix_length, write
-from tests.helpers import PLAIN, TURNS, VLFEEDBACK, as_examples
+from tests.helpers import CHAT, DPO_NAMES, PLAIN, TURNS, VLFEEDBACK, as_examples
 from tests.helpers import check_file, completion, counted, one_line_of, pixels_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -131,7 +131,7 @@ def test_lines_are_numbered_as_an_editor_does(folder):
     path.write_text("\r\n".join(lines), encoding="utf-8", newline="")
     examples = read_examples(path, skip_bad=True, log=said.append)
     assert [(e.id, e.chosen) for e in examples] == [("1", "A\u2028cat."), ("4", "A\u2028cat.")]
-    assert re.search("record 5: not valid JSON.*\n  record 6: is 5, not an object", said[0])
+    assert re.search("2 bad records:\n  record 5: not valid JSON.*\n  record 6: is 5, not an object", said[0])
     with pytest.raises(BadInput, match="record 5: not valid JSON"):
         read_examples(path, subset="1")
 
@@ -147,6 +147,7 @@ def test_a_first_line_that_python_cannot_read_is_one_bad_record(folder, line):
 UNREADABLE = {
     "x: no such file; for a data set of the hub, run python examples/convert.py": None,
     "x: cannot be read: is UTF-16: save it as UTF-8": b"\xff\xfe[",
+    "x: cannot be read: is UTF-16: save it": b"\xfe\xff[",
     "x: cannot be read: not valid JSON": b"[{},",
     'x: cannot be read: begins with "a table\\\\nof text': b"a table\nof text\n",
     "x: cannot be read: is a parquet file: python examples/convert.py": b"PAR1\x15\x04",
@@ -192,7 +193,8 @@ def test_a_sample_is_even_and_of_the_subset(folder):
 
 
 def test_an_id_of_0_is_an_id(folder):
-    """The first record of a file that counts from 0 would have the name of the second."""
+    """The first record of a file that counts from 0 would have the name of the second. The run that stops at
+    a batch names its examples by it, one without an id by its number."""
     assert [e.id for e in read(folder, authors(id=1), authors(id=0), authors())] == ["1", "0", "3"]
 
 
@@ -251,6 +253,7 @@ QUESTIONS = [  # a prompt, how many images its record has, how it is read
      "s:Be brief.", "u:#+#+What?", "a:A cat.", "u:And?"),
     # The template of Bunny, which the authors' data is written in.
     ("USER: <image>\nWhat is it?\nASSISTANT:", 1, "u:#+What is it?"),
+    ("What does USER: mean?", 1, "u:#+What does USER: mean?"),
     ("<s>USER:<image>What is it? ASSISTANT: ", 1, "u:#+What is it?"),
     ("<s>Be brief. USER: What?\nAnd why?\n<image> ASSISTANT:", 1, "s:Be brief.", "u:#+What?\nAnd why?"),
     ("Be brief. USER: Who speaks after USER: here? ASSISTANT:", 1, "s:Be brief.",
@@ -350,6 +353,7 @@ def test_an_image_is_looked_for_in_the_folder_then_in_merged_images(folder):
 
     here, merged = folder / "llava-1.jpg", folder / MERGED
     assert found() == found(image="llava-1.jpg") == found(image=str(merged)) == merged
+    assert found(image="a.png") == folder / "a.png"  # the record's own comes before its id's
     noise(3).save(here)
     noise(4).save(folder / "..b.png")
     noise(5).save(folder.parent / "a.png")
@@ -587,6 +591,37 @@ def test_responses_that_are_cut_are_counted_and_one_that_just_fits_is_not(folder
         assert f"{n_cut} responses are cut at" in said
 
 
+def test_counts_are_of_what_they_say(folder, bunnys):
+    """Medians, not means; bad records are not left out for their ids; both answers' ends count, each."""
+    said, eos = [], bunnys.tokenizer.eos_token
+    records = [
+        authors(id=f"llava-{n}", chosen=f"A{' cat' * n}{eos}", rejected=f"A{eos} dog.") for n in (1, 2, 60)
+    ]
+    records += [authors(id="llava-4", chosen=""), authors(id="other")]
+    kept = read(folder, *records, processor=bunnys, subset="llava", skip_bad=True, log=said.append)
+    said = "\n".join(said)
+    assert "left out 1 records" in said and "6 responses end at an end-of-sequence inside" in said
+    batch = make_batch([*Pairs(kept)], bunnys, DPO_NAMES)
+    lengths = sorted((batch.labels >= 0).sum(1).tolist())
+    assert f"responses: {(lengths[2] + lengths[3]) / 2:.0f} tokens, the longest {lengths[-1]}" in said
+
+
+def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, llava):
+    """The run would stop hours in, at the batch that holds the conversation. Texts do not matter to it."""
+    processor = train.load_processor(str(llava))
+    of_first = "{% for m in messages %}{% set first = loop.first %}"
+    template = CHAT.replace("{% for m in messages %}", of_first)
+    template = template.replace("{% if p.type == 'image' %}", "{% if p.type == 'image' and first %}")
+    template = template.replace("p.text", "p.text | default('')").replace("END", "</s>")
+    processor.chat_template = template.replace("IMAGE", "<image>\n")
+    first, answer = message("user", "IMAGE", 'Say: "text": "'), message("assistant", "\\")
+    turns = [first, answer, message("user", "And", "IMAGE", "this?")]
+    good, bad = authors(prompt=turns[:1]), authors(prompt=turns, img_path=["a.png", "a.png"])
+    assert len(read(folder, good, processor=processor)) == 1
+    with pytest.raises(BadInput, match="1 bad records:\n  record 2"):
+        read(folder, good, bad, processor=processor)
+
+
 def test_the_check_of_the_room_counts_each_prompts_own_images(folder, loaded):
     """If it did not, the run would stop hours in, at the first batch with a long prompt. By the batch's own
     lengths."""
@@ -625,8 +660,10 @@ def test_max_pixels_is_of_the_check_and_of_all_pairs(folder, qwen):
     refused, or images of another size than the checked ones be trained on."""
     noise(1, (400, 100)).save(folder / "a.png")
     assert open_image(folder / "a.png", 40_000).size == (400, 100)
-    one = Pairs(read(folder, authors()), max_pixels=10_000)[0]
-    assert one.images[0].size == one.images_rejected[0].size == (200, 50)
+    noise(2, (400, 100)).save(folder / "b.png")
+    for own in {}, {"rejected_image": "b.png"}:
+        one = Pairs(read(folder, authors(**own)), max_pixels=10_000)[0]
+        assert one.images[0].size == one.images_rejected[0].size == (200, 50)
     for name in "ab":
         noise(ord(name), (320, 320)).save(folder / f"{name}.png")
     path = write(folder / "x.json", [authors(), authors(img_path="b.png")])
@@ -646,11 +683,15 @@ def test_the_check_processes_one_image_of_each_size(folder, bunnys, monkeypatch)
 
 
 def test_a_tokenizer_that_adds_an_end_is_refused(llava):
-    """Two ends would be scored, the second after the answer is over."""
+    """Two ends would be scored, the second after the answer is over, or behind the template's own. A padding
+    token of its own stays."""
     processor = train.load_processor(str(llava))
+    assert processor.tokenizer.pad_token == "<pad>"
     processor.tokenizer.add_eos_token = True
-    with pytest.raises(BadInput, match="adds an end-of-sequence"):
-        make_batch([pair("Which?", "No.", "Yes.", noise(1), noise(2))], processor)
+    for template in processor.chat_template, CHAT.replace("IMAGE", "<image>").replace("END", "!"):
+        processor.chat_template = template
+        with pytest.raises(BadInput, match="adds an end-of-sequence"):
+            make_batch([pair("Which?", "No.", "Yes.", noise(1), noise(2))], processor)
 
 
 def test_held_out_examples_share_no_image_with_training(folder):
@@ -682,6 +723,36 @@ def test_random_rejected_images_of_training_are_none_of_the_held_out(bunnys, fol
     pairs, held_out = train.read_pairs(arguments(path, "--eval-size", "3", "--reject", "random"), bunnys)
     assert not {*pairs.pool} & {image for example in held_out.examples for image in example.images}
     assert len(pairs.pool) == 5 and len(held_out.pool) == 8
+
+
+def read_pairs(folder, records, *flags, resume=None, evaluation=()):
+    """train.read_pairs of these records -> ids of training and held-out examples."""
+    more = ["--eval-data", write(folder / "eval.json", evaluation)] if evaluation else []
+    args = arguments(write(folder / "x.json", records), *flags, *more)
+    args.resume = resume
+    return [[example.id for example in pairs.examples] for pairs in train.read_pairs(args, None)]
+
+
+def test_a_resumed_run_drops_what_it_dropped_and_checks_nothing_else(folder):
+    """With an example more, every later batch is another. Without --skip-bad nothing was bad."""
+    records = [authors(id=1), authors(id=2, img_path="broken.png")]
+    assert read_pairs(folder, records, "--skip-bad", resume="r") == [["1"], []]
+    assert read_pairs(folder, records, resume="r") == [["1", "2"], []]
+    with pytest.raises(BadInput, match="broken.png cannot be decoded"):
+        read_pairs(folder, records)
+
+
+def test_samples_and_subsets_are_of_the_training_data_and_eval_data_come_beside(folder):
+    """Five seeds on one sample would show less spread than there is. --eval-data is a file of its own, all of
+    it; with --eval-size, one of the two sets would be lost in silence."""
+    records = [authors(id=f"llava-{n}") for n in range(9)]
+    drawn = [f"llava-{n}" for n in sorted(random.Random(1).sample(range(9), 3))]
+    mine = [authors(id=f"mine-{n}") for n in range(4)]
+    sample = "--subset", "llava", "--limit", "3", "--seed", "1"
+    assert read_pairs(folder, records, *sample, evaluation=mine) == [drawn, [f"mine-{n}" for n in range(4)]]
+    two = [authors(id="a"), authors(id="b", img_path=MERGED)]
+    training, held_out = read_pairs(folder, two, "--eval-size", "1", evaluation=mine[:1])
+    assert len(training) == 1 and sorted(training + held_out) == ["a", "b", "mine-0"]
 
 
 def test_flags_that_do_nothing_are_refused(bunny, bunnys, folder, capsys):
@@ -749,6 +820,17 @@ def test_what_is_transparent_is_white(tmp_path):
         assert (opened.getpixel((0, 0)), opened.getpixel((15, 15))) == ((255,) * 3, (0,) * 3), form.mode
 
 
+@pytest.mark.parametrize("format", "AVIF BMP GIF JPEG JPEG2000 MPO PNG PPM TIFF WEBP".split())
+def test_every_picture_format_is_read(tmp_path, format):
+    """One that is missing makes every such record a bad one."""
+    if format == "AVIF" and not features.check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    more = {"save_all": True, "append_images": [noise(2)]} if format == "MPO" else {}
+    noise(1).save(tmp_path / "x", format, **more)
+    assert Image.open(tmp_path / "x").format == format
+    assert open_image(tmp_path / "x").size == (48, 32)
+
+
 DEEP = [  # mode, and the levels of white, grey and black
     ("a.tif", "I;16", 4095, 2048, 0),
     ("b.png", "I;16", 65535, 32768, 0),
@@ -772,6 +854,16 @@ def test_images_of_12_and_16_bits_and_of_floats_are_scaled_by_their_range(
     assert levels == pytest.approx([255, 128, 0], abs=1)
 
 
+def test_levels_of_16_bits_end_at_255(tmp_path):
+    """White paper of a scan is white, and a picture of one level is a picture. 4096 takes more than 12 bits:
+    it is a sixteenth of the way."""
+    levels = []
+    for mode, level in ("I;16", 65535), ("I;16", 4096), ("F", 0.5):
+        Image.new(mode, (8, 8), level).save(tmp_path / "x.tif")
+        levels.append(open_image(tmp_path / "x.tif").getpixel((0, 0))[0])
+    assert levels == [255, 16, 0]
+
+
 def empty_png(width, height):
     """It says how large it is, and holds no pixels."""
     parts = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT" + b"x\x9c"]
@@ -779,9 +871,11 @@ def empty_png(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def no_levels():
-    """A depth map of nan, which would be black."""
-    Image.new("F", (2, 2), math.nan).save(file := io.BytesIO(), "TIFF")
+def depths(first):
+    """A depth map: scaled by one level that is infinite, the rest would be black."""
+    image = Image.new("F", (2, 2), 0.5)
+    image.putpixel((0, 0), first)
+    image.save(file := io.BytesIO(), "TIFF")
     return file.getvalue()
 
 
@@ -791,7 +885,7 @@ NO_PHOTOGRAPHS = [
     ("5001 x 100 pixels: sides differ", empty_png(5001, 100)),
     ("truncated|broken", empty_png(10_000, 10_000)),
     ("truncated|broken", empty_png(50, 1)),
-    ("levels are not finite", no_levels()),
+    *(("levels are not finite", depths(level)) for level in (math.nan, math.inf)),
     # It is a program, and Pillow would start Ghostscript to run it.
     ("EPS is none of", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
 ]
@@ -806,11 +900,12 @@ def test_images_that_are_no_photographs_are_bad(folder, reason, content):
 
 
 def test_exif_rotation_is_applied(tmp_path):
-    """A phone's picture lies on its side otherwise."""
+    """A phone's picture lies on its side otherwise. It is scaled as it is shown."""
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    noise(1).save(tmp_path / "x.jpg", exif=exif)
-    assert open_image(tmp_path / "x.jpg").size == (32, 48)
+    noise(1, (400, 100)).save(tmp_path / "x.jpg", exif=exif)
+    sizes = [open_image(tmp_path / "x.jpg", max_pixels).size for max_pixels in (None, 90_000, 10_000)]
+    assert sizes == [(100, 400), (100, 400), (50, 200)]
 
 
 def test_full_memory_is_no_bad_record(folder, monkeypatch):
@@ -824,6 +919,12 @@ def test_full_memory_is_no_bad_record(folder, monkeypatch):
         read(folder, authors(), skip_bad=True)
     with pytest.raises(torch.OutOfMemoryError), data.about("the layout"):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_an_error_without_words_is_named():
+    """A line that ends in "x.png cannot be decoded:" helps nobody."""
+    with pytest.raises(BadInput, match="^x: ValueError$"), data.about("x"):
+        raise ValueError
 
 
 def test_a_gpu_that_cannot_be_used_is_said_and_other_warnings_are_not():
@@ -880,6 +981,15 @@ def test_crop_is_even_in_area_and_place_and_moco_is_its_recipe(tmp_path, size, s
         assert rejected.tobytes() == expected.tobytes()
 
 
+def test_crops_reach_all_four_rims():
+    """The last row and column of a picture are as likely as the first."""
+    image = gradient(6, 6, step=40)
+    crops = [random_crop(image, random.Random(seed)) for seed in range(400)]
+    means = [crop.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)) for crop in crops]
+    for levels in [*zip(*means)][:2]:
+        assert min(levels) < 20 and max(levels) > 180  # a pixel of the first, and one of the last
+
+
 @pytest.mark.parametrize("strategy", data.STRATEGIES)
 def test_rejected_image_is_a_pure_function_of_seed_epoch_and_index(tmp_path, strategy):
     """Resuming and DataLoader workers rest on it; a new epoch, a new seed and another index draw anew. One
@@ -927,6 +1037,8 @@ print(*(zlib.crc32(Pairs(examples, strategy)[3, 2].images_rejected[0].tobytes())
 @pytest.mark.parametrize("record", [authors(), VLFEEDBACK, MESSAGES])
 def test_a_record_may_bring_its_own_rejected_image(folder, bunnys, record, layout, capsys):
     """It takes the place of the strategy, in every format, and reaches the model as log pi(y_w | m_l, q)."""
+    second = {"img_path": ["a.png"] * 2, "prompt": "?", "rejected_images": ["a.png", "b.png"]}
+    assert len(read(folder, authors(**second))) == 1  # the worse context differs in the second image alone
     for field in ({"rejected_image": "b.png"}, {"rejected_images": ["b.png"]}):
         own = read_one(folder, record | field, processor=bunnys)
         assert "1 examples have their own rejected images" in capsys.readouterr().out
@@ -942,7 +1054,10 @@ def test_random_image_is_another_file_whatever_its_path(tmp_path, monkeypatch):
     path = shapes.write_pairs(tmp_path / "drawn", 3)
     monkeypatch.chdir(tmp_path)
     both = read_examples("drawn/silkie.json") + read_examples(str(path))
-    assert len({*Pairs(both, "random").pool}) == 3
+    pool = Pairs(both[::-1], "random").pool
+    assert len({*pool}) == 3 and pool == sorted(
+        pool
+    )  # Python's own order of a set is another in each process
 
 
 def coloured(folder, *examples):

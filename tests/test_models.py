@@ -30,7 +30,7 @@ from examples import families
 from mdpo import LogPs, attention_blocks, mdpo_loss, mdpo_step, pack, response_logps
 from test_mdpo import ANCHOR, CONDITIONAL, DPO, HUB_LLAVA_TEMPLATE, LAYOUTS, PAIRS, POLICY, REF, ROOT
 from test_mdpo import asked, authors, command, full_text, laid_out, largest_error, message, move, noise, pair
-from test_mdpo import prefix_length, worked_example, write
+from test_mdpo import prefix_length, with_lora, worked_example, write
 from tests.helpers import CHAT, DPO_NAMES, PARTS, SIZES, TURNS, outputs_of, pixels_of, preceded
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -68,7 +68,7 @@ def test_half_precision_is_raised_to_float32(policy_dtype, ref_dtype):
     policy = LogPs(*torch.tensor([[-1000], [-1004], [-1000]], dtype=policy_dtype))
     ref = LogPs(*torch.tensor([[-3 - step], [-3], [-3]], dtype=ref_dtype))
     losses, metrics = mdpo_loss(policy, ref, beta=1.0)
-    assert losses.dtype == torch.float32
+    assert {values.dtype for values in (losses, *metrics.values())} == {torch.float32}  # no booleans
     assert metrics["rewards/chosen"].item() == -997 + step and metrics["rewards/margins"].item() == 4 + step
     losses, _ = mdpo_loss([logp.double() for logp in POLICY], REF, beta=0.5)
     assert losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-15)
@@ -228,6 +228,7 @@ THINKING = PLACED.replace(
 ENDS_TURNS = CHAT.replace("END", "<end>\n")  # as Gemma, whose end-of-sequence is another token
 PRINTS = PLACED.replace(PARTS, "{{ m.content }}")
 JOINS = PRINTS.replace("{{ m.content }}", "{{ m.content + '' }}")  # a list and a text: an error
+ASKS = "{% if m.content is not string %}{{ raise_exception('text, please') }}{% endif %}"
 # Text is taken as text, and parts are walked over, but those of an assistant are printed.
 IS_TEXT = "{% if m.content is string or m.role == 'assistant' %}"
 TEXT_OR_PARTS = PLACED.replace(PARTS, IS_TEXT + "{{ m.content }}{% else %}" + PARTS + "{% endif %}")
@@ -279,6 +280,7 @@ WRITTEN = {
         THINKING, f"{THOUGHT_EARLIER}|No.EOS|Yes.EOS", ASKED_AGAIN, "No.", "Yes."),
     "messages that are printed are given as text": (PRINTS, OF_TEXT),
     "messages that are joined are given as text": (JOINS, OF_TEXT),
+    "messages whose parts are refused are given as text": (PLACED.replace(PARTS, ASKS + "{{ m.content }}"), OF_TEXT),
     "messages without an image are given as text": (TEXT_OR_PARTS, OF_TEXT),
     "messages with an image are given as parts": (TEXT_OR_PARTS, OF_IMAGE),
     "a question about a printed part is a question": (
@@ -444,6 +446,37 @@ def test_a_response_is_cut_alike_for_all_images_of_its_pair(family):
         make_batch(OTHER_SIZES, processor, max_length=long)
 
 
+@LAYOUTS
+def test_a_forward_pass_keeps_no_cache_and_no_logits_of_prompts(loaded, layout):
+    """Both are memory: keys and values of every layer, and a vocabulary for each token of an image."""
+    model, processor = loaded
+    batch = laid_out(PAIRS, processor, layout)
+    output = model(**mdpo.forward_inputs(model, batch))
+    n_rows, width = batch.labels.shape
+    n_prompt = min(prefix_length(batch, row) for row in range(n_rows))
+    plain = n_rows, width - n_prompt + 1  # the token before the first, too
+    packed = 1, (batch.labels >= 0).sum()
+    assert output.logits.shape[:2] == (plain if layout == "plain" else packed)
+    assert output.past_key_values is None
+
+
+def test_gradients_begin_at_the_adapter(bunny):
+    """An embedding whose output wants a gradient costs a backward pass through nothing."""
+    model, processor = with_lora(bunny)
+    seen = outputs_of(model.get_input_embeddings())
+    response_logps(model, make_batch(PAIRS, processor))
+    assert seen and not any(output.requires_grad for output in seen)
+
+
+def test_all_tensors_of_a_batch_are_pinned(loaded, monkeypatch):
+    """A copy from memory that is not pinned makes the GPU wait."""
+    batch = pack(make_batch(PAIRS, loaded[1], share=True))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.double())
+    pinned = batch.pin_memory()
+    tensors = [*pinned.inputs.values(), pinned.labels, pinned.take, pinned.answers, pinned.predictors]
+    assert {tensor.dtype for tensor in tensors} == {torch.float64}
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1), (3, 5)])
 def test_images_of_one_pixel_and_of_extreme_shape(bunny, folder, size):
     """Such files exist in scraped data and must not stop a run."""
@@ -602,6 +635,14 @@ def test_nan_never_passes_the_check(fresh):
         assert "cannot be trained: its log-probabilities are not finite" in chosen(fresh, layout)
 
 
+def test_one_row_that_is_not_finite_is_enough(fresh):
+    """A download that broke off may leave most words whole: a run would stop hours in."""
+    tokens = [{*row.tolist()} for row in make_batch(PAIRS, fresh[1]).inputs["input_ids"]]
+    alone = next(token for row in tokens for token in row if sum(token in other for other in tokens) == 1)
+    fresh[0].get_input_embeddings().weight.data[alone] = torch.nan
+    assert "log-probabilities are not finite" in chosen(fresh, pairs=PAIRS)
+
+
 SETTINGS = [  # the user's, and then ours
     ({}, [None, "expandable_segments:True"]),
     ({"PYTORCH_ALLOC_CONF": "x"}, ["x", None]),
@@ -648,6 +689,65 @@ def test_packed_rows_are_not_for_layers_that_see_less_far(fresh, window, options
     assert said == (window == 2047)
 
 
+def policy_of(model, *flags):
+    """(arguments, model) as training makes them."""
+    flags = f"--model {model} --data d --device cpu --lora-rank 2 {' '.join(flags)}".split()
+    args = train.parse_args(flags)
+    return args, train.load_policy(args, train.load_processor(str(model)), PAIRS[:2])
+
+
+def test_the_layout_is_chosen_by_the_runs_own_arguments(llava, capsys):
+    """Plain rows take twice as long: --max-length decides, not its default. --layout plain is the way out
+    where packed rows are suspected; who took it need not be told to."""
+    shorten = lambda model, *rest: setattr(model.config.text_config, "sliding_window", 500)
+    for flags, layout in (
+        ("--max-length 400", "packed"),
+        ("--max-length 600", "plain"),
+        ("--max-length 400 --layout plain", "plain"),
+        ("--max-length 600 --layout plain", "plain"),
+    ):
+        with preceded("train.choose_layout", shorten):
+            assert policy_of(llava, flags)[0].layout == layout
+        assert ("not exact" in capsys.readouterr().out) == (flags == "--max-length 600")
+
+
+def test_another_seed_is_another_adapter(bunny):
+    """Runs of several seeds that all begin alike make the result look surer than it is."""
+    models = [policy_of(bunny, f"--seed {seed}")[1] for seed in (0, 1, 1)]
+    ours = [torch.cat([p.flatten() for p in of.parameters() if p.requires_grad]) for of in models]
+    assert not ours[0].equal(ours[1]) and ours[1].equal(ours[2])
+
+
+def test_an_adapters_defaults_are_the_papers_and_its_layers_those_asked_for(fresh):
+    """Who takes add_lora alone trains with them; sharded weights are gathered for peft's own layers alone."""
+    model = train.add_lora(fresh[0], layer=peft.tuners.lora.Linear)
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (64, 128)
+    assert not any(isinstance(module, train.LoraLinear) for module in model.modules())
+
+
+class Reached(Exception):
+    pass
+
+
+def test_a_gpu_is_used_where_there_is_one(llava, monkeypatch, capsys):
+    """A run that nobody told to would train on the CPU, for weeks. That it loads is said before it takes
+    minutes. float16 overflows where the weights were trained in bf16."""
+
+    def reach(name, device):
+        raise Reached(device)
+
+    monkeypatch.setattr("train.best_device", lambda: "cuda")
+    for device, flags in ("cuda", []), ("cpu", ["--device", "cpu"]):
+        args = train.parse_args(["--model", "m", "--data", "d", *flags])
+        with preceded("train.load_model", reach), pytest.raises(Reached, match=device):
+            train.load_policy(args, None, [])
+        assert capsys.readouterr().out == "loading m\n"
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", lambda model, device: model)
+    assert train.load_model(str(llava), "cuda:0")[0].dtype == torch.bfloat16
+    assert train.load_model(str(llava), "cuda:0", torch.float32)[0].dtype == torch.float32  # if one asks
+
+
 CUSTOM = {"auto_map": {"AutoConfig": "conf.W"}}
 CONFIG, PROCESSOR = "config.json", "processor_config.json"
 CANNOT_BE_TRAINED = {  # the reason: a model whose folder is copied, or none; a file; what is changed in it
@@ -690,6 +790,11 @@ def test_code_of_a_model_that_the_library_knows_is_not_needed_and_not_run(llava,
     write(tmp_path / "model" / "own.py", f"open({str(tmp_path / 'ran')!r}, 'w')\nC = M = P = None\n")
     model, _ = train.load_model(folder)
     assert isinstance(model, transformers.LlavaForConditionalGeneration) and not (tmp_path / "ran").exists()
+
+
+def test_null_in_bunnys_config_is_no_value(bunny, tmp_path):
+    """The library refuses it in the place of a rate, where a field that is not there has its default."""
+    assert train.load_model(changed_model(bunny, tmp_path / "model", CONFIG, {"embd_pdrop": None}))
 
 
 BUNNYS_NAMES = {

@@ -37,7 +37,7 @@ from data import BadInput, make_batch, read_examples
 from examples import shapes
 from test_mdpo import MESSAGES, NO_PROMPT, PAIRS, ROOT, adapter, authors, command, fork, goes_on_exactly
 from test_mdpo import log_of, write
-from tests.helpers import ARGUMENTS, PLAIN, TURNS, VLFEEDBACK, counted, one_line_of, preceded
+from tests.helpers import ARGUMENTS, PLAIN, TURNS, VLFEEDBACK, check_file, counted, one_line_of, preceded
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -86,7 +86,7 @@ NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 def ended(function, *arguments):
     """The exit status of function(*arguments) in a child, which may hang."""
     process = fork(function, *arguments)
-    process.join(timeout=60)
+    process.join(timeout=300)  # on a busy machine
     process.kill()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # its workers, where it led a group of its own
@@ -125,7 +125,7 @@ def assert_same_adapter(ours, theirs):
 
 
 def bytes_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}  # no broken links
 
 
 def goes_on_to(finished, out):
@@ -244,12 +244,17 @@ def test_workers_hear_no_signal_and_a_second_one_to_the_whole_group_stops_at_onc
 def test_a_run_that_ended_changes_no_more(finished, copied, monkeypatch, capsys):
     """Resumed, it must not train again: its bar began at 0 of 4. The log is read by people and by curves: a
     broken one is written anew. Half a file that a kill left in a folder of its own would destroy the good
-    one, and left for ever, take the room of an optimizer's state. A folder x.tmp of the user's stays."""
+    one, and left for ever, take the room of an optimizer's state. A folder x.tmp of the user's stays, and so
+    does what its numbers came about by. Its answers are asked for with the system text of its data."""
+    began = (copied / "args.json").read_bytes()
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    assert json.loads(began)["versions"] == versions and json.loads(began)["system"] == train.BUNNY_SYSTEM
     (copied / "metrics.jsonl").write_bytes(b"\xff\x00{")
     write(copied / "new.a1.tmp" / "adapter_model.safetensors", "half")
     write(copied / "x.tmp" / "mine", "")
     steps = counted(monkeypatch, train, "mdpo_step")
-    assert resume(copied) == 0 and not steps and "4/4" in capsys.readouterr().err
+    assert resume(copied, "--workers", 1) == 0 and not steps and "4/4" in capsys.readouterr().err
+    assert (copied / "args.json").read_bytes() == began
     assert_same_adapter(copied, finished)
     assert log_of(copied) == log_of(finished) and [*copied.glob("*.tmp")] == [copied / "x.tmp"]
 
@@ -305,6 +310,14 @@ def test_every_flag_that_decides_the_result_is_the_runs_own(finished):
         train.parse_args([*own, *DECIDING.split()])
     same = "--betas 0.9 0.98 --crop 0.01 0.2 --anchors chosen"
     assert train.parse_args([*own, *same.split()]).model == "elsewhere"
+    with pytest.raises(BadInput, match="other values of old flag"):  # which later code no longer has
+        train.refuse_others({}, {"old_flag": 1})
+
+
+def test_defaults_are_those_that_the_readme_speaks_of():
+    """Its memory and hours are of micro-batches of 4, the authors' of 2,048 tokens."""
+    args = train.parse_args("--model m --data d --crop 0.1 0.1".split())  # a crop of one size is a crop
+    assert (args.max_length, args.micro_batch_size, args.workers) == (2048, 4, 4) and args.crop == [0.1, 0.1]
 
 
 def test_a_run_knows_its_base_weights(bunny):
@@ -326,6 +339,13 @@ def changed(path):
     path.write_bytes(path.read_bytes().replace(b"loss", b"lost", 1))
 
 
+def moved_away(path):
+    """To a disk that is not there: the run would begin at step 0, over what there is."""
+    (path.parent / "adapter_model.safetensors").unlink()
+    path.rename(path.parent / "moved.pt")
+    path.symlink_to("not there")
+
+
 def with_code(path):
     class Code:
         def __reduce__(self):
@@ -344,6 +364,7 @@ DAMAGES = {  # what the line must say: a file of the run, and its bytes or what 
     "checkpoint.pt: cannot be resumed from: File is not": ("checkpoint.pt", b"half"),
     "checkpoint.pt: cannot be resumed from: Weights only": ("checkpoint.pt", with_code),
     "checkpoint.pt: cannot be resumed from: [Errno 2] No such": ("checkpoint.pt", Path.unlink),
+    "checkpoint.pt: cannot be resumed from: [Errno 2]": ("checkpoint.pt", moved_away),
 }
 
 
@@ -447,7 +468,7 @@ def test_nan_stops_the_run_and_saves_what_was_before_one_that_is_not_finite(run,
             losses = losses + (math.nan if wrong == "loss" else (0 * policy_logps[0]).sqrt())
         return losses, metrics
 
-    line = one_line_of(capsys, run(loss=broken))
+    line = one_line_of(capsys, run(loss=functools.partial(broken)))  # an object, which has no name
     assert re.search("step 2: loss or gradient is not finite; examples: [1-7], [1-7], [1-7]$", line)
     assert [record["step"] for record in checkpoint_of(out)["records"]] == [1]
 
@@ -468,7 +489,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_stays_whole(finished
 
 def test_weights_that_became_infinite_are_not_saved(run, out, capsys):
     """The loss of the last step is finite; its update is looked at by nobody else."""
-    overflow = lambda optimizer: optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
+    overflow = lambda optimizer: optimizer.param_groups[0]["params"][0].data[0, :1].fill_(math.inf)
     with preceded("torch.optim.AdamW.step", overflow):
         assert "made a weight infinite" in one_line_of(capsys, run("--epochs", 1, "--batch-size", 8))
     assert not (out / "adapter_model.safetensors").exists()
@@ -533,6 +554,11 @@ BAD_INPUTS = {  # what the message must say: flags, in which T/ is the test's fo
     "cannot be written to": "--out T/empty.json/out",
     "--out: has control characters, or bytes that are no text": "--out T/\x1b[31mred",
     "cannot be loaded: Expected one of cpu, cuda": "--device gpu",
+    "weights are mismatched, such as ('model.language_model.layers.0": "--model T/sized",
+    "holds no weights of a vision tower": "--model T/blind",
+    "--batch-size: must be within 1 to 1000000000, got 0": "--batch-size 0",
+    "none cannot be combined with other": "--anchors chosen none",  # it would be taken back in silence
+    "leaves no rejected image to anchor": "--no-image --anchors chosen image_rejected",
 }
 
 
@@ -540,10 +566,14 @@ BAD_INPUTS = {  # what the message must say: flags, in which T/ is the test's fo
 def bad_files(bunny, tmp_path_factory):
     """A folder with the files that BAD_INPUTS names."""
     folder = tmp_path_factory.mktemp("bad")
-    for name in "cut", "odd", "torn", "missing", "surprise":
+    for name in "cut", "odd", "torn", "missing", "surprise", "sized", "blind":
         shutil.copytree(bunny, folder / name)
     os.truncate(folder / "cut/config.json", 100)
     write(folder / "odd/config.json", (bunny / "config.json").read_text().replace("patch8", "patch0"))
+    config = json.loads((bunny / "config.json").read_text())
+    write(folder / "sized/config.json", config | {"intermediate_size": 96})
+    for file in (folder / "blind").glob("*.safetensors"):
+        save_file({k: weight for k, weight in load_file(file).items() if "vision_tower" not in k}, file)
     shard = "model-00002-of-00002.safetensors"
     os.truncate(folder / "torn" / shard, 1000)
     weights = load_file(bunny / shard)
@@ -662,10 +692,43 @@ def test_activations_are_recomputed_unless_told_otherwise(run, flags, calls):
 
 
 def test_no_image_run_needs_no_images(run, mine, out):
-    """Fig. 1's DPO (No Image)."""
+    """Fig. 1's DPO (No Image). A margin of 0 between images that are not there reads as a blind model."""
     shutil.rmtree(mine.parent / "images")
     assert run("--no-image", "--eval-size", 1, data=mine) == 0
-    assert log_of(out)[1]["loss"] == pytest.approx(math.log(2))
+    held_out, first = log_of(out)[:2]
+    assert first["loss"] == pytest.approx(math.log(2))
+    assert "eval/rewards/margins" in held_out and not any("image" in name for name in held_out)
+
+
+def parsed(*more):
+    args = train.parse_args(["--model", "m", "--data", "d", *map(str, more)])
+    args.layout = "packed"
+    return args
+
+
+def test_every_held_out_example_counts_alike(folder, bunny):
+    """Of 0, 1 and 2 the mean is 1: without the last micro-batch 0.5, of micro-batches' means 1.25."""
+    pairs = data.Pairs(read_examples(write(folder / "x.json", [authors()] * 3)))
+    index = lambda batch: (None, {"index": torch.tensor([float(i) for _, i in batch.keys])})
+    args = parsed("--micro-batch-size", 2, "--workers", 0)
+    assert train.evaluate(index, pairs, train.load_processor(str(bunny)), args) == {"eval/index": 1.0}
+
+
+@pytest.mark.parametrize("n_cores", [1, 2])
+def test_workers_are_as_many_as_cores_and_send_arrays(folder, bunny, monkeypatch, n_cores):
+    """Each has a copy of the process; 4 on a machine of one core take memory for nothing. A tensor goes
+    through shared memory, of which a container has 64 MB."""
+    monkeypatch.setattr(os, "cpu_count", lambda: n_cores)
+    pairs, processor = (
+        data.Pairs(read_examples(write(folder / "x.json", [authors()] * 2))),
+        train.load_processor(str(bunny)),
+    )
+    batches = train.load_batches(pairs, [[(0, 0)], [(0, 1)]], mdpo.LogPs._fields, processor, parsed())
+    next(batches)
+    assert len(multiprocessing.active_children()) == n_cores
+    batches.close()
+    sent = train.collate([pairs[0]], functools.partial(make_batch, processor=processor), "packed")
+    assert not [name for name, value in (vars(sent) | sent.inputs).items() if torch.is_tensor(value)]
 
 
 def test_eval_data_are_held_out_as_well(bunny, small, out, tmp_path):
@@ -726,6 +789,24 @@ def test_output_of_any_kind_ends_no_run(run, monkeypatch, stderr):
     assert run("--epochs", 1) == 0
 
 
+def test_output_of_ascii_alone_takes_any_name(folder, monkeypatch):
+    """In a bare container a report on kätzchen.json was a traceback of codecs."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert check_file([write(folder / "kätzchen.json", [authors()])]) == 0
+    assert rb"k\xe4tzchen.json: 1 examples" in sys.stdout.buffer.getvalue()
+
+
+def test_output_that_nobody_reads_is_no_success(capsys, monkeypatch):
+    """As after `| head`: a script that goes on would take half a report for a whole one."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    assert data.run_command(gone, []) == 141 and capsys.readouterr().err == ""
+
+
+def test_a_log_file_gets_a_line_every_ten_seconds():
+    """Ten a second would fill it."""
+    assert data.progress(range(3), "x", 3).mininterval == 10  # the tests' standard error is no terminal
+
+
 def test_what_is_said_is_written_at_once(tmp_path):
     """Written to a file, a run at real size said nothing for 13 minutes."""
     with open(tmp_path / "log", "w") as log, contextlib.redirect_stdout(log):
@@ -739,7 +820,7 @@ def test_held_out_metrics_are_shown_after_each_epoch_and_kept_with_its_adapter(r
     held-out examples' image metrics, too. peft's blank card tells the finder of the folder nothing; a path of
     this machine is no model of the hub, which reads nothing but UTF-8: in a bare container the locale's
     encoding is ASCII. Weights for their writer alone cannot be read by the group's server."""
-    flags = "--eval-size 2 --beta 0.25 --no-conditional --anchors none --keep-epochs"
+    flags = "--eval-size 2 --beta 0.25 --no-conditional --anchors none --keep-epochs --save-every 1"
 
     def run_in_ascii():
         locale.setlocale(locale.LC_CTYPE, "C")
@@ -759,6 +840,11 @@ def test_held_out_metrics_are_shown_after_each_epoch_and_kept_with_its_adapter(r
         card = (folder / "README.md").read_text("utf-8")
         assert f"kätzchen.json: {steps} steps" in card and re.search(f"  loss +{before} +{now}\n", card)
         assert '"beta": 0.25' in card and "base_model" not in card
+    # Half an epoch is none: 0.5 would be 0, and 1.5 be 2.
+    assert sorted(folder.name for folder in out.glob("epoch-*")) == ["epoch-1", "epoch-2"]
+    kept, latest = ({path.name for path in of.iterdir()} for of in (out / "epoch-2", out))
+    of_the_run = {"epoch-1", "epoch-2", "args.json", "metrics.jsonl", "checkpoint.pt"}
+    assert kept < latest and latest - kept == of_the_run  # the processor's, too: it can be asked
     assert_same_adapter(out, out / "epoch-2")
     with pytest.raises(AssertionError):
         assert_same_adapter(out, out / "epoch-1")
@@ -766,21 +852,31 @@ def test_held_out_metrics_are_shown_after_each_epoch_and_kept_with_its_adapter(r
     assert modes == {0o666 & ~train.UMASK}
 
 
-def test_the_model_card_is_yaml_whatever_the_names():
-    """A quote or a colon in a name would end the value that the hub reads."""
-    args = train.parse_args(["--model", 'a/b: "c"', "--data", "x.json"])
-    _, front, _ = train.model_card(args, [{"step": 1, "epoch": 1.0}]).split("---\n")
+def test_the_model_card_is_yaml_whatever_the_names(bunny, tmp_path):
+    """A quote or a colon in a name would end the value that the hub reads. It goes to the hub, where paths of
+    this machine tell names. A stopped run's last step has no held-out metrics."""
+    held_out = [{"step": step, "epoch": step / 2, "eval/loss": 2.0 - step / 2} for step in (0, 2)]
+    records = [*held_out, {"step": 3, "epoch": 1.5, "loss": 0.7}]
+    args = train.parse_args(["--model", 'a/b: "c"', "--data", str(tmp_path / "x.json")])
+    _, front, text = train.model_card(args, records).split("---\n")
     assert front == 'base_model: "a/b: \\"c\\""\nlibrary_name: peft\ntags: [mdpo, lora]\n'
+    assert re.search(r"\bloss +2.0000 +1.0000\n", text) and "x.json: 3 steps" in text
+    args.model = str(bunny)
+    local = train.model_card(args, records)
+    assert str(tmp_path) not in local and str(bunny) not in local
 
 
 def test_new_files_are_merged_with_those_beside_them(tmp_path, monkeypatch):
     """Processors with several chat templates save them in a folder: a run that ended could not be resumed.
-    The system's folder may be full, or another disk, from which nothing can be renamed."""
+    The system's folder may be full, or another disk, from which nothing can be renamed. Who reads a file
+    meanwhile reads one of the two: a copy that is cut off would leave neither."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
-    for text in "old", "new":
+    write(tmp_path / "more" / "mine", "")
+    target = Path(write(tmp_path / "more" / "template.jinja", "the old one"))
+    with open(target) as reader:
         with train.replacing(tmp_path) as new:
-            write(new / "more" / "template.jinja", text)
-        (tmp_path / "more" / "mine").touch()
+            write(new / "more" / "template.jinja", "new")
+        assert reader.read() == "the old one"
     assert bytes_of(tmp_path / "more") == {"template.jinja": b"new", "mine": b""}
 
 
