@@ -38,6 +38,7 @@ BENCHMARKS = {
         "question_id": number, "image_id": item["image_id"], "prompt": item["question"], "text": answer,
         "model_id": "mdpo"}),
 }  # fmt: skip
+IDS = {"amber": range(1, 1005), "amber-discriminative": range(1005, 15_221)}
 YES_NO, LINES = ("amber-discriminative", "pope"), ("objhal", "pope")  # answers are Yes or No; written as JSON lines
 
 
@@ -70,8 +71,6 @@ def report(answers, truths, positive):
 
 def find_image(name, value, folder):
     """Base64 -> bytes; a name, or the last part of MMHal's URL -> the path of this file in the folder."""
-    if "://" in value and not (name == "mmhal" and folder):
-        raise BadInput(f"its image is an address, {value}: download all, and give --images")
     if name == "objhal":
         return base64.b64decode(value)
     return find_images(value.rpartition("/")[2] if name == "mmhal" else value, [Path(folder or ".")])[0]
@@ -79,31 +78,25 @@ def find_image(name, value, folder):
 
 def read_questions(name, path, folder, processor=None):
     """The items of a benchmark's file, and an `Example` for each. Raises BadInput that lists wrong questions."""
-    items, questions, problems, marks = read_items(path), [], [], forbidden(processor)
+    items, questions, wrong, marks = read_items(path), [], [], forbidden(processor)
     of_image, of_text, make_record = BENCHMARKS[name]
     check_image = cache(lambda image: opened(image).size)
     for number, item in enumerate(items, 1):
         try:
             with about(f"question {number} of {name}"):
-                for field in of_image, of_text:
-                    if not (isinstance(item[field], str) and item[field].strip()):
-                        raise BadInput(f"'{field}' is {shown(item[field])}, not text")
                 image, text = item[of_image], item[of_text]
                 make_record(number, item, "")
                 parse_record({"prompt": text, "chosen": "Yes.", "rejected": "No."}, "", "", None, marks)
                 refuse_image_tokens(processor, text)
-                if name.startswith("amber") and not isinstance(item["id"], int):
-                    raise BadInput(f"'id' is {shown(item['id'])}, not a number")
-                if name == "amber" and item["id"] > 1004:
-                    raise BadInput(f"question {item['id']} is discriminative: answer it by amber-discriminative")
+                if name in IDS and item["id"] not in IDS[name]:
+                    raise BadInput(f"'id' is {shown(item['id'])}, not one of {IDS[name][0]} to {IDS[name][-1]}")
                 with about(f"'{of_image}'"):
                     check_image(image := find_image(name, image, folder))
                 questions.append(Example(text, "", "", (image,), id=str(item.get("id", number))))
         except BadInput as error:
-            problems.append(str(error))
-    if problems or not items:
-        few = f"{path}: {len(problems)} of {len(items)} questions cannot be asked:"
-        raise BadInput("\n  ".join([few, *problems[:20]]) if items else f"{path}: holds no question")
+            wrong.append(str(error))
+    if wrong or not items:
+        raise BadInput("\n  ".join([f"{path}: {len(questions)} of {len(items)} questions can be asked", *wrong[:20]]))
     return items, questions
 
 
@@ -130,13 +123,12 @@ def run(argv):
     add("--max-new-tokens", type=whole, default=512)
     add("--batch-size", type=whole, default=8)
     args = parser.parse_args(argv)
-    to, name, truths = Path(args.to), args.benchmark, []
+    to, name = Path(args.to), args.benchmark
     if os.path.lexists(to):
         raise BadInput(f"{to}: already exists")
     items, questions = read_questions(name, args.questions, args.images, load_processor(args.model))
-    if name in YES_NO:
-        with about(f"{args.annotations or args.questions}: no annotations for these questions"):
-            truths = read_truths(items, args.annotations)
+    with about(f"{args.annotations or args.questions}: no annotations for these questions"):
+        truths = read_truths(items, args.annotations) if name in YES_NO else []
     partial, limits = f"{to}.partial", (args.max_new_tokens, args.batch_size)
     answers = answer_as({args.adapter: partial}, args.model, questions, *limits, args.device)[args.adapter]
     given = [*map(yes_or_no, answers)] if name in YES_NO else answers

@@ -7,6 +7,7 @@ examples. A run is a folder of train.py, or one with TRL's trainer_state.json.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -14,22 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, run_command
 from train import Parser, replacing
 
-METRICS = ["loss", "loss/dpo", "loss/conditional", "loss/anchor"]  # the README says what each is
-METRICS += [f"rewards/{name}" for name in ("chosen", "rejected", "image_rejected", "margins", "image_margins")]
-METRICS += ["rewards/accuracies", "rewards/image_accuracies", "lr", "grad_norm", "examples_per_second"]
+SHOWN = re.compile("loss|rewards/|lr$|grad_norm|examples_per_second")  # the README says what each is
 
 
 def read_log(run):
     """The records of a run's log. A last line of metrics.jsonl that is still being written is left out."""
-    own, of_trl = Path(run, "metrics.jsonl"), Path(run, "trainer_state.json")
-    with about(f"{of_trl if of_trl.is_file() else own}: cannot be read"):
-        if of_trl.is_file():
-            renamed = lambda name: name.replace("learning_rate", "lr").replace("eval_", "eval/", 1)
-            history = json.loads(of_trl.read_text())["log_history"]
-            records = [{renamed(name): value for name, value in record.items()} for record in history]
-        else:
-            lines = own.read_text().split("\n")
-            records = [json.loads(line) for line in (lines if lines[-1].endswith("}") else lines[:-1])]
+    of_trl = Path(run, "trainer_state.json")
+    path = of_trl if of_trl.is_file() else Path(run, "metrics.jsonl")
+    with about(f"{path}: cannot be read"):
+        text = path.read_text().replace('"learning_rate"', '"lr"').replace('"eval_', '"eval/')
+        text = text[: text.rfind("}") + 1]
+        records = json.loads(text)["log_history"] if path == of_trl else [*map(json.loads, text.splitlines())]
         if not records:
             raise BadInput("holds no step yet")
     return records
@@ -37,10 +33,8 @@ def read_log(run):
 
 def load_pyplot():
     with about("a figure needs matplotlib (pip install matplotlib)"):
-        import matplotlib
-
-        matplotlib.use("Agg")
         from matplotlib import pyplot
+    pyplot.switch_backend("Agg")  # which needs no screen
     return pyplot
 
 
@@ -53,8 +47,8 @@ def points(records, name):
 
 def draw(logs):
     """{name of a run: records} -> a figure with a panel for each metric that was logged."""
-    logged = {name.removeprefix("eval/") for records in logs.values() for record in records for name in record}
-    names = [name for name in METRICS if name in logged]
+    logged = [name.removeprefix("eval/") for records in logs.values() for record in records for name in record]
+    names = [*dict.fromkeys(filter(SHOWN.match, logged))]
     n_rows = -(-len(names) // 4)
     figure = load_pyplot().figure(figsize=(18, 3.5 * n_rows), layout="constrained")
     for place, name in enumerate(names, 1):

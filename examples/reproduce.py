@@ -23,31 +23,20 @@ HOURS = {"bunny": 1.0, "llava": 2.3}  # of 10,000 pairs and 3 epochs on one H200
 MODEL_GB = {"bunny": 6.4, "llava": 14.1}  # in the hub's cache
 RUN_GB = {"bunny": 1.5, "llava": 2.6}  # adapter and checkpoint: 16 bytes a parameter of the adapter
 PAIRS_GB = 5.8  # VLFeedback's images, as a zip and unpacked
-BENCHMARKS = {  # name: heading, questions, scorer, calls of the judge for one model
-    "mmhal": ("MMHal", "MMHalBench, 96 questions", "its eval_gpt4.py", 96),
-    "objhal": ("ObjHal", "Object HalBench, 300 questions", "RLAIF-V's eval_gpt_obj_halbench.py", 300),
-    "amber": ("AMBER", "AMBER, 1,004 generative questions", "its inference.py", 0),
-}
-JUDGE = "gpt-4.1-2025-04-14"  # OpenAI serves it until 14 January 2027
 JUDGES_NOTE = """\
 MMHalBench and Object HalBench are judged by a model. The judges that their scorers name, gpt-4-0314 and
 gpt-3.5-turbo-0613, are retired. Another judge's scores are not on the scale of the paper's: compare rows of one judge,
 and have the base and DPO judged by the one that judges mDPO."""
+ABLATION = {"mmhal": ["Score", "HalRate"], "objhal": ["CHAIRs", "CHAIRi"]}  # benchmark: its cells
+MAIN = ABLATION | {"amber": ["CHAIRs", "Cover", "HalRate", "Cog"]}
 TYPES = ["attribute", "adversarial", "comparison", "counting", "relation", "environment", "holistic", "other"]
-METRICS = {  # name: benchmark, heading, decimals
-    "score": ("mmhal", "Score", 2), "halrate": ("mmhal", "HalRate", 2),
-    "chair_s": ("objhal", "CHAIRs", 1), "chair_i": ("objhal", "CHAIRi", 1),
-    "chair": ("amber", "CHAIRs", 1), "cover": ("amber", "Cover", 1),
-    "hal": ("amber", "HalRate", 1), "cog": ("amber", "Cog", 1),
-    **{kind: ("mmhal", kind, 2) for kind in TYPES}, "answers": ("mmhal", "answers", 0),
-}  # fmt: skip
-MAIN, ABLATION = [*METRICS][:8], [*METRICS][:4]
+COLUMNS = [(benchmark, cell) for benchmark, cells in [*MAIN.items(), ("mmhal", TYPES)] for cell in cells]
 DPO = "--no-conditional --anchors none"
-RUNS = {  # MODEL or MODEL-NAME: flags of train.py (None: the base), METRICS' values in arXiv:2406.11839v2
-    "bunny": (None, "2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0 3.92 0.83 2.17 2.33 2.67 2.25 1.75 1.00"),
+RUNS = {  # MODEL or MODEL-NAME: flags of train.py; values of COLUMNS in arXiv:2406.11839v2
+    "bunny": ("base", "2.11 0.58 43.0 8.9 9.8 75.6 64.9 6.0 3.92 0.83 2.17 2.33 2.67 2.25 1.75 1.00"),
     "bunny-dpo": (DPO, "2.28 0.56 44.3 7.6 7.9 74.1 58.9 4.8 3.25 1.50 1.42 2.50 2.67 4.25 1.75 0.92"),
     "bunny-mdpo": ("", "2.96 0.42 27.0 4.6 4.9 67.4 37.7 2.4 3.08 4.17 2.00 3.50 3.25 4.08 2.17 1.42"),
-    "llava": (None, "2.19 0.57 54.7 15.9 7.4 51.8 34.7 4.1"),
+    "llava": ("base", "2.19 0.57 54.7 15.9 7.4 51.8 34.7 4.1"),
     "llava-dpo": (DPO, "2.14 0.65 49.0 13.0 6.5 55.1 34.5 2.3"),
     "llava-mdpo": ("", "2.39 0.54 35.7 9.8 4.4 52.4 24.5 2.4"),
     "bunny-no-conditional": ("--no-conditional", "2.36 0.53 40.3 7.1"),
@@ -59,152 +48,137 @@ RUNS = {  # MODEL or MODEL-NAME: flags of train.py (None: the base), METRICS' va
     "bunny-anchors-3": ("--anchors chosen rejected image_rejected", "2.85 0.40 34.7 6.1"),
     "bunny-no-image": ("--no-image", ""),
 }
-SIZES = (2500, 5000)
-RUNS |= {f"bunny-dpo-{n}": (f"{DPO} --limit {n}", "") for n in SIZES}
-RUNS |= {f"bunny-mdpo-{n}": (f"--limit {n}", "") for n in SIZES}
+BUNNY, LLAVA = ([name, f"{name}-dpo", f"{name}-mdpo"] for name in MODELS)
+FEWER = {f"{run}-{n}": (f"{RUNS[run][0]} --limit {n}".strip(), "") for n in (2500, 5000) for run in BUNNY[1:]}
+RUNS |= FEWER
 
 
 class Table(NamedTuple):
     title: str
-    rows: dict  # label: run
-    metrics: list
+    runs: list
+    cells: dict  # benchmark: what its scorer gives; nothing: answers to be read
     note: str = ""
 
 
-BUNNY = {"Bunny-v1.0-3B": "bunny", "+ DPO": "bunny-dpo", "+ mDPO": "bunny-mdpo"}
-LLAVA = {"LLaVA-v1.5-7B": "llava", "LLaVA + DPO": "llava-dpo", "LLaVA + mDPO": "llava-mdpo"}
-PAIR = {"DPO": "bunny-dpo", "mDPO": "bunny-mdpo"}
 TABLES = {
-    "table1": Table("Table 1, main results", BUNNY | LLAVA, MAIN),
-    "table2": Table("Table 2, ablation of the loss", {"mDPO": "bunny-mdpo", "- conditional": "bunny-no-conditional",
-        "- anchored": "bunny-no-anchor", "- both (DPO)": "bunny-dpo"}, ABLATION),
-    "table3": Table("Table 3, rejected images", {"random image": "bunny-random-image",
-        "crop 0-20% (mDPO)": "bunny-mdpo", "crop 20-50%": "bunny-crop-20-50", "MoCo v2": "bunny-moco"}, ABLATION),
-    "table4": Table("Table 4, anchors", {"y_w (mDPO)": "bunny-mdpo", "y_w, y_l": "bunny-anchors-2",
-        "y_w, y_l, m_l": "bunny-anchors-3"}, ABLATION),
-    "table5": Table("Table 5, types of questions", BUNNY, ["score", *TYPES]),
-    "figure1": Table("Figure 1, DPO without images", {"DPO (No Image)": "bunny-no-image"} | PAIR, ["score"],
+    "table1": Table("main results", BUNNY + LLAVA, MAIN),
+    "table2": Table("the loss", ["bunny-mdpo", "bunny-no-conditional", "bunny-no-anchor", "bunny-dpo"], ABLATION),
+    "table3": Table("rejected images", ["bunny-random-image", "bunny-mdpo", "bunny-crop-20-50", "bunny-moco"], ABLATION),
+    "table4": Table("anchors", ["bunny-mdpo", "bunny-anchors-2", "bunny-anchors-3"], ABLATION),
+    "table5": Table("types of questions", BUNNY, {"mmhal": ["Score", *TYPES]}),
+    "figure1": Table("DPO without images", ["bunny-no-image", *BUNNY[1:]], {"mmhal": ["Score"]},
         "The paper draws DPO (No Image) without a number, and calls it similar to DPO."),
-    "figure2": Table("Figure 2, the method", {}, [], "A drawing: nothing to run."),
-    "figure3": Table("Figure 3, answers", PAIR, ["answers"], "To be read, not scored."),
-    "figure4": Table("Figure 4, human evaluation", PAIR, ["answers"],
+    "figure2": Table("the method", [], {}, "A drawing: nothing to run."),
+    "figure3": Table("answers", BUNNY[1:], {"mmhal": []}, "To be read, not scored."),
+    "figure4": Table("human evaluation", BUNNY[1:], {"mmhal": []},
         "People compare answers. The paper: mDPO's is better or as good in 89%, DPO's better in 11%."),
-    "figure5": Table("Figure 5, number of pairs",
-        {f"{label}, {n}": f"{run}-{n}" for n in SIZES for label, run in PAIR.items()} | PAIR, ["score", "halrate"],
+    "figure5": Table("number of pairs", [*FEWER, *BUNNY[1:]], {"mmhal": ["Score", "HalRate"]},
         "The paper draws it without numbers: 2,500 and 5,000 are sizes of our choice."),
 }  # fmt: skip
 
 
 def script(names, work, judge, models):
     """The shell script that makes these tables in the folder `work`. Raises BadInput if nothing can run."""
-    cells = [(*METRICS[metric][:2], run) for name in names for metric in TABLES[name].metrics
-             for run in TABLES[name].rows.values()]  # fmt: skip
-    answers = [*dict.fromkeys((benchmark, run) for benchmark, _, run in cells)]  # a dict keeps their order
-    scores = [*dict.fromkeys((benchmark, run) for benchmark, heading, run in cells if heading != "answers")]
+    tables = [TABLES[name] for name in names]
+    answers = dict.fromkeys((name, run) for table in tables for name in table.cells for run in table.runs)
+    scores = {(name, run) for table in tables for name, cells in table.cells.items() if cells for run in table.runs}
     if not answers:
         raise BadInput(f"{', '.join(names)}: nothing to run (--list says what there is)")
     model = {run: run.split("-")[0] for _, run in answers}
-    trained = {run: RUNS[run][0] for run in model if RUNS[run][0] is not None}
-    calls = sum(BENCHMARKS[name][-1] for name, _ in scores)
+    trained = {run: RUNS[run][0] for run in model if run not in MODELS}
+    calls = sum(BENCHMARKS[name][2] for name, _ in scores)
     gigabytes = sum(MODEL_GB[name] for name in {*model.values()}) + sum(RUN_GB[model[run]] for run in trained)
-    gigabytes += PAIRS_GB * bool(trained)
     sizes = {run: int(flags.partition("--limit ")[2] or 10_000) for run, flags in trained.items()}
     hours = sum(HOURS[model[run]] * n_pairs / 10_000 for run, n_pairs in sizes.items())
     comments = [
-        *(f"{TABLES[name].title}. {TABLES[name].note}".rstrip() for name in names),
+        *(f"{name}: {TABLES[name].title}. {TABLES[name].note}".rstrip() for name in names),
         "Printed by examples/reproduce.py, whose authors had no hub, GPU or judge to run it with.",
-        f"Disk: {gigabytes:.0f} GB for models, pairs and runs. Not known: benchmarks, the scorers' packages.",
+        f"Disk: {gigabytes + PAIRS_GB:.0f} GB for models, pairs and runs. Not known: benchmarks, the scorers' packages.",
         f"Training: {len(trained)} runs, {hours:.1f} hours on one H200 (predicted). Other times: not known.",
     ]
     comments += [f"Judge: {calls} calls of {judge}, key in OPENAI_API_KEY.", *JUDGES_NOTE.split("\n")] if calls else []
-    steps = ["pairs"] * bool(trained) + [f"questions_{name}" for name in dict.fromkeys(name for name, _ in answers)]
-    steps += ["scorers"] * bool(scores)
-    quoted = {run: shlex.quote(models[name]) for run, name in model.items()}
-    steps += [f"train {run} {quoted[run]} {flags}".rstrip() for run, flags in trained.items()]
     adapters = {run: f' --adapter "$W/runs/{run}"' for run in trained}
-    steps += [f"answer {name} {run} {quoted[run]}{adapters.get(run, '')}" for name, run in answers]
-    steps += [f"score_{name} {run}" for name, run in scores if name == "amber"] + ["key"] * bool(calls)
-    steps += [f"score_{name} {run}" for name, run in scores if name != "amber"]
+    steps = ["pairs", *(f"questions_{name}" for name, _ in answers), *["scorers"] * bool(scores)]
+    steps += [f"train {run} {models[model[run]]} {flags}".rstrip() for run, flags in trained.items()]
+    steps += [f"answer {name} {run} {models[model[run]]}{adapters.get(run, '')}" for name, run in answers]
+    steps += [f"score_{name} {run}" for name, run in sorted(scores)]  # AMBER's first: it needs no key
     lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in comments), "set -Eeuo pipefail"]
     lines += [f"ROOT={shlex.quote(str(ROOT))} W={shlex.quote(str(work))} JUDGE={judge}", ""]
-    return "\n".join([*lines, Path(__file__).with_suffix(".sh").read_text(), *steps])
+    return "\n".join([*lines, Path(__file__).with_suffix(".sh").read_text(), *dict.fromkeys(steps)])
 
 
-def read_amber(path, answers):
-    """What AMBER's inference.py prints -> {metric: value}."""
-    words = {"chair": "CHAIR", "cover": "Cover", "hal": "Hal", "cog": "Cog"}
+def read_amber(path):
+    """What AMBER's inference.py prints -> {cell: its text}."""
     found = dict(re.findall(r"(?m)^(\w+):\s+([\d.]+)", path.read_text()))
-    return {metric: float(found[word]) for metric, word in words.items()}
+    return {"CHAIRs": found["CHAIR"], "Cover": found["Cover"], "HalRate": found["Hal"], "Cog": found["Cog"]}
 
 
-def read_mmhal(path, answers):
+def read_mmhal(path):
     """The replies that eval_gpt4.py saves. As there, a reply without a single rating counts 0."""
+    answers = path.parents[2] / "answers" / path.name
     replies, questions = json.loads(path.read_text()), json.loads(answers.read_text())
     texts = [reply["choices"][0]["message"]["content"].lower() for reply in replies]
     said = [[rating for rating in range(7) if f"rating: {rating}" in text] for text in texts]
     ratings = [one[0] if len(one) == 1 else 0 for one in said]
-    found = {"score": mean(ratings), "halrate": mean(rating < 3 for rating in ratings)}
     pairs = [(item["question_type"], rating) for item, rating in zip(questions, ratings, strict=True)]
+    found = {"Score": mean(ratings), "HalRate": mean(rating < 3 for rating in ratings)}
     found |= {kind: mean(rating for k, rating in pairs if k == kind) for kind, _ in pairs}
     unrated, judges = sum(len(one) != 1 for one in said), {reply["model"] for reply in replies}
     notes = [f"{path}: {unrated} replies without a single rating count 0"] if unrated else []
     notes += [f"{path}: judged by {', '.join(sorted(judges))}"] if judges != {path.parent.name} else []
-    return found | {"notes": notes}
+    return {name: f"{value:.2f}" for name, value in found.items()} | {"notes": notes}
 
 
-def read_objhal(path, answers):
+def read_objhal(path):
     """The result that eval_gpt_obj_halbench.py saves, in percent.
 
     The paper's CHAIRs are multiples of 1/300, so they count all answers, as CHAIRs_refine does not.
     """
     found = json.loads(path.read_text())["overall_metrics"]
-    return {"chair_s": 100 * found["CHAIRs"], "chair_i": 100 * found["CHAIRi"]}
+    return {name: f"{100 * found[name]:.1f}" for name in ("CHAIRs", "CHAIRi")}
 
 
-def read_run(work, run, judge):
-    """-> {metric: value} of the outputs that are there, and "notes". Raises BadInput if one cannot be read."""
-    answers = work / f"answers/{run}.mmhal.json"
-    found = {"answers": len(json.loads(answers.read_text()))} if answers.exists() else {}
-    outputs = {f"amber/{run}.txt": read_amber, f"{judge}/{run}.mmhal.json": read_mmhal}
-    for name, read in (outputs | {f"{judge}/{run}.objhal.json": read_objhal}).items():
-        if (path := work / "scores" / name).exists():
-            with about(f"{path}: is not what its scorer writes"):
-                found |= read(path, answers)
-    return found
+BENCHMARKS = {  # name: questions, scorer, the judge's calls for a model, the scorer's output for a run, its reader
+    "mmhal": ("MMHalBench, 96 questions", "its eval_gpt4.py", 96, "{judge}/{run}.mmhal.json", read_mmhal),
+    "objhal": ("Object HalBench, 300 questions", "RLAIF-V's eval_gpt_obj_halbench.py", 300,
+        "{judge}/{run}.objhal.json", read_objhal),
+    "amber": ("AMBER, 1,004 generative questions", "its inference.py", 0, "amber/{run}.txt", read_amber),
+}  # fmt: skip
 
 
 def collect(name, work):
     """The paper's table as text. Below each of its rows: what was found, a row for each judge."""
     table, notes = TABLES[name], []
     judges = sorted({path.parent.name for path in work.glob("scores/*/*.json")})
-    headings = [(BENCHMARKS[METRICS[metric][0]][0], METRICS[metric][1]) for metric in table.metrics]
-    widths = [max(6, *map(len, words)) + 2 for words in headings]
-
-    def row(label, cells):
-        return (f"{label:24}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))).rstrip()
-
-    lines = [table.title, *(row("", words) for words in zip(*headings))]
-    for label, run in table.rows.items():
-        paper = dict(zip(METRICS, RUNS[run][1].split()))
-        lines.append(row(f"{label}: paper", [paper.get(metric, "") for metric in table.metrics]))
+    columns = [(name, cell) for name, cell in COLUMNS if cell in table.cells.get(name, ())]
+    rows = [["", *words] for words in zip(*columns)]
+    for run in table.runs:
+        paper = dict(zip(COLUMNS, RUNS[run][1].split()))
+        rows.append([f"{run}: paper", *(paper.get(column, "") for column in columns)])
         for judge in judges or ["found"]:
-            found = read_run(work, run, judge)
-            cells = [f"{found[m]:.{METRICS[m][2]}f}" if m in found else "" for m in table.metrics]
-            lines.append(row(f"  {judge}", cells))
-            notes += found.get("notes", [])
+            found = {benchmark: read_scores(work, benchmark, run, judge) for benchmark in table.cells}
+            rows.append([f"  {judge}", *(found[benchmark].get(cell, "") for benchmark, cell in columns)])
+            notes += [note for scores in found.values() for note in scores.get("notes", [])]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    lines = [f"{name}: {table.title}", *("".join(map(str.ljust, row, widths)).rstrip() for row in rows)]
     return "\n".join([*lines, *([table.note] if table.note else []), *dict.fromkeys(notes)])
+
+
+def read_scores(work, benchmark, run, judge):
+    """A scorer's output -> {cell: its text}, and "notes"; {} if there is none. Raises BadInput if it is another's."""
+    *_, output, read = BENCHMARKS[benchmark]
+    path = work / "scores" / output.format(judge=judge, run=run)
+    with about(f"{path}: is not what its scorer writes"):
+        return read(path) if path.exists() else {}
 
 
 def describe(name):
     """A table or figure as text: its runs, questions, scorers and cells."""
     table = TABLES[name]
-    flags = {run: "the base" if RUNS[run][0] is None else RUNS[run][0] for run in table.rows.values()}
-    lines = [f"{name}: {table.title}. {table.note}"]
-    lines += [f"  {label:20}{run:22}{flags[run]}" for label, run in table.rows.items()]
-    for benchmark in dict.fromkeys(METRICS[metric][0] for metric in table.metrics):
-        cells = [METRICS[metric][1] for metric in table.metrics if METRICS[metric][0] == benchmark]
-        scorer = "" if cells == ["answers"] else f", scored by {BENCHMARKS[benchmark][2]}"
-        lines.append(f"  {BENCHMARKS[benchmark][1]}{scorer}: {', '.join(cells)}")
+    lines = [f"{name}: {table.title}. {table.note}", *(f"  {run:22}{RUNS[run][0]}" for run in table.runs)]
+    for benchmark, cells in table.cells.items():
+        questions, scorer, *_ = BENCHMARKS[benchmark]
+        lines.append(f"  {questions}, scored by {scorer}: {', '.join(cells)}" if cells else f"  {questions}: answers")
     return "\n".join(map(str.rstrip, lines))
 
 
@@ -215,12 +189,12 @@ def run(argv):
     add("--list", action="store_true", help="print what there is")
     add("--collect", action="store_true", help="print the paper's values and what was found")
     add("--work", default=ROOT / "runs/paper", metavar="DIR", help="folder of data, runs, answers, scores")
-    add("--judge", default=JUDGE, help="a model that is served at present (default: %(default)s)")
+    add("--judge", default="gpt-4.1-2025-04-14", help="a model; %(default)s is served until 14 January 2027")
     add("--models", nargs=2, default=MODELS.values(), metavar=("BUNNY", "LLAVA"), help="folders or hub names")
     args = parser.parse_args(argv)
     names = [*TABLES] if "all" in args.names else list(dict.fromkeys(args.names))
     work = Path(args.work).resolve()
-    if not re.fullmatch(r"(?!amber$)\w[\w.:-]*", args.judge):
+    if not re.fullmatch(r"\w[\w.:-]*", args.judge):
         raise BadInput(f"--judge {args.judge}: has to do as a folder's name: letters, digits, . : - and _")
     if args.list:
         print("\n\n".join(map(describe, names)))
@@ -228,7 +202,7 @@ def run(argv):
         print("\n\n".join([*(collect(name, work) for name in names), JUDGES_NOTE]))
     else:
         paths = [str(Path(model).resolve()) if Path(model).exists() else model for model in args.models]
-        print(script(names, work, args.judge, dict(zip(MODELS, paths))))
+        print(script(names, work, args.judge, dict(zip(MODELS, map(shlex.quote, paths)))))
     return 0
 
 

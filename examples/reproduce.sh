@@ -6,9 +6,6 @@
 PYTHON=${PYTHON:-python} SCORER="$W/scorers/bin/python"
 cd "$ROOT"
 mkdir -p "$W/data" "$W/runs" "$W/answers" "$W/scores/amber" "$W/scores/$JUDGE"
-for tool in "$PYTHON" hf git curl; do
-    command -v "$tool" > /dev/null || { echo "error: there is no $tool" >&2; exit 2; }
-done
 
 todo() { # todo OUTPUT [HELP]: is there no such output?
     output=$1 help=${2:-}
@@ -33,9 +30,8 @@ clone() { # clone OWNER/NAME COMMIT OUTPUT
 }
 
 pairs() {
-    if todo "$W/data/silkie.json"; then
+    if todo "$W/data/vlfeedback_llava_10k.json"; then
         hf download fwnlp/mDPO-preference-data vlfeedback_llava_10k.json --repo-type dataset --local-dir "$W/data"
-        mv "$W/data/vlfeedback_llava_10k.json" "$W/data/silkie.json"
     fi
     todo "$W/data/merged_images" || return 0
     hf download MMInstruction/VLFeedback merged_images.zip --repo-type dataset --local-dir "$W/data"
@@ -79,7 +75,7 @@ train() { # train RUN MODEL [FLAG...]
     if [ -e "$run/args.json" ]; then
         "$PYTHON" train.py --resume "$run" ${TRAIN_FLAGS:-}
     else
-        "$PYTHON" train.py --data "$W/data/silkie.json" --out "$run" --model "${@:2}" ${TRAIN_FLAGS:-}
+        "$PYTHON" train.py --data "$W/data/vlfeedback_llava_10k.json" --out "$run" --model "${@:2}" ${TRAIN_FLAGS:-}
     fi
     touch "$run.done"
 }
@@ -97,33 +93,25 @@ answer() { # answer BENCHMARK RUN MODEL [--adapter FOLDER]
 
 score_amber() { # score_amber RUN
     todo "$W/scores/amber/$1.txt" || return 0
-    cd "$W/data/AMBER"
-    "$SCORER" inference.py --inference_data "$W/answers/$1.amber.json" --evaluation_type g > "$output.new"
-    cd "$ROOT"
+    env -C "$W/data/AMBER" "$SCORER" inference.py --inference_data "$W/answers/$1.amber.json" --evaluation_type g \
+        > "$output.new"
     mv "$output.new" "$output"
-}
-
-key() { # the judge is paid
-    output="the judge's scores" help="Set OPENAI_API_KEY."
-    [ -n "${OPENAI_API_KEY:-}" ]
 }
 
 score_mmhal() { # score_mmhal RUN
     todo "$W/scores/$JUDGE/$1.mmhal.json" || return 0
     "$SCORER" "$W/data/mmhal/eval_gpt4.py" --response "$W/answers/$1.mmhal.json" --evaluation "$output.new" \
-        --api-key "$OPENAI_API_KEY" --gpt-model "$JUDGE"
+        --api-key "${OPENAI_API_KEY:?is not set}" --gpt-model "$JUDGE"
     mv "$output.new" "$output"
 }
 
 score_objhal() { # score_objhal RUN: the scorer has its judge in its code, and writes beside the answers
     todo "$W/scores/$JUDGE/$1.objhal.json" || return 0
-    cd "$W/data/RLAIF-V"
-    sed "s/Chat(model=\"[^\"]*\"/Chat(model=\"$JUDGE\"/" eval/eval_gpt_obj_halbench.py > eval/judged.py
-    grep -q "Chat(model=\"$JUDGE\"" eval/judged.py
+    local eval="$W/data/RLAIF-V/eval"
+    sed "s/Chat(model=\"[^\"]*\"/Chat(model=\"$JUDGE\"/" "$eval/eval_gpt_obj_halbench.py" > "$eval/judged.py"
     rm -f "$W/answers/hall_$1.objhal_-1.json"
-    "$SCORER" eval/judged.py --cap_file "$W/answers/$1.objhal.jsonl" --coco_path "$W/data/coco" --use_gpt \
-        --openai_key "$OPENAI_API_KEY"
-    cd "$ROOT"
+    env -C "$eval/.." "$SCORER" eval/judged.py --cap_file "$W/answers/$1.objhal.jsonl" --coco_path "$W/data/coco" \
+        --use_gpt --openai_key "${OPENAI_API_KEY:?is not set}"
     mv "$W/answers/hall_$1.objhal_-1.json" "$output"
 }
 

@@ -12,8 +12,6 @@ write a function with the results and arguments of `mdpo_loss`, and `batch`, for
 `data.random_crop`, for `data.STRATEGIES`, and enter it at the end.
 """
 
-import argparse
-import statistics
 import sys
 from pathlib import Path
 
@@ -33,9 +31,11 @@ def chip_loss(policy_logps, ref_logps, beta=0.1, **fixed):
     So the authors' code has it (`use_cross_modal_loss`), where token and segment weights come on top of it. mDPO's two
     terms stop pulling one by one; this one stops when the sum of the margins is large.
     """
+    _, metrics = mdpo_loss(policy_logps, ref_logps, beta, conditional=False, anchors=())
+    del metrics["loss/dpo"]
     r = rewards(policy_logps, ref_logps, beta, LogPs._fields, ())
-    margins = (r["chosen"] - r["rejected"]) + (r["chosen"] - r["image_rejected"])
-    return with_metrics({"joint": -F.logsigmoid(margins)}, policy_logps, ref_logps, beta)
+    joint = -F.logsigmoid((r["chosen"] - r["rejected"]) + (r["chosen"] - r["image_rejected"]))
+    return joint, {"loss/joint": joint.detach()} | metrics
 
 
 def opa_dpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, **fixed):
@@ -44,11 +44,10 @@ def opa_dpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, **fixed):
     CoPO_coef 0.2 and Anchor_coef 1 are those of the authors' script. What OPA-DPO does before, fine-tuning on revised
     answers so that they are on-policy, and its second pair of answers are not part of this.
     """
+    losses, metrics = mdpo_loss(policy_logps, ref_logps, beta, delta, conditional=False)  # DPO + AncPO
     r = rewards(policy_logps, ref_logps, beta, LogPs._fields, ())
-    terms = {"dpo": -F.logsigmoid(r["chosen"] - r["rejected"])}
-    terms["conditional"] = -0.2 * F.logsigmoid(r["chosen"] - r["image_rejected"])
-    terms["anchor"] = -F.logsigmoid(r["chosen"] - delta)
-    return with_metrics(terms, policy_logps, ref_logps, beta)
+    copo = -0.2 * F.logsigmoid(r["chosen"] - r["image_rejected"])
+    return losses + copo, {"loss/conditional": copo.detach()} | metrics
 
 
 def rpo_loss(policy_logps, ref_logps, beta=0.1, alpha=1.0, *, batch, **fixed):
@@ -57,18 +56,10 @@ def rpo_loss(policy_logps, ref_logps, beta=0.1, alpha=1.0, *, batch, **fixed):
     The SFT term of RPO (arXiv:2405.16436) keeps the chosen answer likely, as mDPO's anchor does. alpha is TRL's
     `rpo_alpha`. batch: of `make_batch`, whose first rows are those of y_w.
     """
-    r = rewards(policy_logps, ref_logps, beta, ("chosen", "rejected"), ())
-    terms = {"dpo": -F.logsigmoid(r["chosen"] - r["rejected"])}
-    n_tokens = (batch.labels >= 0).sum(1)[: len(r["chosen"])].to(r["chosen"].device)  # (B,)
-    terms["sft"] = -alpha * policy_logps[0].to(r["chosen"].dtype) / n_tokens
-    return with_metrics(terms, policy_logps, ref_logps, beta)
-
-
-def with_metrics(terms, policy_logps, ref_logps, beta):
-    """The sum of the terms (B,), and metrics under the names of `mdpo_loss`."""
-    _, metrics = mdpo_loss(policy_logps, ref_logps, beta, conditional=False, anchors=())
-    del metrics["loss/dpo"]
-    return sum(terms.values()), {f"loss/{name}": term.detach() for name, term in terms.items()} | metrics
+    dpo, metrics = mdpo_loss(policy_logps, ref_logps, beta, conditional=False, anchors=())
+    n_tokens = (batch.labels >= 0).sum(1)[: len(dpo)].to(dpo.device)  # (B,)
+    sft = -alpha * policy_logps[0] / n_tokens
+    return dpo + sft, {"loss/sft": sft.detach()} | metrics
 
 
 # a_t = (1 - b_0) ... (1 - b_t), where b_t rises from 1e-5 to 5e-3 as a sigmoid over -6 to 6: CHiP's code.
@@ -90,9 +81,8 @@ def mask_patches(image, rng, area=None, other=None, share=0.3, grid=24):
     """30% of 24 x 24 patches in the image's mean grey (OPA-DPO)"""
     # 24 x 24 as in LLaVA-1.5. Of the authors' two masks this is "blockwise"; their script has single pixels.
     hidden = {*rng.sample(range(grid**2), round(share * grid**2))}
-    mask = Image.new("L", (grid, grid))
-    mask.putdata([255 * (patch in hidden) for patch in range(grid**2)])
-    grey = Image.new("RGB", image.size, (round(statistics.fmean(ImageStat.Stat(image).mean)),) * 3)
+    mask = Image.frombytes("L", (grid, grid), bytes(255 * (patch in hidden) for patch in range(grid**2)))
+    grey = Image.new("RGB", image.size, (round(sum(ImageStat.Stat(image).mean) / 3),) * 3)
     return Image.composite(grey, image, mask.resize(image.size, Image.Resampling.NEAREST))
 
 
@@ -106,7 +96,7 @@ FIXED = {"--no-image", "--no-conditional", "--anchors", "--delta", "--demo"}  # 
 
 
 def run(argv):
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = train.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("variant", choices=VARIANTS)
     name, given = parser.parse_args(argv[:1]).variant, argv[1:]
     loss, flags = VARIANTS[name]
