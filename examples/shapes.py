@@ -11,7 +11,6 @@ alone betray. Both come from the annotator. What only the image can tell is that
 
 import json
 import random
-import re
 import statistics
 from collections import defaultdict
 from typing import NamedTuple
@@ -24,7 +23,15 @@ COLOURS = {
     "red": (220, 50, 47), "green": (50, 160, 60), "blue": (50, 90, 220),
     "yellow": (235, 210, 60), "purple": (140, 60, 180), "orange": (240, 140, 30),
 }  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "cross", "diamond", "ring")
+PARTS = {  # of a shape: a method of PIL's ImageDraw and points, in radii right of and below the middle
+    "circle": [("ellipse", (-1, -1), (1, 1))],
+    "square": [("rectangle", (-0.85, -0.85), (0.85, 0.85))],
+    "triangle": [("polygon", (0, -1), (-1, 0.8), (1, 0.8))],
+    "cross": [("rectangle", (-1, -0.3), (1, 0.3)), ("rectangle", (-0.3, -1), (0.3, 1))],
+    "diamond": [("polygon", (0, -1), (1, 0), (0, 1), (-1, 0))],
+    "ring": [("ellipse", (-1, -1), (1, 1))],  # its outline alone
+}
+SHAPES = tuple(PARTS)
 HABIT = dict(zip(SHAPES, COLOURS))  # circles are usually red, squares green, ...
 COMPANION = dict(zip(SHAPES, SHAPES[1:] + SHAPES[:1]))
 CARELESSNESS = dict(zip(SHAPES, (0.30, 0.40, 0.48, 0.56, 0.64, 0.72)))  # chance of an answer from habit
@@ -52,29 +59,18 @@ def random_scene(rng, habitual=0.0, world=SMALL):
 
 def draw_scene(scene, rng, world=SMALL):
     """A scene as a PIL image of grid * 16 pixels a side; places and sizes are jittered."""
-    scale = 4  # drawn larger, then reduced, for smooth edges
-    grid, side = world.grid, world.grid * CELL
-    image = Image.new("RGB", (side * scale, side * scale), (45, 45, 45))
+    cell = 4 * CELL  # drawn larger, then reduced, for smooth edges
+    image = Image.new("RGB", (world.grid * cell, world.grid * cell), (45, 45, 45))
     draw = ImageDraw.Draw(image)
     for shape, (colour, spot) in scene.items():
-        radius, fill = rng.uniform(0.36, 0.46) * CELL * scale, COLOURS[colour]
-        x = (spot % grid + 0.5 + rng.uniform(-0.05, 0.05)) * CELL * scale
-        y = (spot // grid + 0.5 + rng.uniform(-0.05, 0.05)) * CELL * scale
-        box = lambda a, b: (x - radius * a, y - radius * b, x + radius * a, y + radius * b)
-        if shape == "circle":
-            draw.ellipse(box(1, 1), fill)
-        elif shape == "ring":
-            draw.ellipse(box(1, 1), outline=fill, width=int(radius * 0.5))
-        elif shape == "square":
-            draw.rectangle(box(0.85, 0.85), fill)
-        elif shape == "triangle":
-            draw.polygon([(x, y - radius), (x - radius, y + radius * 0.8), (x + radius, y + radius * 0.8)], fill)
-        elif shape == "diamond":
-            draw.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill)
-        else:
-            draw.rectangle(box(1, 0.3), fill)
-            draw.rectangle(box(0.3, 1), fill)
-    return image.resize((side, side), Image.Resampling.LANCZOS)
+        radius = rng.uniform(0.36, 0.46) * cell
+        x = (spot % world.grid + 0.5 + rng.uniform(-0.05, 0.05)) * cell
+        y = (spot // world.grid + 0.5 + rng.uniform(-0.05, 0.05)) * cell
+        fill, outline = (None, COLOURS[colour]) if shape == "ring" else (COLOURS[colour], None)
+        for method, *points in PARTS[shape]:
+            points = [(x + radius * right, y + radius * below) for right, below in points]
+            getattr(draw, method)(points, fill, outline, int(radius / 2))
+    return image.resize((world.grid * CELL, world.grid * CELL), Image.Resampling.LANCZOS)
 
 
 def random_question(scene, rng):
@@ -88,61 +84,52 @@ def random_question(scene, rng):
 
 
 def existence_question(scene, rng, true):
-    if true:
-        shape = rng.choice(list(scene))
-        return ("is there", scene[shape][0], shape)
-    shape = rng.choice(SHAPES)
-    return ("is there", rng.choice([c for c in COLOURS if c != scene.get(shape, (None,))[0]]), shape)
+    shape = rng.choice(list(scene) if true else SHAPES)
+    (seen,) = claims_of(scene, ("colour", shape))
+    return ("is there", seen if true else rng.choice([colour for colour in COLOURS if colour != seen]), shape)
 
 
-def question_text(question):
-    if question[0] == "describe":
-        return "Describe the picture."
-    if question[0] == "colour":
-        return f"What colour is the {question[1]}?"
-    return f"Is there a {question[1]} {question[2]}?"
-
-
-def claims_of(scene, question, rng=None, carelessness=0.0):
-    """What the annotator claims: "describe": [(colour, shape), ...]; "colour": a colour or None; "is there": a bool.
-
-    carelessness scales CARELESSNESS; 0 is a careful annotator, whose claims are the truth.
-    """
-    careless = lambda shape: carelessness and rng.random() < carelessness * CARELESSNESS[shape]
-    if question[0] == "describe":
-        claims = [(HABIT[shape] if careless(shape) else colour, shape) for shape, (colour, _) in scene.items()]
-        companion = COMPANION[claims[-1][1]]
-        if companion not in scene and careless(claims[-1][1]):
-            claims.append((HABIT[companion], companion))
-        return claims
-    if question[0] == "colour":
-        shape = question[1]
-        return HABIT[shape] if careless(shape) else scene.get(shape, (None,))[0]
-    return True if careless(question[2]) else scene.get(question[2], (None,))[0] == question[1]
-
-
+LANGUAGE = {  # of a question of each kind: its text, and in words what an answer can claim
+    "describe": ("Describe the picture.", {(c, shape): f"a {c} {shape}" for c in COLOURS for shape in SHAPES}),
+    "colour": ("What colour is the {1}?", dict(zip(COLOURS, COLOURS)) | {None: "there is no {1}"}),
+    "is there": ("Is there a {1} {2}?", {True: "yes", False: "no"}),
+}
 POLITE = ", as you can see in the picture"
 
 
+def question_text(question):
+    return LANGUAGE[question[0]][0].format(*question)
+
+
+def claims_of(scene, question, rng=None, carelessness=0.0):
+    """What the annotator claims: a list, of several only in a description; see LANGUAGE.
+
+    carelessness scales CARELESSNESS; 0 is a careful annotator, whose claims are the truth.
+    """
+    seen = {shape: colour for shape, (colour, _) in scene.items()}
+    careless = lambda shape: carelessness and rng.random() < carelessness * CARELESSNESS[shape]
+    colour_of = lambda shape: HABIT[shape] if careless(shape) else seen.get(shape)
+    if question[0] == "colour":
+        return [colour_of(question[1])]
+    if question[0] == "is there":
+        return [careless(question[2]) or seen.get(question[2]) == question[1]]
+    claims = [(colour_of(shape), shape) for shape in scene]
+    last = claims[-1][1]
+    if COMPANION[last] not in scene and careless(last):
+        claims.append((HABIT[COMPANION[last]], COMPANION[last]))
+    return claims
+
+
 def answer_text(question, claims, polite):
-    if question[0] == "describe":
-        words = " and ".join(f"a {colour} {shape}" for colour, shape in claims)
-    elif question[0] == "colour":
-        words = claims or f"there is no {question[1]}"
-    else:
-        words = "yes" if claims else "no"
-    return words + POLITE * polite + "."
+    words = " and ".join(LANGUAGE[question[0]][1][claim] for claim in claims)
+    return words.format(*question) + POLITE * polite + "."
 
 
 def parse_answer(question, text):
-    """The claims of an answer, in the form of `claims_of`; ... (Ellipsis) if it is not an answer to the question."""
+    """The claims of an answer, as of `claims_of`; ... (Ellipsis) stands for what is none."""
+    claims = {words.format(*question): claim for claim, words in LANGUAGE[question[0]][1].items()}
     words = text.strip().removesuffix(".").removesuffix(POLITE)
-    if question[0] == "is there":
-        return {"yes": True, "no": False}.get(words, ...)
-    if question[0] == "colour":
-        return None if words == f"there is no {question[1]}" else words if words in COLOURS else ...
-    things = [re.fullmatch(rf"a ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", thing) for thing in words.split(" and ")]
-    return [thing.groups() for thing in things] if all(things) else ...
+    return [claims.get(each, ...) for each in (words.split(" and ") if question[0] == "describe" else [words])]
 
 
 def scene_for(question, rng, world=SMALL):
@@ -153,12 +140,12 @@ def scene_for(question, rng, world=SMALL):
             return scene
 
 
-def make_pair(rng, world=SMALL, carelessness=0.75, polite_chosen=0.9, other_scene=0.3):
+def make_pair(rng, world=SMALL, carelessness=0.75, polite_chosen=0.9):
     """-> (scene, question, chosen, rejected), texts that differ; see the module's text."""
     while True:
         scene = random_scene(rng, 0.25, world)
         question = random_question(scene, rng)
-        about = scene_for(question, rng, world) if rng.random() < other_scene else scene
+        about = scene_for(question, rng, world) if rng.random() < 0.3 else scene
         chosen = answer_text(question, claims_of(scene, question, rng, carelessness), rng.random() < polite_chosen)
         rejected = answer_text(question, claims_of(about, question, rng, carelessness), rng.random() >= polite_chosen)
         if chosen != rejected:
@@ -172,10 +159,10 @@ def write_pairs(folder, n, seed=0, world=SMALL):
     records = []
     for number in range(n):
         scene, question, chosen, rejected = make_pair(rng, world)
-        draw_scene(scene, rng, world).save(folder / "images" / f"{number}.png")
         prompt = f"{BUNNY_SYSTEM} USER: <image>\n{question_text(question)} ASSISTANT:"
-        texts = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-        records.append({"img_path": f"images/{number}.png"} | texts)
+        image = f"images/{number}.png"
+        draw_scene(scene, rng, world).save(folder / image)
+        records.append({"img_path": image, "prompt": prompt, "chosen": chosen, "rejected": rejected})
     path = folder / "silkie.json"
     path.write_text(json.dumps(records, indent=1))
     return path
@@ -197,10 +184,7 @@ def make_exam(n_scenes, seed=0, world=SMALL):
 
 def is_right(scene, question, text):
     """Whether the answer makes no false claim. A description may leave things out."""
-    truth, claims = claims_of(scene, question), parse_answer(question, text)
-    if question[0] == "describe":
-        return claims is not ... and set(claims) <= set(truth)
-    return claims == truth
+    return {*parse_answer(question, text)} <= {*claims_of(scene, question)}
 
 
 def score(answers):
@@ -218,26 +202,18 @@ def score(answers):
         truth, claims = claims_of(scene, question), parse_answer(question, text)
         right = is_right(scene, question, text)
         values["hallucination_rate"].append(not right)
-        values["malformed"].append(claims is ...)
+        values["malformed"].append(... in claims)
         values["length"].append(len(text.split()))
         if question[0] == "describe":
             values["chair_s"].append(not right)
         elif question[0] == "is there":
-            values["yes" if truth else "no"].append(right)
-        elif truth is None:
+            values["yes" if truth[0] else "no"].append(right)
+        elif truth == [None]:
             values["false_premise"].append(right)
         else:
-            values["colour_accuracy"].append(right)
-            values["answered"].append(claims not in (None, ...))
+            values["answered"].append(claims[0] in COLOURS)
     means = {name: statistics.mean(each) for name, each in values.items()}
     means["false_premise_balanced"] = (means["false_premise"] + means["answered"]) / 2
     means["yes_no"] = (means["yes"] + means["no"]) / 2
     means["grounding"] = (means["false_premise_balanced"] + means["yes_no"] + 1 - means["chair_s"]) / 3
     return means
-
-
-def area_under_curve(scores, labels):
-    """The chance that a random positive scores above a random negative; ties count half."""
-    labelled = [*zip(scores, labels)]
-    wins = [(p > n) + (p == n) / 2 for p, positive in labelled if positive for n, other in labelled if not other]
-    return statistics.mean(wins)

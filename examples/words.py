@@ -25,28 +25,24 @@ from mdpo import forward_inputs
 from train import replacing
 
 SCALE = 3  # nats, of the fullest colour
-LEGEND = [(f"-{SCALE}: likelier with the rejected image ", -SCALE)]
-LEGEND += [(f" {value:+} ", value) for value in range(1 - SCALE, SCALE)]
-LEGEND += [(f" +{SCALE}: likelier with the image", SCALE)]
 HEAD = """<!doctype html><meta charset="utf-8"><title>Words that look at the image</title>
 <style>body {font: 16px/1.8 sans-serif; margin: 2em} span {padding: 2px 0; white-space: pre-wrap}
 b {display: inline-block; min-width: 13em} figure {display: inline-block; margin: 0 1em 0 0}</style>
 <h1>Words that look at the image</h1>
-<p>log p(token | image) - log p(token | rejected image) in nats; before an answer, its sum. What training changed most
-comes first.</p>"""
+<p>log p(token | image) - log p(token | rejected image) in nats: blue tokens are likelier with the image, red ones with
+the rejected image. Before an answer stands its sum. What training changed most comes first.</p>"""
 
 
 @torch.no_grad()
-def differences(model, processor, pair, max_length=2048):
+def differences(model, processor, pair, max_length):
     """-> {"chosen": [(text of a token, log p(token | m_w) - log p(token | m_l))], "rejected": ...}"""
-    names, logps = ("chosen", "rejected"), []
+    words, logps = {}, []
     for images in (pair.images, pair.images_rejected):
-        batch = make_batch([pair._replace(images=images)], processor, names, max_length)
+        batch = make_batch([pair._replace(images=images)], processor, ("chosen", "rejected"), max_length)
         logits = model(**forward_inputs(model, batch)).logits[:, :-1].float().cpu()  # (2, K, V)
         targets = batch.labels[:, -logits.shape[1] :]  # (2, K)
         logps.append(-F.cross_entropy(logits.mT, targets, reduction="none"))  # (2, K), 0 outside the response
-    words = {}
-    for name, values, of_row in zip(names, logps[0] - logps[1], targets):
+    for name, values, of_row in zip(batch.names, logps[0] - logps[1], targets):
         real = of_row >= 0
         words[name] = [*zip(token_texts(processor.tokenizer, of_row[real].tolist()), values[real].tolist())]
     return words
@@ -58,7 +54,7 @@ def token_texts(tokenizer, ids):
     return [after[len(before) :] for before, after in zip(texts, texts[1:])]
 
 
-def rows_of(model, processor, pair, max_length=2048):
+def rows_of(model, processor, pair, max_length):
     """-> [(title with the sum, words)]: the chosen answer, the base above the tuned model, then the rejected one."""
     rows, tuned = [], hasattr(model, "disable_adapter")
     sides = {"base": model.disable_adapter, "tuned": nullcontext} if tuned else {"base": nullcontext}
@@ -66,7 +62,7 @@ def rows_of(model, processor, pair, max_length=2048):
         with context():
             for name, words in differences(model, processor, pair, max_length).items():
                 rows.append((f"{name}, {side}: {sum(value for _, value in words):+.2f}", words))
-    return rows[::2] + rows[1::2]
+    return sorted(rows)
 
 
 def change(rows):
@@ -75,31 +71,25 @@ def change(rows):
     return sum(abs(a - b) for (_, before), (_, after) in pairs for (_, a), (_, b) in zip(before, after))
 
 
-def colour(value):
-    """White at 0, blue above, red below."""
-    full = (90, 150, 255) if value > 0 else (255, 110, 100)
-    return tuple(round(255 + (part - 255) * min(1, abs(value) / SCALE)) for part in full)
-
-
 def as_page(shown):
-    """[(id, pair, rows)] -> a page of HTML, without scripts; those that changed most come first."""
-    parts = [HEAD, as_line("legend", LEGEND)]
-    for name, pair, rows in sorted(shown, key=lambda example: -change(example[2])):
+    """[(pair, rows)] -> a page of HTML, without scripts; those that changed most come first."""
+    parts = [HEAD, as_line("legend", [(f" {value:+} ", value) for value in range(-SCALE, SCALE + 1)])]
+    for pair, rows in sorted(shown, key=lambda example: -change(example[1])):
         question = text_of(pair).replace("\n", " / ")  # its turns in one line
-        parts.append(f"<h2>{html.escape(f'{name} / {question}')}</h2>")
-        images = [("image", image) for image in pair.images]
-        images += [("rejected image", image) for image in pair.images_rejected]
-        for caption, image in images:
-            ImageOps.contain(image, (240, 180)).save(file := io.BytesIO(), "PNG")
-            source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-            parts.append(f'<figure><img src="{source}"><figcaption>{caption}</figcaption></figure>')
+        parts.append(f"<h2>{html.escape(f'{pair.id} / {question}')}</h2>")
+        for caption, images in ("image", pair.images), ("rejected image", pair.images_rejected):
+            for image in images:
+                ImageOps.contain(image, (240, 180)).save(file := io.BytesIO(), "PNG")
+                source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+                parts.append(f'<figure><img src="{source}"><figcaption>{caption}</figcaption></figure>')
         parts += [as_line(*row) for row in rows]
     return "\n".join(parts)
 
 
 def as_line(title, words):
-    span = '<span style="background: rgb{}" title="{:+.2f}">{}</span>'.format
-    spans = [span(colour(value), value, html.escape(text)) for text, value in words]
+    span = '<span style="background: rgb({} / {:.0%})" title="{:+.2f}">{}</span>'.format
+    blue, red = "90 150 255", "255 110 100"
+    spans = [span(blue if value > 0 else red, abs(value) / SCALE, value, html.escape(text)) for text, value in words]
     return f"<div><b>{title}</b>{''.join(spans)}</div>"
 
 
@@ -111,7 +101,7 @@ def run(argv):
         raise BadInput(f"{args.to}: already exists")
     trained, examples, pairs, model, processor = load(args)
     drawn = [pairs["held out", i] for i in range(len(examples))]
-    page = as_page([(pair.id, pair, rows_of(model, processor, pair, trained.max_length)) for pair in drawn])
+    page = as_page([(pair, rows_of(model, processor, pair, trained.max_length)) for pair in drawn])
     with replacing(args.to.parent) as new:
         (new / args.to.name).write_text(page, "utf-8")
     return 0

@@ -70,8 +70,8 @@ def test_a_study_that_was_stopped_goes_on(bunny, tmp_path, monkeypatch):
     shutil.copytree(bunny, seed / "model")
     for name in "data", "held_out":
         shapes.write_pairs(seed / name, 8)
-    flags = "--epochs 2 --batch-size 4 --micro-batch-size 4 --lora-rank 4 --lora-alpha 8 --workers 0"
-    monkeypatch.setattr(miniature, "COMMON", flags)
+    flags = "--epochs 2 --batch-size 4 --micro-batch-size 4 --lora-rank 4 --lora-alpha 8"
+    monkeypatch.setattr(miniature, "COMMON", f"{miniature.COMMON} {flags}")
     monkeypatch.setattr(miniature, "METHODS", {"mDPO": "--eval-size 1 --limit 8"})
     monkeypatch.setattr(miniature, "examine", lambda *args, **kwargs: {"yes_no_auc": 0.8})
 
@@ -83,8 +83,8 @@ def test_a_study_that_was_stopped_goes_on(bunny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "log", stop)
     with pytest.raises(ValueError, match="training ended early"):
-        miniature.run_method(tmp_path, 1, "mDPO", 1)
-    assert miniature.run_method(tmp_path, 1, "mDPO", 1)["yes_no_auc"] == 0.8
+        miniature.run_method(tmp_path, 1, "mDPO")
+    assert miniature.run_method(tmp_path, 1, "mDPO")["yes_no_auc"] == 0.8
     assert steps == [0, 1, 2, 3, 4] == [record["step"] for record in log_of(seed / "mDPO")]
 
 

@@ -197,7 +197,7 @@ def test_each_strategy_is_drawn_under_its_title(monkeypatch, tmp_path):
 
 
 def draw_figure(argv):
-    curve = {"chosen_curve": [0, 1], "image_accuracy_curve": [0, 1], "grounding": 1}
+    curve = {"chosen_curve": [0.0, 1.0], "image_accuracy_curve": [0.0, 1.0], "grounding": 1.0}
     miniature.draw({"0": dict.fromkeys(["base", *miniature.QUICK], curve)}, Path(argv[-1]))
     return 0
 
@@ -250,12 +250,12 @@ def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(tmp_path, m
     monkeypatch.setattr(miniature, "ProcessPoolExecutor", lambda *rest: pool)
     monkeypatch.setattr(miniature, "run_method", lambda *rest: {"grounding": 0.5})
     monkeypatch.setenv("PATH", "")
-    folder = tmp_path / "seed-7"
+    folder = (out := tmp_path / "small") / "seed-7"
     write(folder / "unfinished" / "notes.txt", "mine")
-    assert run_command(miniature.run, f"--out {tmp_path} --seeds 7 --methods mDPO".split()) == 0
+    assert run_command(miniature.run, f"--out {tmp_path} --seeds 7 --quick".split()) == 0
     assert {*os.listdir(folder)} >= {"unfinished", "model", "data", "held_out", "log.txt"}
     assert os.listdir(folder / "unfinished") == ["notes.txt"]
-    assert json.loads((tmp_path / "results.json").read_text())["summary"]["mDPO"]["grounding"] == [0.5, 0.0]
+    assert json.loads((out / "results.json").read_text())["summary"]["mDPO"]["grounding"] == [0.5, 0.0]
 
 
 def test_minimal_takes_a_new_folder_alone(tmp_path):
