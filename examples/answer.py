@@ -9,19 +9,20 @@ import hashlib
 import io
 import json
 import os
-import re
 import sys
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from urllib.parse import quote
 
 import peft
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train
 from data import BadInput, about, chat_messages, encode, first, load_records, open_image, render, run_command, texts_of
-from train import Parser, best_device, fingerprint, load_model, load_processor, split, whole
+from train import Parser, best_device, load_model, load_processor, split, whole
 
 
 def load_tuned(name_or_path, adapters=None, device=None):
@@ -33,21 +34,17 @@ def load_tuned(name_or_path, adapters=None, device=None):
     adapters = [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters or []
     configs = [*map(read_adapter, adapters)]  # before the model, which takes minutes
     model, processor = load_model(name_or_path, device or best_device())
-    for adapter in adapters:
-        if began := read_run(adapter).get("base_weights"):
-            with about(f"{adapter}: is no adapter of {name_or_path}"):
-                tuned = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)  # the base alone is frozen
-                if fingerprint(tuned) != began:
-                    raise BadInput("it was trained on other weights")
-                tuned.unload()
     for number, (adapter, config) in enumerate(zip(adapters, configs)):
         with about(f"{adapter}: is no adapter of {name_or_path}"):
             if number == 0:
-                model = peft.PeftModel(model, config, "adapter_0")  # no bare number: other names hold numbers, too
+                fresh = train.add_lora(model, 1)  # a run took its base's fingerprint in this form
+                weights = train.fingerprint(fresh)
+                model = peft.PeftModel(fresh.unload(), config, "adapter_0")  # no bare number: other names hold some
+            if read_run(adapter).get("base_weights") not in (None, weights):
+                raise BadInput("it was trained on other weights")
             missing, unexpected = model.load_adapter(adapter, f"adapter_{number}")
-            for kind, wrong in ("missing", missing), ("unexpected", unexpected):
-                if wrong:
-                    raise BadInput(f"{len(wrong)} weights are {kind}, such as {min(wrong)}")
+            if wrong := [*missing, *unexpected]:
+                raise BadInput(f"{len(wrong)} weights are missing or unexpected, such as {min(wrong)}")
     return model, processor
 
 
@@ -61,15 +58,16 @@ def read_adapter(adapter):
 
 def speaking_as(model, number):
     """-> a context: inside, the model has this adapter of `load_tuned`, counted from 0; None: it is the base."""
-    if number is not None:
-        model.set_adapter(f"adapter_{number}")
-    bare = number is None and hasattr(model, "disable_adapter")
-    return model.disable_adapter() if bare else nullcontext()
+    if number is None:
+        return getattr(model, "disable_adapter", nullcontext)()
+    model.set_adapter(f"adapter_{number}")
+    return nullcontext()
 
 
 def read_run(adapter=None):
-    """What args.json says of the run in this folder; {} if there is none."""
-    path = Path(adapter or "", "args.json")
+    """What args.json says of the run in this folder, or of which it is an epoch; {} if there is none."""
+    folder = Path(adapter or "")
+    path = Path(folder.parent if folder.name.startswith("epoch-") else folder, "args.json")
     with about(f"{path}: cannot be read"):
         return {**json.loads(path.read_text())} if adapter and path.is_file() else {}
 
@@ -84,10 +82,9 @@ def chat_prompt(processor, question, n_images=1, system=""):
 def refuse_image_tokens(processor, text):
     """Raise BadInput if a question holds a token that stands for an image: it would be one too many."""
     parts, names = (processor, getattr(processor, "tokenizer", None)), ("image_token", "video_token")
-    tokens = {getattr(part, name, None) for part in parts for name in names}
-    for token in sorted({"<image>", *tokens} - {None}):
-        if token in text:
-            raise BadInput(f"the question {text!r} holds the image token {token!r}: leave it out")
+    tokens = ["<image>", *(getattr(part, name, None) for part in parts for name in names)]
+    if held := [token for token in tokens if token and token in text]:
+        raise BadInput(f"the question {text!r} holds the image token {held[0]!r}: leave it out")
 
 
 @torch.no_grad()
@@ -108,11 +105,10 @@ def generate_answers(model, processor, questions, max_new_tokens=256, batch_size
 
 def text_of(example):
     """An example's question as text, its earlier turns included, without a system text."""
-    said = [message for message in chat_messages(example.question, 0) if message["role"] != "system"]
-    return "\n".join(texts_of(said))
+    return "\n".join(texts_of(one for one in chat_messages(example.question, 0) if one["role"] != "system"))
 
 
-# A file of answers is JSON lines: what they belong to (`identity`), then {"question", "answer"} for each question.
+# A file of answers is JSON lines: what it belongs to, {what: its value}, then a {"question", "answer"} for each.
 # Questions are `Example`s, whose images are paths, or the bytes of image files.
 
 
@@ -120,60 +116,41 @@ def opened(image):
     return open_image(io.BytesIO(image) if isinstance(image, bytes) else image)
 
 
-def identity(questions, model, adapter=None, **more):
-    """What a file of answers belongs to: {what: its value}. Of files it is the content."""
-
-    @cache  # many questions are about one image
-    def digest(content):
-        with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    within = lambda folder, *kinds: [digest(path) for kind in kinds for path in sorted(Path(folder).glob(kind))]
-    return {
-        "questions": digest(json.dumps([one.question for one in questions]).encode()),
-        "images": digest(json.dumps([[*map(digest, one.images)] for one in questions]).encode()),
-        "model": within(model, "*.safetensors", "*.json") or model,
-        "adapter": adapter and within(adapter, "adapter_*"),
-    } | more
+def digest(content):
+    """A hash of bytes, or of the file at a path."""
+    with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def refuse_others(found, belongs):
-    """Raise BadInput that names what in a file's first line is not as in `belongs`."""
-    if others := [name.replace("_", " ") for name in belongs if found.get(name) != belongs[name]]:
-        raise BadInput(f"holds answers of other {', '.join(others)}: move it away, or name another place")
+def content_of(questions):
+    """{what: a hash of all of them}, of texts and images."""
+    of_image = cache(digest)  # many questions are about one image
+    images = [[*map(of_image, one.images)] for one in questions]
+    return {"questions": train.sha256([one.question for one in questions]), "images": train.sha256(images)}
 
 
-def answer_all(path, belongs, questions, ask, batch_size=8):
-    """Answers of `ask` to all questions, in order. Each batch is written to the file as it comes.
+def resume(path, belongs, questions):
+    """The answers to the first questions, which a file holds; it is begun if it is not there.
 
-    ask: [(PIL images, question)] -> answers. Answers that the file holds are not asked for again. Raises BadInput if
-    the file belongs to anything but `belongs`, an `identity`.
+    Raises BadInput if it belongs to anything but `belongs`: {what: its value}.
     """
-    path = Path(path)
-    with about(f"{path}: cannot go on"):
+    with about(f"{path}: cannot go on, move it away or name another place"):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or not path.stat().st_size:
             path.write_text(json.dumps(belongs) + "\n")
         *lines, cut = path.read_bytes().split(b"\n")  # cut: by a kill in the middle of a line, else empty
         found, *records = map(json.loads, lines)
-        refuse_others(found, belongs)
-        answers = [record["answer"] for record in records]
-        if [record["question"] for record in records] != [*map(text_of, questions[: len(answers)])]:
-            raise BadInput("two commands wrote into it: move it away")
+        train.refuse_others(found, belongs)
+        if [record["question"] for record in records] != [*map(text_of, questions[: len(records)])]:
+            raise BadInput("two commands wrote into it")
         os.truncate(path, path.stat().st_size - len(cut))
-    with open(path, "a") as file:
-        for batch in tqdm(split(questions[len(answers) :], batch_size), path.name, leave=False, disable=None):
-            new = ask([([*map(opened, one.images)], one.question) for one in batch])
-            for one, answer in zip(batch, new, strict=True):
-                file.write(json.dumps({"question": text_of(one), "answer": answer}) + "\n")
-            file.flush()
-            answers += new
-    return answers
+        return [record["answer"] for record in records]
 
 
 def answer_as(files, name_or_path, questions, max_new_tokens, batch_size=8, device=None, loaded=None):
-    """-> {speaker: answers}, kept in a file each. files: {a run's folder, or None for the base: the file}.
+    """-> {speaker: answers}. files: {a run's folder, or None for the base: where its answers are kept}.
 
+    Each batch is written to the file as it comes. Answers that the file holds are not asked for again.
     loaded: model and processor of `load_tuned`; without, they are read if there is something to ask.
     """
     adapters, said = [name for name in files if name], {}
@@ -181,34 +158,37 @@ def answer_as(files, name_or_path, questions, max_new_tokens, batch_size=8, devi
         read_adapter(adapter)
     load = cache(lambda: loaded or load_tuned(name_or_path, adapters, device))
     system = read_run(*adapters[:1]).get("system", "")
-    for name, file in files.items():
-
-        def ask(batch, name=name):
-            model, processor = load()
-            with speaking_as(model, adapters.index(name) if name else None):
-                return generate_answers(model, processor, batch, max_new_tokens, batch_size, system)
-
-        belongs = identity(questions, name_or_path, name, max_new_tokens=max_new_tokens, system=system)
-        said[name] = answer_all(file, belongs, questions, ask, batch_size)
+    within = lambda folder, *kinds: [digest(path) for kind in kinds for path in sorted(Path(folder).glob(kind))]
+    for name, path in files.items():
+        belongs = content_of(questions) | {"max_new_tokens": max_new_tokens, "system": system}
+        belongs["model"] = within(name_or_path, "*.safetensors", "*.json") or name_or_path
+        belongs["adapter"] = name and within(name, "adapter_*")
+        said[name] = resume(Path(path), belongs, questions)
+        to_come = split(questions[len(said[name]) :], batch_size)
+        with open(path, "a") as file:
+            for batch in tqdm(to_come, Path(path).name, leave=False, disable=None):
+                model, processor = load()
+                asked = [([*map(opened, one.images)], one.question) for one in batch]
+                with speaking_as(model, adapters.index(name) if name else None):
+                    answers = generate_answers(model, processor, asked, max_new_tokens, batch_size, system)
+                for one, answer in zip(batch, answers, strict=True):
+                    file.write(json.dumps({"question": text_of(one), "answer": answer}) + "\n")
+                file.flush()
+                said[name] += answers
     return said
 
 
 def files_in(folder, names):
-    """{a model, as in `answer_as`: the file of its answers in this folder}. Raises BadInput if two share one."""
-    file_of = lambda name: re.sub(r"[^\w.-]+", "-", name or "base").strip("-.")[-100:] + ".jsonl"
-    files = {name: Path(folder, file_of(name)) for name in names}
-    if len({*files.values()}) < len(names):
-        raise BadInput(f"two of the names {', '.join(filter(None, names))} have one file of answers: rename a folder")
-    return files
+    """{a model, as in `answer_as`: the file of its answers in this folder}; each has its own."""
+    return {name: Path(folder, quote(name or "base", safe="")[-200:] + ".jsonl") for name in names}
 
 
 def read_items(path):
     """A JSON list or JSON lines."""
-    with about(f"{path}: cannot be read"):
-        for number, item in (records := load_records(path)):
-            if not isinstance(item, dict):
-                raise BadInput(f"line or item {number} is no JSON object")
-        return [item for _, item in records]
+    records = load_records(path)
+    if wrong := [number for number, item in records if not isinstance(item, dict)]:
+        raise BadInput(f"{path}: cannot be read: line or item {wrong[0]} is no JSON object")
+    return [item for _, item in records]
 
 
 def read_answers(path, questions):
@@ -216,8 +196,7 @@ def read_answers(path, questions):
     fields, answers, records = ("answer", "response", "model_answer", "text"), [], read_items(path)
     with about(f"{path}: cannot be compared"):
         if records and "max_new_tokens" in records[0]:
-            belongs = identity(questions, path)
-            refuse_others(records.pop(0), {name: belongs[name] for name in ("questions", "images")})
+            train.refuse_others(records.pop(0), content_of(questions))
         if len(records) != len(questions):
             raise BadInput(f"holds {len(records)} answers to {len(questions)} questions")
         for number, (record, question) in enumerate(zip(records, questions), 1):
@@ -251,12 +230,10 @@ def run(argv):
     model, processor = load_tuned(args.model, args.adapter, args.device)
     names, system = ["base", *args.adapter], read_run(*args.adapter[:1]).get("system", "")
     for question in args.question:
-        if len(args.question) > 1:
-            print(question)
+        print(question)
         for number, name in enumerate(names):
             with speaking_as(model, number - 1 if number else None):
-                asked = [(images, question)]
-                (answer,) = generate_answers(model, processor, asked, args.max_new_tokens, system=system)
+                (answer,) = generate_answers(model, processor, [(images, question)], args.max_new_tokens, 1, system)
             print(f"{name + ':':{max(map(len, names)) + 1}} {answer}")
     return 0
 

@@ -9,7 +9,6 @@ benchmark's own. With --blind the page shows two models at a time, in random ord
 """
 
 import base64
-import hashlib
 import io
 import json
 import os
@@ -17,6 +16,7 @@ import random
 import re
 import statistics
 import sys
+from collections import defaultdict
 from difflib import SequenceMatcher
 from itertools import combinations
 from pathlib import Path
@@ -24,17 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, read_examples, run_command
 from examples import answer, benchmarks, evaluate
-from train import Parser, load_processor, replacing, whole
-
-
-def read_questions(args, processor):
-    """The questions of a data file or of a benchmark -> list of `Example`. Raises BadInput."""
-    if not args.benchmark:
-        options = {"with_images": not args.no_image, "processor": processor, "limit": args.limit}
-        return read_examples(args.data, args.images, skip_bad=True, **options)
-    _, questions = benchmarks.read_questions(args.benchmark, args.data, args.images, processor)
-    sample = random.Random(0).sample(range(len(questions)), min(args.limit or sys.maxsize, len(questions)))
-    return [questions[number] for number in sorted(sample)]
+from train import Parser, load_processor, replacing, sha256, whole
 
 
 def marked(text, other):
@@ -55,11 +45,11 @@ def data_uri(image):
 
 def make_page(questions, said, blind=False):
     """`Example`s and {name: answers} -> the page's HTML. Blind: two names at a time, in random order."""
-    uris = {image: data_uri(image) for question in questions for image in question.images}
-    numbers, items, rng = {image: n for n, image in enumerate(uris)}, [], random.Random(json.dumps(said))
+    images = [*dict.fromkeys(image for question in questions for image in question.images)]  # each once
+    items, rng = [], random.Random(json.dumps(said))
     for number, question in enumerate(questions):
-        images = [numbers[image] for image in question.images]
-        asked = {"id": question.id, "question": answer.text_of(question), "images": images}
+        of_one = [*map(images.index, question.images)]
+        asked = {"id": question.id, "question": answer.text_of(question), "images": of_one}
         for names in combinations(said, 2) if blind else [tuple(said)]:
             shown = rng.sample(names, 2) if blind else names
             texts = [said[name][number] for name in shown]
@@ -69,31 +59,27 @@ def make_page(questions, said, blind=False):
             items.append(asked | {"who": who, "answers": pieces, "equal": len({*texts}) == 1})
     if blind:
         rng.shuffle(items)  # a rater who stops early has seen a fair sample
-    content = {"blind": blind, "images": [*uris.values()], "items": items}
-    content["id"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    content = {"blind": blind, "images": [*map(data_uri, images)], "items": items}
+    content["id"] = sha256(content)[:12]
     page = Path(__file__).with_suffix(".html").read_text("utf-8")
     return page.replace("DATA", json.dumps(content).replace("<", "\\u003c"))  # no text ends its script
 
 
 def count_votes(paths):
     """Print win, tie and lose: means over questions of the share of votes, and Wilson's intervals of level 95%."""
-    results, files = {}, {}  # {(model, other): {question: [1, 0 or -1 for each vote]}}, 1: the model wins
-    for path in paths:
+    results = defaultdict(lambda: defaultdict(dict))  # [model, other][question][rater]: 1 if the model wins, 0 or -1
+    for path in sorted(paths, key=os.path.getmtime):  # of a rater's downloads the newest counts
         with about(f"{path}: cannot be counted"):
             record = json.loads(Path(path).read_text("utf-8"))
-            page, rater = record["page"], record["rater"]
-            if (page, rater) in files:
-                raise BadInput(f"is of the rater and page of {files[page, rater]}: give the last alone")
-            files[page, rater] = path
             for vote in record["votes"]:
                 model, other = vote["models"]
                 won = {"left": 1, "same": 0, "right": -1}[vote["vote"]] * {model: 1, other: -1}[vote["left"]]
-                pair, won = ((other, model), -won) if (other, model) in results else ((model, other), won)
-                results.setdefault(pair, {}).setdefault((page, vote["item"]), []).append(won)
-    for (model, other), votes in results.items():
-        print(f"{model} against {other}: {len(votes)} questions, {sum(map(len, votes.values()))} votes")
+                results[model, other][record["page"], vote["item"]][record["rater"]] = won
+    for (model, other), questions in results.items():
+        votes = [[*of_one.values()] for of_one in questions.values()]
+        print(f"{model} against {other}: {len(votes)} questions, {sum(map(len, votes))} votes")
         for title, won in ("win", 1), ("tie", 0), ("lose", -1):
-            share = statistics.fmean(of_one.count(won) / len(of_one) for of_one in votes.values())
+            share = statistics.fmean(of_one.count(won) / len(of_one) for of_one in votes)
             low, high = evaluate.wilson(share, len(votes))  # raters of one question are not independent
             print(f"  {title:4} {share:7.1%} {low:7.1%} to {high:.1%}")
 
@@ -113,7 +99,7 @@ def run(argv):
     add("--max-new-tokens", type=whole, default=256, help="of an answer (default: 256)")
     add("--batch-size", type=whole, default=8, help="questions at a time (default: 8)")
     add("--blind", action="store_true", help="hide the names, and take votes")
-    add("--to", required=True, metavar="PAGE", help="the page to write, .html")
+    add("--to", required=True, type=Path, metavar="PAGE", help="the page to write, .html")
     args = parser.parse_args(argv)
     names = [None if name == "base" else name for name in args.adapter]
     files = [name for name in names if name and Path(name).is_file()]
@@ -124,13 +110,20 @@ def run(argv):
         raise BadInput("--model is needed: whose answers?")
     if os.path.lexists(args.to):
         raise BadInput(f"{args.to}: already exists")
-    questions = read_questions(args, load_processor(args.model) if models else None)
+    processor = load_processor(args.model) if models else None
+    if args.benchmark:
+        _, questions = benchmarks.read_questions(args.benchmark, args.data, args.images, processor)
+        n = min(args.limit or len(questions), len(questions))
+        questions = [questions[i] for i in sorted(random.Random(0).sample(range(len(questions)), n))]
+    else:
+        options = {"with_images": not args.no_image, "processor": processor, "limit": args.limit}
+        questions = read_examples(args.data, args.images, skip_bad=True, **options)
     said = {file: answer.read_answers(file, questions) for file in files}
-    kept = answer.files_in(args.answers or f"{args.to.removesuffix('.html')}-answers", models)
+    kept = answer.files_in(args.answers or args.to.with_name(f"{args.to.stem}-answers"), models)
     said |= answer.answer_as(kept, args.model, questions, args.max_new_tokens, args.batch_size, args.device)
     said = {name or "base": said[name] for name in names}  # in the order of the command
-    with replacing(Path(args.to).parent) as new:  # half a page never stays
-        (new / Path(args.to).name).write_text(make_page(questions, said, args.blind), "utf-8")
+    with replacing(args.to.parent) as new:  # half a page never stays
+        (new / args.to.name).write_text(make_page(questions, said, args.blind), "utf-8")
     n_equal = sum(len({*answers}) == 1 for answers in zip(*said.values()))
     print(f"{args.to}: {len(questions)} questions, {n_equal} of them with equal answers")
     return 0

@@ -15,6 +15,7 @@ import sys
 from argparse import Namespace
 from collections import defaultdict
 from functools import partial
+from operator import eq, sub
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import SCORED, BadInput, Pairs, about, make_batch, read_examples, run_command
+from data import SCORED, Pairs, about, make_batch, read_examples, run_command
 from examples import answer, variants
 from mdpo import mdpo_loss, mdpo_step
 
@@ -56,8 +57,7 @@ def score_margins(model, processor, examples, beta=0.1, batch_size=8):
     }
     objective, margins = partial(mdpo_step, model, beta=beta, conditional=False, anchors=()), {}
     for name, paths in shown.items():
-        pairs = zip(examples, paths)
-        pairs = [one._replace(images=images, images_rejected=()) for one, images in pairs if images is not None]
+        pairs = [one._replace(images=new, images_rejected=()) for one, new in zip(examples, paths) if new is not None]
         options = ("chosen", "rejected"), batch_size, sys.maxsize
         margins[name] = score(objective, processor, Pairs(pairs), *options)["rewards/margins"]
     return margins
@@ -104,24 +104,13 @@ def make_parser(doc, needs_adapter=True, **adapter):
     return parser
 
 
-def read_run(adapter):
-    """A run's arguments, and its loss. What its args.json does not say has train.py's default. Raises BadInput."""
-    began, flags = answer.read_run(adapter), ["--model", "?", "--data", "?"]
-    if adapter and not began:
-        print(f"{adapter}: has no args.json; train.py's defaults are taken for its beta, crop, seed and so on")
-    for name in train.METHOD:
-        value = began.get(name.replace("-", "_"))
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        elif value is not None and value is not False:
-            flags.append(f"--{name}" if value is True else f"--{name}={value}")
-    with about(f"{adapter}/args.json"):
-        return Namespace(**{"loss": "mdpo_loss"} | began | vars(train.parse_args(flags)))
-
-
 def load(args):
     """-> what the first run was trained with, examples, `Pairs`, model with its adapters, processor."""
-    trained = read_run(args.adapter[0] if isinstance(args.adapter, list) else args.adapter)
+    first = args.adapter[0] if isinstance(args.adapter, list) else args.adapter
+    began, defaults = answer.read_run(first), vars(train.parse_args(["--model", "?", "--data", "?"]))
+    if first and not began:
+        print(f"{first}: has no args.json; train.py's defaults are taken for its beta, crop, seed and so on")
+    trained = Namespace(**{"loss": "mdpo_loss"} | defaults | began)
     args.no_image |= trained.no_image
     processor = train.load_processor(args.model)
     options = {"limit": args.limit, "with_images": not args.no_image, "processor": processor, "skip_bad": True}
@@ -131,8 +120,9 @@ def load(args):
     return trained, examples, pairs, *answer.load_tuned(args.model, args.adapter, args.device)
 
 
-def print_metrics(metrics, notes={}):
-    """A line for each metric. notes: what stands behind the intervals of some."""
+def print_metrics(heading, metrics, notes={}):
+    """A heading, and a line for each metric. notes: what stands behind the intervals of some."""
+    print(heading)
     n_examples = max(map(len, metrics.values()))
     for title, values in metrics.items():
         if not values:
@@ -144,9 +134,9 @@ def print_metrics(metrics, notes={}):
 
 
 def measure(answers):
-    """-> {metric of an answer: a float for each}"""
+    """-> {metric of an answer: a number for each}"""
     words, refused = [len(text.split()) for text in answers], [bool(REFUSAL.search(text)) for text in answers]
-    return {"answers, words": [*map(float, words)], "answers, refusals": [*map(float, refused)]}
+    return {"answers, words": words, "answers, refusals": refused}
 
 
 def run(argv):
@@ -154,42 +144,32 @@ def run(argv):
     parser.add_argument("--answers", metavar="DIR", help="also answer the questions, into this folder")
     parser.add_argument("--max-new-tokens", type=train.whole, default=256, help="of an answer (default: 256)")
     args = parser.parse_args(argv)
-    if len({*map(os.path.realpath, args.adapter)}) < len(args.adapter):
-        raise BadInput("--adapter takes different runs: each minus itself is 0")
     files = answer.files_in(args.answers, [None, *args.adapter]) if args.answers else {}
     trained, examples, pairs, model, processor = load(args)
-    names, anchors, conditional = tuple(SCORED), set(trained.anchors) - {"none"}, trained.conditional
-    if args.no_image:  # less the terms that need a rejected image
-        names, anchors, conditional = names[:2], anchors - {"image_rejected"}, False
-    options = {"beta": trained.beta, "delta": trained.delta, "conditional": conditional, "anchors": anchors}
+    names = [*SCORED][: 2 if args.no_image else 3]  # without images, less the terms that need a rejected one
+    options = {"beta": trained.beta, "delta": trained.delta, "anchors": {*trained.anchors} & {*names}}
+    options["conditional"] = trained.conditional and not args.no_image
     losses = {f.__qualname__: f for f, _ in [(mdpo_loss, ()), *variants.VARIANTS.values()]}
     said = answer.answer_as(files, args.model, examples, args.max_new_tokens, loaded=(model, processor))
     print(f"{len(examples)} examples: means, and bootstrap intervals of level {LEVEL:.0%}")
     metrics = {name: measure(answers) for name, answers in said.items()}
     if said:
-        print("base")
-        print_metrics(metrics[None])
+        print_metrics("base", metrics[None])
+    first, *others = args.adapter
     for number, name in enumerate(args.adapter):
-        with answer.speaking_as(model, number):
-            with about(f"the run's loss, {trained.loss} of mdpo.py or variants.py"):
-                objective = partial(mdpo_step, model, loss=losses[trained.loss], **options)
-                scores = score(objective, processor, pairs, names, max_length=trained.max_length)
+        with answer.speaking_as(model, number), about(f"{name}: no score by {trained.loss} of mdpo.py or variants.py"):
+            objective = partial(mdpo_step, model, loss=losses[trained.loss], **options)
+            scores = score(objective, processor, pairs, names, max_length=trained.max_length)
             margins = score_margins(model, processor, examples, trained.beta)
-        scores |= {MARGINS[kind]: values for kind, values in margins.items()}
-        metrics[name] = scores | metrics.get(name, {})
-        if len(args.adapter) > 1 or said:
-            print(name if number == 0 else f"{name}, scored as {args.adapter[0]}")
+        metrics[name] = scores | {MARGINS[kind]: values for kind, values in margins.items()} | metrics.get(name, {})
         left = {MARGINS[kind]: diagnose(margins)[f"{kind}_share"] for kind in ("no_image", "other_image")}
         notes = {title: f"{share:.1%} of the first" for title, share in left.items() if not math.isnan(share)}
-        print_metrics(metrics[name], notes)
-    first, *others = args.adapter
+        print_metrics(f"{name}, scored as {first}" if number else name, metrics[name], notes)
     for name, other in [(name, None) for name in args.adapter if said] + [(name, first) for name in others]:
-        print(f"{name} minus {other or 'base'}")
-        paired = {title: zip(metrics[name][title], values, strict=True) for title, values in metrics[other].items()}
-        differences = {title: [a - b for a, b in values] for title, values in paired.items()}
+        differences = {title: [*map(sub, metrics[name][title], values)] for title, values in metrics[other].items()}
         if said:
-            differences["answers, equal"] = [float(a == b) for a, b in zip(said[name], said[other], strict=True)]
-        print_metrics(differences, {"answers, equal": "of all, no difference"})
+            differences["answers, equal"] = [*map(eq, said[name], said[other])]
+        print_metrics(f"{name} minus {other or 'base'}", differences, {"answers, equal": "of all, no difference"})
     return 0
 
 

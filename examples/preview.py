@@ -12,8 +12,6 @@ import re
 import sys
 import textwrap
 from contextlib import suppress
-from functools import partial
-from itertools import chain
 from os.path import commonprefix
 from pathlib import Path
 
@@ -26,10 +24,9 @@ from data import BadInput, Pairs, run_command, tokenize
 from examples.answer import chat_prompt
 
 TITLES = dict(zip(data.SCORED, ("y_w with m_w", "y_l with m_w", "y_w with m_l")))
-BRACKETS, GREEN = ("[", "]"), ("\033[32m", "\033[0m")
 PANELS = {"crop 1-20%": ("crop", data.CROP), "crop 20-50%": ("crop", (0.2, 0.5))}  # --reject and --crop
 PANELS |= {name: (name, data.CROP) for name in ("random", "moco")}
-WIDTH, HEIGHT, GAP = 240, 180, 10  # of a panel, between panels
+WIDTH, HEIGHT = 250, 210  # of a panel, with its title and the space to the next
 
 
 def show_rows(processor, pair, names, max_length, marks):
@@ -47,7 +44,7 @@ def show_rows(processor, pair, names, max_length, marks):
 
 def fold(processor, ids):
     """Token ids -> their text, in which a run of image tokens is counted."""
-    decode = partial(processor.tokenizer.decode, clean_up_tokenization_spaces=False)
+    decode = lambda ids: processor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     image = decode([getattr(processor.tokenizer, "image_token_id", None) or processor.image_token_id])
     count = lambda run: f"<image> x {len(run[0]) // len(image)}"
     return re.sub(f"(?:{re.escape(image)})+", count, decode(ids))
@@ -74,17 +71,14 @@ def contact_sheet(args, pairs, keys):
     for title, (strategy, crop) in PANELS.items():
         with suppress(BadInput):  # there is no second image
             made_by[title] = Pairs(bare, strategy, crop, args.seed, max_pixels=args.max_pixels)
-    step, row_height = WIDTH + GAP, 20 + HEIGHT + GAP
-    sheet = Image.new("RGB", (GAP + (1 + len(made_by)) * step, GAP + len(keys) * row_height), "white")
+    sheet = Image.new("RGB", ((1 + len(made_by)) * WIDTH, len(keys) * HEIGHT), "lightgrey")
     draw = ImageDraw.Draw(sheet)
-    for top, key in zip(range(GAP, sheet.height, row_height), keys):
-        panels = {"m_w": pairs[key].images}
-        panels |= {title: strategy[key].images_rejected for title, strategy in made_by.items()}
-        for left, (title, images) in zip(range(GAP, sheet.width, step), panels.items()):
+    for top, key in zip(range(5, sheet.height, HEIGHT), keys):
+        panels = {"m_w": pairs[key].images} | {title: made[key].images_rejected for title, made in made_by.items()}
+        for left, (title, images) in zip(range(5, sheet.width, WIDTH), panels.items()):
             for image in images[:1]:
                 draw.text((left, top), title, "black", font_size=14)
-                image = ImageOps.contain(image, (WIDTH - 2, HEIGHT - 2))
-                sheet.paste(ImageOps.expand(image, 1, "grey"), (left, top + 20))
+                sheet.paste(ImageOps.contain(image, (WIDTH - 10, HEIGHT - 30)), (left, top + 20))
     return sheet
 
 
@@ -99,12 +93,12 @@ def run(argv):
         raise BadInput(f"{own.to}: already exists")
     processor = train.load_processor(args.model)
     pairs = train.read_pairs(args, processor)[0]
-    steps = train.plan_steps(len(pairs), args.batch_size, args.micro_batch_size, 1, args.seed)
-    keys = [*chain(*chain(*steps))][: own.rows]
+    n_all, notes = len(pairs), {}
+    keys = train.plan_steps(n_all, n_all, n_all, 1, args.seed)[0][0][: own.rows]  # all are one batch
     names = [*TITLES][: 3 if args.conditional or "image_rejected" in args.anchors else 2]  # as in training
-    marks, notes = GREEN if sys.stdout.isatty() else BRACKETS, {}
+    marks = ("\033[32m", "\033[0m") if sys.stdout.isatty() else "[]"  # green, or brackets
     for n, pair in enumerate(map(pairs.__getitem__, keys), 1):
-        print(f"\n--- example {n} of {len(pairs)}, in the order of training: record {visible(pair.id)}")
+        print(f"\n--- example {n} of {n_all}, in the order of training: record {visible(pair.id)}")
         print(*show_rows(processor, pair, names, args.max_length, marks), sep="\n")
         notes[unlike_generation(processor, pair)] = None
     strategy = f"--reject {args.reject}, {data.STRATEGIES[args.reject].__doc__}; or a record's own"

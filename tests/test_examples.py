@@ -629,14 +629,14 @@ def test_evaluation_takes_the_loss_of_its_run(changed, evaluated):
     """DPO has one term. An adapter without args.json, such as another program's, counts as mDPO's. CHiP's has
     no part without an image."""
     for flag, margin in ("no_conditional", "margin, image"), ("no_image", "margin, no image"):
-        found = printed(evaluated(changed(**{flag: True, "anchors": ["none"]})))
+        found = printed(evaluated(changed(**{flag: True, "anchors": ["none"]}, conditional=False)))
         assert found["loss"] == found["loss/dpo"] and "loss/anchor" not in found
         assert found[margin] == found["rewards/margins"] and found[margin][0] != 0
         # Under DPO it shows how much the image counts; the other run never saw one.
         assert ("rewards/image_margins" in found) == (flag == "no_conditional")
     for loss, flags, reason in ("mine", [], "'mine'"), ("chip_loss", ["--no-image"], "image_rejected"):
         error = evaluated(run := changed(loss=loss), *flags)
-        assert error.startswith(f"error: the run's loss, {loss}") and reason in error
+        assert error.startswith(f"error: {run}: no score by {loss} of ") and reason in error
     (run / "args.json").unlink()
     assert {"loss/dpo", "loss/conditional", "loss/anchor"} <= printed(evaluated(run)).keys()
     write(run / "args.json", "{")

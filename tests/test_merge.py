@@ -206,9 +206,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @pytest.mark.parametrize("file, content, reason", [
-    (WEIGHTS, renamed, "weights are missing, such as base_model"),
+    (WEIGHTS, renamed, "weights are missing or unexpected, such as base_model"),
     (WEIGHTS, lambda weights: dict(sorted(weights.items())[::2]), "weights are missing"),
-    (WEIGHTS, lambda weights: weights | renamed(weights), "weights are unexpected, such as base_model"),
+    (WEIGHTS, lambda weights: weights | renamed(weights), "weights are missing or unexpected"),
     (WEIGHTS, lambda weights: {name: weight[:1] for name, weight in weights.items()}, "size"),
     (WEIGHTS, "<html>", "header"),
     (WEIGHTS, None, f"holds no adapter: no {WEIGHTS}"),
