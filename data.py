@@ -729,36 +729,32 @@ def about(what):
 
 
 def run_command(command, argv=None, saves_memory="--device cpu"):
-    """Run command(argv) -> its exit status. An error is one line; --debug raises it.
+    """Run command(argv) -> its exit status. A user's mistake is one line and status 2; a bug here is raised.
 
-    Status 2 is a user's mistake, 1 a bug here. saves_memory: the command's flags for a GPU that is too small.
+    saves_memory: the command's flags for a GPU that is too small.
     """
-    argv = sys.argv[1:] if argv is None else argv
     if hasattr(sys.stdout, "reconfigure"):  # neither closed nor a notebook's
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)  # a log file shows it at once
-    if "--debug" not in argv:
-        warnings.simplefilter("ignore")  # of libraries: about their renames, or an image's odd metadata
-        warnings.filterwarnings("default", ".*(CUDA|driver)")  # but not that a GPU cannot be used
+    warnings.simplefilter("ignore")  # of libraries: about their renames, or an image's odd metadata
+    warnings.filterwarnings("default", ".*(CUDA|driver)")  # but not that a GPU cannot be used
     with redirect_stderr(Unbreakable(sys.stderr)):
         try:
-            return command(argv)
+            return command(sys.argv[1:] if argv is None else argv)
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:  # as of `| head`
             sys.stdout = None
             return 141
         except Exception as error:
-            if "--debug" in argv:
-                raise
-            message, status = str(error) or type(error).__name__, 2
+            message = str(error) or type(error).__name__
             if isinstance(error, torch.OutOfMemoryError):
                 message = f"out of GPU memory; what saves some: {saves_memory}"
             elif "DataLoader worker" in message:  # raised wherever the main process is
                 message = f"{message} The last checkpoint stands; --workers 0 needs no workers."
             elif not isinstance(error, (BadInput, OSError, MemoryError)):
-                message, status = f"internal error, please report what --debug shows: {error!r}", 1
+                raise
             print("error:", "\n  ".join(map(one_line, message.split("\n  "))), file=sys.stderr)
-            return status
+            return 2
 
 
 def progress(values, what, total, **options):
@@ -793,10 +789,6 @@ def one_line(text, limit=1000):
 
 
 class Parser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
     def error(self, message):  # one line, as for every other mistake
         raise BadInput(f"{message} (--help lists the arguments)")
 

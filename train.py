@@ -212,8 +212,7 @@ def stop_signals():
         tqdm.write("stopping after this step (again to stop at once)", file=sys.stderr)
 
     # Under nohup SIGHUP is ignored, and stays so.
-    before = {number: signal.signal(number, note)
-              for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN}  # fmt: skip
+    before = {n: signal.signal(n, note) for n in STOPPING if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield stop
     finally:

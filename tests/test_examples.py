@@ -111,15 +111,14 @@ COMMANDS = "answer benchmarks curves evaluate families merge miniature preview t
 
 @pytest.mark.parametrize("name", COMMANDS.split())
 def test_help_is_shown(name, capsys):
-    """A lone % in a help text is a traceback. Messages name --debug, and flags for a GPU that is too
-    small."""
+    """A lone % in a help text is a traceback. A message names flags for a GPU that is too small."""
     script = importlib.import_module(f"examples.{name}")
     with pytest.raises(SystemExit, match="0"):
         run_command(script.run, ["--help"])
     out, saves_memory = capsys.readouterr().out, re.search(r'saves_memory="(.*)"', inspect.getsource(script))
-    named = "--debug " + (saves_memory[1] if saves_memory else "--device cpu")
+    named = saves_memory[1] if saves_memory else "--device cpu"
     if name in "curves families merge miniature preview variants".split():  # no GPU, or train.py's flags
-        named = "--debug"
+        named = ""
     assert script.__doc__.splitlines()[0].split()[0] in out
     assert {*re.findall(r"--[a-z_-]+", named)} <= {*re.findall(r"--[a-z_-]+", out)}
 
