@@ -267,7 +267,7 @@ def bunny(tmp_path_factory):
     """A folder in Bunny's file format; its config asks for dropout."""
     tiny_bunny = pytest.importorskip("examples.tiny_bunny", reason="examples/ is not here")
     folder = tmp_path_factory.mktemp("models") / "bunny"
-    return tiny_bunny.write_bunny(folder, TEXTS, hidden=32, vision_tower="x-patch8-32")
+    return tiny_bunny.write_bunny(folder, TEXTS, "x-patch8-32", hidden=32)
 
 
 @pytest.fixture(scope="session")

@@ -16,16 +16,17 @@ import transformers
 from huggingface_hub import save_torch_state_dict
 from tokenizers import AddedToken, ByteLevelBPETokenizer
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from examples import shapes
 from mdpo import attention_blocks, use_packed_attention
-from train import BUNNY_IMAGE_TOKEN, BUNNY_SYSTEM, load_model
+from train import BUNNY_IMAGE_TOKEN, BUNNY_SYSTEM, bunny_patch_and_image_size, load_model
+
+VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
+siglip = lambda *sizes: transformers.SiglipVisionConfig(**dict(zip(VISION, sizes)), vision_use_head=False)
 
 
-def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layers=2, vision_tower="siglip-patch8-64",
-                seed=0):  # fmt: skip
+def write_bunny(folder, texts, vision_tower, hidden=64, layers=2, tower_hidden=32, seed=0):
     """Write a random Phi + SigLIP in the format of BAAI/Bunny-v1_0-3B: config, CodeGen tokenizer, fp16 shards.
 
     texts: what the tokenizer is trained on. vision_tower: ends in patch<P>-<pixels>, as in the real config.
@@ -44,17 +45,11 @@ def write_bunny(folder, texts, hidden=64, layers=2, tower_hidden=32, tower_layer
         "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float16", "vocab_size": len(tokenizer),
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    patch_size, image_size = map(int, vision_tower.rpartition("patch")[2].split("-"))
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=tower_hidden, intermediate_size=2 * tower_hidden, num_hidden_layers=tower_layers,
-        num_attention_heads=16, image_size=image_size, patch_size=patch_size, vision_use_head=False,
-    )  # fmt: skip
+    vision = siglip(tower_hidden, 2 * tower_hidden, 2, 16, *bunny_patch_and_image_size(config))
     text = transformers.PhiConfig(**{k: v for k, v in config.items() if k not in ("model_type", "auto_map")})
     torch.manual_seed(seed)
-    model = transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1)
-    )
-    write_weights(folder, model)
+    llava = transformers.LlavaConfig(text_config=text, vision_config=vision, vision_feature_layer=-1)
+    write_weights(folder, transformers.LlavaForConditionalGeneration(llava))
     return folder
 
 
@@ -81,7 +76,7 @@ def write_weights(folder, model):
     weights = {}
     for name, tensor in model.state_dict().items():
         ours = next(filter(name.startswith, renames), "")
-        weights[renames.get(ours, "") + name.removeprefix(ours)] = tensor.half().contiguous()
+        weights[renames.get(ours, "") + name.removeprefix(ours)] = tensor.half()
     n_bytes = sum(tensor.nbytes for tensor in weights.values())
     save_torch_state_dict(weights, folder, max_shard_size=2 * n_bytes // 3)  # two, and an index
 
@@ -96,7 +91,7 @@ def write_base(folder, seed=0, world=shapes.SMALL):
     talk = [question_and_answer(shapes.random_scene(rng, 0.25, world), rng) for _ in range(400)]
     texts = [f"{BUNNY_SYSTEM} USER: \\n{question} ASSISTANT: {answer}" for question, answer in talk]
     tower = f"shapes-patch8-{world.grid * shapes.CELL}"
-    write_bunny(folder, texts, hidden=96, layers=3, tower_hidden=64, vision_tower=tower, seed=seed)
+    write_bunny(folder, texts, tower, hidden=96, layers=3, tower_hidden=64, seed=seed)
     model, processor = load_model(str(folder))
     learn_to_see(model, rng, world)
     learn_to_answer(model.train(), processor, rng, world)
@@ -106,13 +101,8 @@ def write_base(folder, seed=0, world=shapes.SMALL):
 
 def pixels(scenes, rng, world):
     """Scenes -> (B, 3, H, W), normalised as Bunny's processor does."""
-    images = [torch.from_numpy(numpy.asarray(shapes.draw_scene(scene, rng, world)).copy()) for scene in scenes]
+    images = [torch.from_numpy(numpy.array(shapes.draw_scene(scene, rng, world))) for scene in scenes]
     return torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def tower_features(model, pixel_values):
-    """What `get_image_features` gives the projector: (B, patches, 64)."""
-    return model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[-1]
 
 
 def learn_to_see(model, rng, world, steps=400, batch_size=64):
@@ -122,13 +112,13 @@ def learn_to_see(model, rng, world, steps=400, batch_size=64):
     optimizer = torch.optim.AdamW(parameters, 1e-3)
     for _ in range(steps):
         scenes = [shapes.random_scene(rng, world=world) for _ in range(batch_size)]
-        labels = torch.zeros(2, batch_size, world.grid, 2, world.grid, 2, dtype=torch.long)  # 2 x 2 patches a cell
+        kinds = torch.zeros(2, batch_size, world.grid**2, dtype=torch.long)  # shape and colour in each cell
         for b, scene in enumerate(scenes):
             for shape, (colour, spot) in scene.items():
-                y, x = divmod(spot, world.grid)
-                for label, kinds, kind in zip(labels, names, (shape, colour)):
-                    label[b, y, :, x] = kinds.index(kind)
-        features = tower_features(model, pixels(scenes, rng, world))
+                kinds[:, b, spot] = torch.tensor([names[0].index(shape), names[1].index(colour)])
+        cells = kinds.view(2, batch_size, world.grid, world.grid)
+        labels = torch.kron(cells, torch.ones(2, 2, dtype=torch.long))  # 2 x 2 patches a cell
+        features = model.model.vision_tower(pixels(scenes, rng, world), output_hidden_states=True).hidden_states[-1]
         logits = [head(features).flatten(0, 1) for head in heads]
         sum(F.cross_entropy(*pair) for pair in zip(logits, labels.flatten(1))).backward()
         optimizer.step()
@@ -145,43 +135,40 @@ def learn_to_answer(model, processor, rng, world, n_scenes=12, questions=8, lr=2
     """Supervised tuning. Questions about an image share it, blind to each other, as mDPO packs answers."""
     tokenizer = processor.tokenizer
     use_packed_attention(model)
-    prefix = tokenizer(f"{BUNNY_SYSTEM} USER: {BUNNY_IMAGE_TOKEN * (2 * world.grid) ** 2}\n").input_ids
     tokens = functools.cache(lambda text: tokenizer(text).input_ids)
-    parameters = [p for name, p in model.requires_grad_(True).named_parameters() if "vision_tower" not in name]
+    prefix = tokens(f"{BUNNY_SYSTEM} USER: {BUNNY_IMAGE_TOKEN * (2 * world.grid) ** 2}\n")
+    model.requires_grad_(True).model.vision_tower.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, world.base_steps // 20, world.base_steps)
     for _ in range(world.base_steps):
         scenes = [shapes.random_scene(rng, 0.25, world) for _ in range(n_scenes)]
-        row = {name: [] for name in ("input_ids", "position_ids", "predictors", "targets")}
+        ids, positions, labels = [], [], []
         blocks = []  # as `mdpo.pack` has them: the scene's prefix is part of its first question's block
         for scene in scenes:
-            owner, n_prefix = len(blocks), len(prefix)
-            row["input_ids"] += prefix
-            row["position_ids"] += range(n_prefix)
+            owner = len(blocks)
             for i in range(questions):
                 question, answer = question_and_answer(scene, rng)
-                asked = tokens(f"{question} ASSISTANT:")
+                shown = [] if i else prefix
+                asked = shown + tokens(f"{question} ASSISTANT:")
                 answered = [*tokens(f" {answer}"), tokenizer.eos_token_id]
-                start, n = len(row["input_ids"]), len(asked) + len(answered)
-                row["input_ids"] += asked + answered
-                row["position_ids"] += range(n_prefix, n_prefix + n)
-                row["predictors"] += range(start + len(asked) - 1, start + n - 1)
-                row["targets"] += answered
-                blocks.append((n if i else n_prefix + n, owner, n_prefix))
-        batch = {name: torch.tensor([values]) for name, values in row.items()}
-        with torch.no_grad():
-            seen = tower_features(model, pixels(scenes, rng, world))
-        projected = list(model.model.multi_modal_projector(seen))
+                start, n = len(prefix) - len(shown), len(asked) + len(answered)
+                ids += asked + answered
+                positions += range(start, start + n)
+                labels += [-100] * len(asked) + answered
+                blocks.append((n, owner, len(prefix)))
+        labels = torch.tensor(labels)
+        (answers,) = torch.where(labels >= 0)
         logits = model(
-            input_ids=batch["input_ids"],
-            attention_mask=torch.ones((), dtype=torch.bool).expand(1, 1, *batch["input_ids"].shape[-1:] * 2),
+            input_ids=torch.tensor([ids]),
+            attention_mask=torch.ones((), dtype=torch.bool).expand(1, 1, len(ids), len(ids)),
             blocks=attention_blocks(blocks),
-            position_ids=batch["position_ids"],
-            logits_to_keep=batch["predictors"],
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=projected)},
+            position_ids=torch.tensor([positions]),
+            pixel_values=pixels(scenes, rng, world),
+            logits_to_keep=answers - 1,  # a token is predicted at the one before
             use_cache=False,
         ).logits
-        F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten()).backward()
+        F.cross_entropy(logits.flatten(0, 1), labels[answers]).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

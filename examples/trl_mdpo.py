@@ -124,7 +124,7 @@ class Epochs(list):
         self.config, self.n_examples = config, n_examples
         self.set_epoch(0)
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch):  # called by the Trainer, of the loader or, where it skips batches, of its sampler
         sizes = self.config.batch_size, self.config.per_device_train_batch_size
         plan = train.plan_steps(self.n_examples, *sizes, epoch + 1, self.config.seed)
         self[:] = [micro for step in plan if step[0][0][0] == epoch for micro in deal(step, self.config)]
@@ -148,7 +148,7 @@ def parse(argv):
     parser = transformers.HfArgumentParser(MDPOConfig, allow_abbrev=False, epilog=f"Used: {FLAGS}")
     parser.error = partial(train.Parser.error, parser)
     parser.set_defaults(**dict(flag.split("=") for flag in FLAGS if "=" in flag))
-    flags, rest = parser.parse_known_args([word for word in argv if word != "--debug"])
+    flags, rest = parser.parse_known_args(argv)
     given = [name for name, value in vars(flags).items() if value != parser.get_default(name)]
     given += [word[2:].partition("=")[0] for word in rest if word.startswith("--")]
     shards = torch.cuda.is_available()  # on a CPU, accelerate would take DDP for --fsdp
@@ -163,22 +163,16 @@ def parse(argv):
     if (folder := flags.resume_from_checkpoint) and not Path(folder, "trainer_state.json").is_file():
         raise BadInput(f"{folder}: holds no checkpoint to resume from")
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
-    batch_size, *sizes = share_out(n_processes, flags)
-    flags.per_device_train_batch_size, flags.gradient_accumulation_steps = sizes
+    micro = flags.per_device_train_batch_size or min(4, -(-32 // n_processes))
+    at_once = n_processes * micro
+    batch_size = at_once * (flags.gradient_accumulation_steps or 0) or max(32, at_once)  # examples an update
+    flags.per_device_train_batch_size, flags.gradient_accumulation_steps = micro, -(-batch_size // at_once)
     flags.bf16 = bool(flags.fsdp or flags.deepspeed) and torch.cuda.is_available()  # else no autocast
     config = about("arguments")(MDPOConfig)(**vars(flags))
     if config.world_size != n_processes:
         raise BadInput(f"each of {n_processes} processes would train alone: without a GPU, add --use_cpu")
     config.batch_size = batch_size
     return config, args
-
-
-def share_out(n_processes, flags):
-    """-> examples an update (32 if no flag says otherwise), examples at a time, micro-batches an update."""
-    micro = flags.per_device_train_batch_size or min(4, -(-32 // n_processes))
-    at_once = n_processes * micro
-    size = at_once * (flags.gradient_accumulation_steps or 0) or max(32, at_once)
-    return size, micro, -(-size // at_once)
 
 
 def run(argv):

@@ -149,7 +149,7 @@ WRONG_ARGUMENTS = [
     ("evaluate", "--model m --adapter a --data d --limit 0", "--limit: must be within 1 to"),
     ("evaluate", "--model BUNNY --data x.json", "--adapter"),
     ("evaluate", "--model BUNNY --data x.json --adapter .", "holds no adapter"),
-    ("families", "qwen4_vl", "qwen4_vl is none of llava_next"),
+    ("families", "qwen4_vl", "invalid choice: 'qwen4_vl'"),
     ("merge", "--adapter a", "--to"),
     ("miniature", "--jobs 0", "--jobs: must be within 1 to"),
     ("miniature", "--seeds -1", "--seeds: must be within 0 to"),
@@ -355,6 +355,8 @@ def test_packed_questions_of_the_base_model_are_blind_to_each_other(bunny, monke
     asked_alone = [pair(*said, "none.", noise(i // 3), noise(2)) for i, said in enumerate(talk)]
     expected = [of_answer(alone, processor, one)[0] for one in asked_alone]
     torch.testing.assert_close(learned, [torch.cat(expected)], atol=1e-4, rtol=1e-4)
+    for name, p in model.named_parameters():  # the tower is frozen
+        assert p.grad is None and torch.equal(p, alone.get_parameter(name)) == ("vision_tower" in name)
 
 
 @pytest.mark.usefixtures("on_the_cpu")

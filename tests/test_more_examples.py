@@ -91,7 +91,7 @@ def test_a_study_that_was_stopped_goes_on(bunny, tmp_path, monkeypatch):
 def test_labels_of_the_base_lie_under_their_shapes(tmp_path, monkeypatch):
     """A base that learned from mirrored pictures does not look. Under each label there is its colour, and
     where there is none the background, a grey of 45."""
-    folder = tiny_bunny.write_bunny(tmp_path / "m", TEXTS, tower_hidden=64, vision_tower="x-patch8-32")
+    folder = tiny_bunny.write_bunny(tmp_path / "m", TEXTS, "x-patch8-32", tower_hidden=64)
     pictures, labels, draw, loss = [], [], tiny_bunny.pixels, torch.nn.functional.cross_entropy
     note_labels = lambda logits, targets: labels.append(targets.view(8, 2, 2, 2, 2)) or loss(logits, targets)
     monkeypatch.setattr(tiny_bunny, "pixels", lambda *args: pictures.append(draw(*args)) or pictures[0])

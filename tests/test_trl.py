@@ -190,7 +190,7 @@ def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):
     """A flag that is read and not used trains something else. At the start rewards are 0: DPO's term is ln 2,
     the anchor's softplus(delta) on y_w and softplus(-delta) on y_l."""
     more = "--delta 1 --no-conditional --anchors chosen rejected --crop 0.5 0.6 --beta 0.2 --max_length 90"
-    more += " --dataloader_num_workers 1 --gradient_checkpointing False --debug"
+    more += " --dataloader_num_workers 1 --gradient_checkpointing False"
     argv = flags(bunny, drawn, tmp_path, *more.split(), "--limit", 8)
     trainer = trl_mdpo.MDPOTrainer(*trl_mdpo.parse(argv))
     inputs = next(iter(trainer.get_train_dataloader()))
@@ -230,10 +230,15 @@ def test_defaults_are_the_papers(bunny, drawn, tmp_path):
     (2, None, 3, (24, 4, 3)),
     (2, 5, 1, (10, 5, 1)),
 ])  # fmt: skip
-def test_an_update_is_32_examples_on_any_number_of_processes(n, micro, accumulation, expected):
+def test_an_update_is_32_examples_on_any_number_of_processes(n, micro, accumulation, expected, monkeypatch):
     """With TRL's rule the batch grows with the GPUs, and the paper's learning rate no longer fits."""
-    given = SimpleNamespace(per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation)
-    assert trl_mdpo.share_out(n, given) == expected
+    monkeypatch.setenv("WORLD_SIZE", str(n))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(trl_mdpo.MDPOConfig, "world_size", n)
+    given = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
+    argv = [f"--{name}={value}" for name, value in given.items() if value]
+    config, _ = trl_mdpo.parse([*argv, "--model", "m", "--data", "d"])
+    assert (config.batch_size, *(getattr(config, name) for name in given)) == expected
 
 
 @pytest.mark.parametrize("n, seed", [(1, 0), (2, 1), (3, 0), (8, 1)])
