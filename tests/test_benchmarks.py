@@ -196,8 +196,13 @@ def test_flags_and_system_text_reach_the_model_and_the_partial_file(ask, adapted
         assert "to.partial: cannot go on, " in error and error.endswith(f"other values of {what}\n")
         assert not ask.calls
 
-    ask.say = lambda level, text: {10: "Yes.", 20: "Yes."}[level]  # dies at the third
-    ask("amber", items, f"{flags} --adapter run", status=1)
+    def dies_at_the_third(level, text):
+        if level == 30:
+            raise OSError
+        return "Yes."
+
+    ask.say = dies_at_the_third
+    ask("amber", items, f"{flags} --adapter run", status=2)
     assert ask.calls == [("model", ["run"], "cpu"), (["Who 1?", "Who 2?"], 7, 2, ""), (["Who 3?"], 7, 2, "")]
     refuses("max new tokens", "--adapter run --max-new-tokens 8")
     refuses("adapter", "")  # the base
