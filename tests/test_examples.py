@@ -9,10 +9,12 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import runpy
 import shutil
+import signal
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -31,7 +33,20 @@ from examples import answer as answering
 from examples import curves, demo, evaluate, families, miniature, shapes, tiny_bunny, words
 from examples.answer import generate_answers
 from mdpo import mdpo_loss
-from test_mdpo import PAIRS, ROOT, asked, command, log_of, message, move, noise, pair, with_lora, write
+from test_mdpo import (
+    PAIRS,
+    ROOT,
+    asked,
+    command,
+    log_of,
+    message,
+    move,
+    noise,
+    pair,
+    softplus,
+    with_lora,
+    write,
+)
 from tests.helpers import EXAMPLES_README, README, as_examples, one_line_of, pixels_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -833,3 +848,68 @@ def test_a_base_is_trained_and_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_bunny, "learn_to_see", lambda *args: None)
     folder = tiny_bunny.write_base(tmp_path / "base", 3, shapes.World(2, 3, base_steps=2))
     assert train.load_model(str(folder))[0].config.image_seq_length == 16
+
+
+def test_answers_are_greedy_whatever_the_models_own_settings(bunny, tmp_path):
+    """Some models ask to be sampled. Two commands would disagree, and benchmarks measure chance."""
+    sampled, asked = shutil.copytree(bunny, tmp_path / "sampled"), [(noise(1), "What?")]
+    write(sampled / "generation_config.json", {"do_sample": True, "temperature": 100.0, "top_k": 0})
+    said = [generate_answers(*train.load_model(str(folder)), asked, 12) for folder in (bunny, sampled)]
+    assert said[0] == said[1] != [""]
+
+
+def test_evaluation_has_the_beta_of_the_run(changed, evaluated):
+    """By another beta an adapter's margins would be other multiples of the same nats than its log's."""
+    low, high = (printed(evaluated(changed(beta=beta))) for beta in (0.1, 10.0))
+    for name in "rewards/margins", "rewards/chosen", "margin, image":
+        assert high[name] == pytest.approx([100 * value for value in low[name]], abs=0.006) != (0, 0, 0)
+    for found in low, high:
+        assert found["margin, image"] == pytest.approx(found["rewards/margins"], abs=2e-4)
+
+
+def test_evaluation_reads_its_file_as_the_run_did(tmp_path, monkeypatch):
+    """By images of full size an example has no room that was trained on; by the default length one has room
+    that had none. Of 560 x 560 pixels are 400 tokens, of 56 x 56 four."""
+    noise(1, (560, 560)).save(tmp_path / "a.png")
+    record = {"image": "a.png", "chosen": "A cat.", "rejected": "A dog."}
+    write(tmp_path / "x.json", [record | {"question": "What is it? " * n} for n in (1, 50)])
+    write(tmp_path / "run" / "args.json", {"max_length": 64, "max_pixels": 56 * 56})
+    flags = f"--model {families.write_family('qwen2_5_vl', tmp_path / 'm')} --data {tmp_path / 'x.json'}"
+    args = evaluate.make_parser("?").parse_args([*flags.split(), "--adapter", str(tmp_path / "run")])
+    monkeypatch.setattr(answering, "load_tuned", lambda *given: (None, None))
+    _, examples, pairs, *_ = evaluate.load(args)
+    assert [one.id for one in examples] == ["1"] and pairs["held out", 0].images[0].size == (56, 56)
+
+
+def test_evaluation_without_images_keeps_the_anchors_that_need_none(changed, evaluated):
+    """The loss would be another than the run's. Of one example, delta 0: softplus(-r_w) + softplus(r_l)."""
+    run = changed(anchors=["chosen", "rejected", "image_rejected"], beta=1.0)
+    found = {name: mean for name, (mean, *_) in printed(evaluated(run, "--no-image", "--limit", 1)).items()}
+    anchor = softplus(-found["rewards/chosen"]) + softplus(found["rewards/rejected"])
+    assert found["loss/anchor"] == pytest.approx(anchor, abs=3e-4)
+    assert found["loss"] == pytest.approx(anchor + softplus(-found["rewards/margins"]), abs=5e-4)
+    assert abs(found["rewards/rejected"]) > 0.01
+
+
+def test_a_study_that_was_stopped_goes_on(bunny, tmp_path, monkeypatch):
+    """Its methods train for hours. Stopped after step 1 of 4, the second command trains the other 3."""
+    seed, log, steps = tmp_path / "seed-1", train.log, []
+    shutil.copytree(bunny, seed / "model")
+    for name in "data", "held_out":
+        shapes.write_pairs(seed / name, 8)
+    flags = "--epochs 2 --batch-size 4 --micro-batch-size 4 --lora-rank 4 --lora-alpha 8"
+    monkeypatch.setattr(miniature, "COMMON", f"{miniature.COMMON} {flags}")
+    monkeypatch.setattr(miniature, "METHODS", {"mDPO": "--eval-size 1 --limit 8"})
+    monkeypatch.setattr(miniature, "examine", lambda *args, **kwargs: {"yes_no_auc": 0.8})
+
+    def stop(out, records, record):
+        log(out, records, record)
+        steps.append(record["step"])
+        if steps == [0, 1]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train, "log", stop)
+    with pytest.raises(ValueError, match="training ended early"):
+        miniature.run_method(tmp_path, 1, "mDPO")
+    assert miniature.run_method(tmp_path, 1, "mDPO")["yes_no_auc"] == 0.8
+    assert steps == [0, 1, 2, 3, 4] == [record["step"] for record in log_of(seed / "mDPO")]

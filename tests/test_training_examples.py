@@ -14,6 +14,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -26,9 +27,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import data
 import train
 from data import BadInput, Pairs, make_batch, run_command
-from examples import curves, evaluate, families, minimal, throughput, tiny_bunny, variants
+from examples import curves, evaluate, families, minimal, shapes, throughput, tiny_bunny, variants
 from mdpo import LogPs, mdpo_step
-from test_mdpo import HUB_LLAVA_TEMPLATE, POLICY, REF, adapter, command, noise, pair, softplus, write
+from test_mdpo import HUB_LLAVA_TEMPLATE, POLICY, REF, TEXTS, adapter, command, noise, pair, softplus, write
 from tests.helpers import README, as_examples
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -663,3 +664,34 @@ def test_minimal_says_how_it_is_used_and_imports_nothing_of_this_repository(tmp_
     argv = [sys.executable, "minimal.py", "--help"]
     child = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert child.returncode == 1 and "minimal.py MODEL pairs.json OUT" in child.stderr
+
+
+def test_labels_of_the_base_lie_under_their_shapes(tmp_path, monkeypatch):
+    """A base that learned from mirrored pictures does not look. Under each label there is its colour, and
+    where there is none the background, a grey of 45."""
+    folder = tiny_bunny.write_bunny(tmp_path / "m", TEXTS, "x-patch8-32", tower_hidden=64)
+    pictures, labels, draw, loss = [], [], tiny_bunny.pixels, torch.nn.functional.cross_entropy
+    note_labels = lambda logits, targets: labels.append(targets.view(8, 2, 2, 2, 2)) or loss(logits, targets)
+    monkeypatch.setattr(tiny_bunny, "pixels", lambda *args: pictures.append(draw(*args)) or pictures[0])
+    monkeypatch.setattr(tiny_bunny, "F", SimpleNamespace(cross_entropy=note_labels))
+    model, _ = train.load_model(str(folder))
+    tiny_bunny.learn_to_see(model, random.Random(0), shapes.SMALL, steps=1, batch_size=8)
+    for label in labels:  # one for the 2 x 2 tokens of a cell
+        assert (label == label[:, :, :1, :, :1]).all()
+    shape, colour = (label[:, :, 0, :, 0] for label in labels)  # (8, 2, 2)
+    assert torch.equal(shape > 0, colour > 0) and 0 < (shape > 0).sum() < shape.numel()
+    rgb = torch.tensor([(45, 45, 45), *shapes.COLOURS.values()])[colour].permute(0, 3, 1, 2)  # (8, 3, 2, 2)
+    levels = ((pictures[0] + 1) * 127.5).round().view(8, 3, 2, 16, 2, 16)
+    distance = (levels - rgb[:, :, :, None, :, None]).abs().amax(1)  # (8, 2, 16, 2, 16)
+    assert distance.amin((2, 4)).max() < 3
+    assert distance.amax((2, 4))[colour == 0].max() < 60  # a neighbour's edge may shine in
+
+
+def test_memory_of_throughput_is_in_gib(monkeypatch):
+    """Off by a factor, a model is said to fit that does not. /proc counts pages."""
+    pages, now = int(Path("/proc/self/statm").read_text().split()[1]), throughput.memory_now("cpu")
+    assert now == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE") / 1024**3, rel=0.02)
+    assert throughput.memory_now("cpu", peak=True) >= 0.98 * now
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *args, **kwargs: 3 * 1024**3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *args, **kwargs: 5 * 1024**3)
+    assert (throughput.memory_now("cuda"), throughput.memory_now("cuda", peak=True)) == (3, 5)
