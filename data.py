@@ -1,6 +1,6 @@
 """Preference data for mDPO: rejected images, batches, file formats.
 
-`python data.py FILE [--images DIR]` checks a file without any model.
+`python data.py FILE [--images DIR] [--subset PREFIX]` checks a file without any model.
 """
 
 import argparse
@@ -123,11 +123,9 @@ class Pairs:
                 pass
             return self.open(path)
 
-        images = tuple(map(self.open, example.images))
-        images_rejected = tuple(map(self.open, example.images_rejected))
-        if not images_rejected:
-            reject = STRATEGIES[self.strategy]
-            images_rejected = tuple(reject(image, rng, self.crop, other) for image in images)
+        images, own = (tuple(map(self.open, paths)) for paths in (example.images, example.images_rejected))
+        reject = STRATEGIES[self.strategy]
+        images_rejected = own or tuple(reject(image, rng, self.crop, other) for image in images)
         return example._replace(images=images, images_rejected=images_rejected, key=(epoch, index))
 
 
@@ -179,8 +177,8 @@ SCORED = {
 class Batch:
     """B pairs as rows of tokens: a row is one conversation, as the library itself encodes it.
 
-    A log-probability has B rows, one after the other; all are padded on the right to T tokens. One pair,
-    whose images m_w and m_l are two image tokens 7 7 each, with q = 5 6, y_w = 1 2, y_l = 3 and end 0:
+    The rows are B for the first log-probability, then B for the second, and so on, all padded on the right to
+    T tokens. One pair, whose images m_w and m_l are two image tokens 7 7 each, with q = 5 6, y_w = 1 2, y_l = 3 and end 0:
 
         row  name              input_ids            labels                           owner
         0    chosen            7 7 5 6 1 2 0        -100 -100 -100 -100 1 2    0     0
@@ -198,7 +196,6 @@ class Batch:
     keys: list[tuple]  # (epoch, index) of each pair
     ids: list[str]  # id of its record
     take: torch.Tensor | None = None  # this and the rest: of `mdpo.pack`
-    answers: torch.Tensor | None = None
     predictors: torch.Tensor | None = None
     blocks: list[tuple] | None = None
 
@@ -228,14 +225,14 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
     responses = [texts[i].responses[answer] for i, _, answer in rows]
     shows = [row[:2] for row in rows]
     owner = [shows.index(row) for row in shows] if share else [*range(len(rows))]
-    owners = sorted({*owner})
+    owners, place = torch.tensor(owner).unique(return_inverse=True)
     encoded = [rows[n] for n in owners]
     wholes = [texts[i].wholes[answer] for i, _, answer in encoded]
     images = [getattr(pairs[i], field) for i, field, _ in encoded]
-    inputs = dict(encode(processor, wholes, images, "right"))
+    inputs = dict(encode(processor, wholes, images, "right"))  # of which the prompts are kept
 
-    lengths = dict(zip(owners, inputs["attention_mask"].sum(1).tolist()))
-    starts = [lengths[n] - len(responses[n]) for n in owner]  # of each row's response
+    lengths = inputs["attention_mask"].sum(1)[place].tolist()
+    starts = [length - len(responses[n]) for length, n in zip(lengths, owner)]  # of each row's response
     rooms = [room_for(text, max(starts[i :: len(pairs)]), max_length)
              for i, text in enumerate(texts)] * len(names)  # fmt: skip
     labels = [F.pad(torch.tensor(response[:room]), (n, 0), value=-100)
@@ -248,7 +245,7 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
             if values.ndim > 2 or name == "labels":  # Mllama's cross-attention, PaliGemma's labels
                 raise BadInput(f"its processor returns {name}, which a response cannot extend")
             values = F.pad(values, (0, labels.shape[1] - shape[1]))
-            inputs[name] = values[[owners.index(n) for n in owner]] * is_prompt
+            inputs[name] = values[place] * is_prompt
     of_response = labels.where(labels >= 0, processor.tokenizer.pad_token_id)
     inputs["input_ids"] = inputs["input_ids"].where(is_prompt, of_response)
     inputs["attention_mask"] = (is_prompt | (labels >= 0)).long()
@@ -272,7 +269,7 @@ class Tokens(NamedTuple):
     """The texts of a pair as the chat template writes them, with one placeholder for an image."""
 
     prompt: str  # up to the response
-    n_prompt: int  # its tokens
+    n_prompt: int  # its tokens, with one for an image
     wholes: dict[str, str]  # "chosen", "rejected" -> the conversation with this response, up to its end
     responses: dict[str, list[int]]  # the last tokens of each, which are scored
 
@@ -375,6 +372,9 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
     roots = [folder, folder / "merged_images"] if with_images else None
     marks, problems = forbidden(processor), {}
 
+    records = load_records(path)
+    names = {n: f" (id {r['id']})" if isinstance(r, dict) and "id" in r else "" for n, r in records}
+
     def attempt(number, function, *arguments):  # -> what it returns, or None after noting a problem
         try:
             with about(f"record {number}" + names[number]):
@@ -382,8 +382,6 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
         except BadInput as error:
             problems[number] = str(error)
 
-    records = load_records(path)
-    names = {n: f" (id {r['id']})" if isinstance(r, dict) and "id" in r else "" for n, r in records}
     parse = lambda n, record: attempt(n, parse_record, record, str(n), subset or "", roots, marks)
     found = {n: example for n, record in records if (example := parse(n, record))}
     n_left_out = len(records) - len(found) - len(problems)
@@ -398,9 +396,9 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 
     lengths = []
     if check:
-        check_one = partial(check_example, processor, max_length, max_pixels)
+        as_training = check_example, processor, max_length, max_pixels
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            checked = pool.map(lambda n: attempt(n, check_one, found[n]), found)
+            checked = pool.map(lambda n: attempt(n, *as_training, found[n]), found)
             lengths = [*progress(checked, "checking data", len(found), leave=False, delay=1)]
     examples = [example for n, example in found.items() if n not in problems]
     if problems:
@@ -441,7 +439,7 @@ def check_example(processor, max_length, max_pixels, example):
 def n_image_tokens(processor, sizes, form='"?"'):
     """How many tokens images of these sizes add to a prompt with one placeholder for each.
 
-    form: a question as JSON, each of its texts a "?". A template may lose an image of some messages.
+    form: the shape of the question, as JSON in which each text is a "?": a template may lose an image of some.
     """
     images = tuple(Image.new("RGB", size) for size in sizes)
     pair = Example(json.loads(form), "Yes.", "No.", images)
@@ -465,7 +463,7 @@ def describe(examples, lengths, max_length):
         responses = [n for pair in pairs for n in pair]
         n_cut = sum(prompt + n > max_length for prompt, pair in zip(prompts, pairs) for n in pair)
         for name, values in ("prompts", prompts), ("responses", responses):
-            lines.append(f"{name}: {statistics.median(values):.0f} tokens, the longest {max(values)}")
+            lines.append(f"{name}: median {statistics.median(values):.0f} tokens, longest {max(values)}")
         lines += [f"{n_cut} responses are cut at --max-length {max_length}",
                   f"{sum(ended)} responses end at an end-of-sequence inside"]  # fmt: skip
     return "\n  ".join(lines)
@@ -547,7 +545,7 @@ def parse_record(record, number, subset, roots, marks):
         if chosen is None:
             return None
         images = images or f"{id}.jpg"
-    prompt, chosen, rejected = (as_turns(value) for value in (prompt, chosen, rejected))
+    prompt, chosen, rejected = map(as_list, (prompt, chosen, rejected))
     if not (chosen and rejected and (prompt or chosen[1:])):
         raise BadInput(f"has the fields {', '.join(record)}; needed are image, prompt, chosen and rejected "
                        "(README, Your data); python examples/convert.py converts other formats")  # fmt: skip
@@ -578,15 +576,14 @@ def parse_record(record, number, subset, roots, marks):
 
 def best_and_worst(completions):
     """VLFeedback (Silkie): the responses of the highest and lowest mean rating; None, None if equal."""
-    rated = []
+    rated = {}
     for completion in completions:
         ratings = [str(aspect["Rating"]).strip() for aspect in completion["annotations"].values()]
         if ratings and all(re.fullmatch(r"[0-9]{1,3}(\.[0-9]+)?", rating) for rating in ratings):  # not "N/A"
-            rated.append((statistics.mean(map(float, ratings)), completion["response"]))
-    if len({rating for rating, _ in rated}) < 2:
+            rated.setdefault(statistics.mean(map(float, ratings)), completion["response"])
+    if len(rated) < 2:
         return None, None
-    extremes = [best(rated, key=lambda pair: pair[0])[1] for best in (max, min)]
-    return [re.sub(r"【[^【】†]*†[^【】]*】", "", response) for response in extremes]  # no citations
+    return [re.sub(r"【[^【】†]*†[^【】]*】", "", rated[best(rated)]) for best in (max, min)]  # no citations
 
 
 def first(record, names):
@@ -607,7 +604,7 @@ def find_images(value, roots):
         fields = " or ".join(map(repr, IMAGE_FIELDS))
         raise BadInput(f"has no image path ({fields}); examples/convert.py finds images elsewhere, too")
     paths = []
-    for image in value if isinstance(value, list) else [value]:
+    for image in as_list(value):
         image = image["path"] if isinstance(image, dict) else image
         if not isinstance(image, str):
             raise BadInput(
@@ -626,8 +623,8 @@ def find_images(value, roots):
     return tuple(paths)
 
 
-def as_turns(value):
-    """A field's value as a list of turns, each text or a chat message; None has none."""
+def as_list(value):
+    """A field's value as a list, of paths or of turns; None is an empty one."""
     return value if isinstance(value, list) else [value] * (value is not None)
 
 
@@ -729,7 +726,7 @@ def about(what):
 
 
 def run_command(command, argv=None, saves_memory="--device cpu"):
-    """Run command(argv) -> its exit status. A user's mistake is one line and status 2; a bug here is raised.
+    """Run command(argv) -> its exit status: 2 after an error message. A bug here is raised.
 
     saves_memory: the command's flags for a GPU that is too small.
     """

@@ -18,8 +18,8 @@ The reward of a response is implicit in its log-probability (section 2.1):
 The paper does not number its equations; 5 to 8 is their order of appearance (6 in section 3.1, 7 and 8 in
 3.2). CoPO works for any modality: read m_w as the context that supports y_w, and m_l as a worse one.
 
-In the loss, one thing departs from the authors' code, and changes no equation: policy and reference see the
-same m_l, which is made with the data.
+One thing departs from the authors' code, and changes no equation: policy and reference see the same m_l,
+which is made with the data.
 
 To use the loss elsewhere, copy this file as far as `sequence_logps`. That part needs only torch. Neither this
 file nor `data.py` imports anything of this repository: if you have a module `data` of your own, copy ours
@@ -56,7 +56,7 @@ def mdpo_loss(policy_logps, ref_logps, beta=0.1, delta=0.0, conditional=True, an
     if conditional:
         terms["conditional"] = -F.logsigmoid(r["chosen"] - r["image_rejected"])  # eq. 6, CoPO
     if anchors:
-        distance = lambda name: r[name] - delta if name == "chosen" else delta - r[name]  # downwards: Table 4
+        distance = lambda name: r[name] - delta if name == "chosen" else delta - r[name]  # below: Table 4
         terms["anchor"] = sum(-F.logsigmoid(distance(name)) for name in r if name in anchors)  # eq. 7, AncPO
     losses = sum(terms.values())  # eq. 8, mDPO
 
@@ -76,7 +76,7 @@ def rewards(policy_logps, ref_logps, beta, needed, anchors):
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta must be above 0 and finite, got {beta}")
     if isinstance(anchors, str) or not set(anchors) <= set(LogPs._fields):
-        raise ValueError(f"anchors must be a tuple of names among {LogPs._fields}, got {anchors!r}")
+        raise ValueError(f"anchors must be a tuple or set of names among {LogPs._fields}, got {anchors!r}")
     if torch.is_tensor(policy_logps) or torch.is_tensor(ref_logps):
         raise ValueError("policy_logps and ref_logps must be a LogPs or a tuple of its tensors each")
     r = {}
@@ -135,15 +135,15 @@ def response_logps(model, batch, inputs=None):
     inputs: `forward_inputs(model, batch)`, which two passes can share.
     """
     inputs = inputs or forward_inputs(model, batch)
-    logits = model(**inputs).logits  # (R, n, V): the last n columns; or (1, K, V): the predictors
-    labels = batch.labels.to(logits.device, non_blocking=True)  # (R, T)
-    if batch.take is None:
-        logps = sequence_logps(logits, labels[:, -logits.shape[1] :])  # (R,)
-    else:
-        answers = batch.answers.to(logits.device, non_blocking=True)  # (K,)
-        tokens = -F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()[answers], reduction="none")
-        rows = tokens.new_zeros(labels.numel()).index_put((answers,), tokens)  # back to where they stand
-        logps = rows.view(labels.shape).sum(-1)  # (R,)
+    logits = model(**inputs).logits  # (R, n, V): the last n columns of the rows, or (1, K, V) if packed
+    if batch.take is None:  # plain rows
+        labels = batch.labels[:, -logits.shape[1] :].to(logits.device, non_blocking=True)  # (R, n)
+        logps = sequence_logps(logits, labels)  # (R,)
+    else:  # packed: the logits are those of the K response tokens alone
+        is_answer = batch.labels >= 0  # (R, T)
+        answers = batch.labels[is_answer].to(logits.device, non_blocking=True)  # (K,)
+        tokens = -F.cross_entropy(logits[0].float(), answers, reduction="none")
+        logps = torch.stack([row.sum() for row in tokens.split(is_answer.sum(1).tolist())])  # (R,)
     return LogPs(**dict(zip(batch.names, logps.view(len(batch.names), -1))))
 
 
@@ -155,10 +155,10 @@ def forward_inputs(model, batch):
     """
     model = unwrapped(model)
     if batch.take is None:
-        n_prompt = (batch.labels >= 0).any(0).int().argmax().item()
+        first = (batch.labels >= 0).any(0).int().argmax().item()  # column of a response
         inputs = dict(to_device(batch, model.device).inputs)
         del inputs["attention_mask"]
-        inputs["logits_to_keep"] = batch.labels.shape[1] - n_prompt + 1
+        inputs["logits_to_keep"] = batch.labels.shape[1] - first + 1
     else:
         inputs = packed_inputs(model, batch)
     if "pixel_values" in inputs:
@@ -210,9 +210,11 @@ def pack(batch):
     """Turn the rows into one row that holds each shared prefix once -> the batch with these filled in.
 
     take (N,): where each token of the packed row stands in the flattened rows (R * T,)
-    answers (K,): where each token of the responses stands there
-    predictors (1, K): for each, the place in the packed row of the token before it
+    predictors (1, K): for each response token, the place in the packed row of the token before it
     blocks: for each row how many of its tokens are taken, its owner, and the length of its prefix
+
+    `data.Batch` draws the rows of a pair and says what an owner is: its tokens are all taken, of other rows
+    only the response.
     """
     is_answer, owner = batch.labels >= 0, torch.tensor(batch.owner)
     owns = owner == torch.arange(len(owner))
@@ -220,9 +222,8 @@ def pack(batch):
     place = (taken.flatten().cumsum(0) - 1).view(taken.shape)  # of each token in the packed row
     place = torch.where(taken, place, place[owner])  # a prefix that is not taken lies where its owner's does
     blocks = zip(taken.sum(1).tolist(), batch.owner, is_answer.int().argmax(1).tolist())
-    flat = lambda mask: mask.flatten().nonzero().squeeze(1)
     predictors = place[:, :-1][is_answer[:, 1:]][None]
-    return replace(batch, take=flat(taken), answers=flat(is_answer), predictors=predictors, blocks=[*blocks])
+    return replace(batch, take=taken.flatten().nonzero().squeeze(1), predictors=predictors, blocks=[*blocks])
 
 
 def packed_inputs(model, batch):
@@ -248,10 +249,10 @@ def row_positions(model, batch):
     rope_index = getattr(model.base_model, "get_rope_index", None)
     if rope_index is None:
         return torch.arange(batch.labels.shape[1], device=model.device).expand(batch.labels.shape)
-    owners = sorted({*batch.owner})  # only these rows have images; the others take their owner's positions
+    owners, place = torch.tensor(batch.owner).unique(return_inverse=True)  # only these rows have images
     inputs = batch.inputs | {"attention_mask": torch.ones_like(batch.labels)}
     inputs = {name: v[owners] if v.shape == batch.labels.shape else v for name, v in inputs.items()}
-    return call(rope_index, inputs)[0][:, [owners.index(row) for row in batch.owner]].to(model.device)
+    return call(rope_index, inputs)[0][:, place].to(model.device)  # the others take their owner's
 
 
 def use_packed_attention(model):

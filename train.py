@@ -1,4 +1,4 @@
-"""Train a multimodal model with mDPO on one GPU (or a tiny one on the CPU).
+"""Train a multimodal model with mDPO on one GPU, or a tiny model on the CPU.
 
     python train.py --model BAAI/Bunny-v1_0-3B --data silkie.json
     python train.py --resume runs/Bunny-v1_0-3B-silkie-1
@@ -96,7 +96,7 @@ def run(args, loss):
                     bar.write(f"epoch {record['epoch']:.0f}, {held_out_table([*records, record])}")
                 log(out, records, record)
                 bar.set_postfix(loss=record["loss"], refresh=False)
-                stopping = [*stop] if record["step"] < len(plan) else []  # read once: one may come between
+                stopping = [*stop] if record["step"] < len(plan) else []  # read once: a signal may come later
                 if end_of_epoch or stopping or record["step"] % (args.save_every or len(plan)) == 0:
                     save()
                 if stopping:
@@ -108,7 +108,7 @@ def run(args, loss):
                 print(f"the steps before are saved; {to_continue}")
             raise
     if done == len(plan):
-        save()  # after a kill between two files of the last checkpoint
+        save()  # no step was left: after a kill between two files of the last checkpoint
     print(f"adapter, log and arguments: {out}")
     return 0
 
@@ -157,7 +157,8 @@ def train(objective, plan, batches, optimizer, schedule, args):
         schedule.step()
         optimizer.zero_grad()
         record["examples_per_second"] = n_examples / (time.perf_counter() - started)
-        record["peak_memory_gib"] = torch.cuda.max_memory_allocated(parameters[0].device) / 2**30
+        device = parameters[0].device if parameters[0].is_cuda else None  # torch takes no other
+        record["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         yield record
 
 
@@ -368,8 +369,7 @@ def replacing(out):
 def identity(args, examples, model, loss):
     """What decides the result, and must not change when a run is resumed: {what: its value}."""
     files = [Path(path).read_bytes() for path in (args.data, args.eval_data) if path]
-    first = [example.question[0] for example in examples]
-    systems = {"".join(texts_of([message])) if message["role"] == "system" else "" for message in first}
+    systems = {"".join(texts_of(m for m in one.question if m["role"] == "system")) for one in examples}
     return {name: vars(args)[name] for name in DECISIVE} | {
         "data_files": hashlib.sha256(b"".join(files)).hexdigest(),
         "examples": sha256([example.id for example in examples]),  # --skip-bad may have left others
@@ -392,7 +392,7 @@ def sha256(value):
 def refuse_others(now, began):
     """Raise BadInput that names every value that is not what it was when the run began."""
     if others := [name.replace("_", " ") for name in began if now.get(name) != began[name]]:
-        raise BadInput(f"the run began with other values of {', '.join(others)}")
+        raise BadInput(f"it began with other values of {', '.join(others)}")
 
 
 def save_checkpoint(out, args, shared, records, model, processor, optimizer):
@@ -506,7 +506,7 @@ natural = number(int, 0, 2**63 - 1)
 
 # name: (default, type or choices, what it is and where it comes from)
 FILES = {
-    "model": (None, lasting, "folder or hub name: Bunny, or any image-text-to-text model of transformers"),
+    "model": (None, lasting, "folder or hub name: Bunny, LLaVA or another decoder-only model"),
     "data": (None, lasting, "preference file (README, Your data)"),
     "images": (None, lasting, "folder where relative image paths begin (default: the data file's)"),
     "eval-data": (None, lasting, "a second preference file, for evaluation only"),
@@ -528,7 +528,7 @@ METHOD = {  # decide the result: a resumed run keeps its own
     "crop": ([*CROP], share, "minimum and maximum share of the area that a crop keeps (Table 3)"),
     # loss
     "beta": (0.1, positive, "strength of the KL constraint (paper 4.1)"),
-    "delta": (0.0, number(float, -1e6, 1e6), "the anchor, in units of reward (paper 4.1)"),
+    "delta": (0.0, number(float, -1e6, 1e6), "of eq. 7, in units of reward (paper 4.1)"),
     "no-conditional": (False, bool, "drop eq. 6 (Table 2, minus conditional)"),
     "anchors": ([], (*LogPs._fields, "none"), "anchored rewards: chosen is eq. 7 and the default, Table 4 "
         "has more; none is Table 2, minus anchored"),
@@ -537,7 +537,7 @@ METHOD = {  # decide the result: a resumed run keeps its own
     "batch-size": (32, whole, "examples per optimizer step (paper 4.1)"),
     "lr": (1e-5, positive, "peak learning rate (paper 4.1)"),
     "warmup": (0.1, share, "share of the steps, rounded up, before a cosine to 0 (paper 4.1)"),
-    "betas": ([0.9, 0.98], number(float, 0, 1 - 1e-6), "of AdamW (the second: authors' config)"),
+    "betas": ([0.9, 0.98], number(float, 0, 1 - 1e-6), "of AdamW (AdamW's default, authors' config)"),
     "weight-decay": (0.05, share, "of AdamW (authors' config)"),
     "max-grad-norm": (1.0, positive, "gradient clipping (the default of the authors' trainer)"),
     "lora-rank": (64, whole, "of the adapter (paper 4.1)"),
@@ -560,7 +560,7 @@ DECISIVE = [name.replace("-", "_") for name in METHOD]
 def parse_args(argv):
     """The command line -> a Namespace in which every argument has its final value. Raises BadInput."""
     parser = Parser(
-        description="Train a multimodal model with mDPO. --demo: a tiny one, on drawn data.",
+        description="Train a multimodal model with mDPO. --demo trains a tiny one on made-up pictures.",
         allow_abbrev=False,
     )
     for title, arguments in ("files", FILES), ("method", METHOD), ("system", SYSTEM):
@@ -728,8 +728,8 @@ def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
     Rank and alpha are the paper's (4.1), the choice of layers is the authors' config.
     layer: `LoraLinear`, or `peft.tuners.lora.Linear` for frameworks that gather sharded weights by module.
     """
-    linear = {module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear)}
-    names = [name for name, module in model.named_modules() if module in linear]
+    decoder = {*model.get_decoder().modules()}
+    names = [name for name, m in model.named_modules() if m in decoder and isinstance(m, torch.nn.Linear)]
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
     model = peft.get_peft_model(model, config)

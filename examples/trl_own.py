@@ -12,7 +12,7 @@ import torch
 from trl import DPOTrainer
 from trl.trainer.utils import use_adapter
 
-from data import BadInput, Example, about, as_turns, forbidden, make_batch, random_crop, read_question, read_response
+from data import BadInput, Example, about, as_list, forbidden, make_batch, random_crop, read_question, read_response
 from mdpo import LogPs, mdpo_loss, sequence_logps
 
 OF_TRLS_LOSS = {"loss_type": ["sigmoid"], "loss_weights": None, "ld_alpha": None, "label_smoothing": 0.0}
@@ -71,8 +71,8 @@ def to_pair(row):
         raise BadInput("has no image")
     crops = tuple(random_crop(image, random) for image in images)
     marks = forbidden(None)
-    question = read_question(as_turns(row["prompt"]), len(images), marks)
-    chosen, rejected = (read_response(as_turns(row[name])[-1], name, marks) for name in ("chosen", "rejected"))
+    question = read_question(as_list(row["prompt"]), len(images), marks)
+    chosen, rejected = (read_response(as_list(row[name])[-1], name, marks) for name in ("chosen", "rejected"))
     return Example(question, chosen, rejected, images, own or crops)
 
 

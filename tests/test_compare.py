@@ -274,7 +274,7 @@ def test_page_of_base_and_adapters_and_of_an_earlier_pages_answers(stub, run, mo
     theirs = write(Path("theirs.json"), [{"answer": "red"}] * 6)
     sides = f"b {theirs} 1-answers/base.jsonl"
     error = run(compare, f"{flags} {other} --adapter {sides} --to 3.html", 2)
-    assert "cannot be compared: the run began with other values of questions, images" in error
+    assert "cannot be compared: it began with other values of questions, images" in error
     run(compare, f"{line} {sides} --answers 1-answers --to 3.html")
     content, later = content_of("1.html"), content_of("3.html")
     assert not content["blind"]

@@ -569,7 +569,7 @@ def test_a_pair_that_is_equal_once_it_is_cut_is_bad(folder, bunnys):
 
 
 def longest(name, said):
-    return int(re.search(f"{name}: [0-9]+ tokens, the longest ([0-9]+)", said)[1])
+    return int(re.search(f"{name}: median [0-9]+ tokens, longest ([0-9]+)", said)[1])
 
 
 def test_responses_that_are_cut_are_counted_and_one_that_just_fits_is_not(folder, bunnys):
@@ -603,7 +603,7 @@ def test_counts_are_of_what_they_say(folder, bunnys):
     assert "left out 1 records" in said and "6 responses end at an end-of-sequence inside" in said
     batch = make_batch([*Pairs(kept)], bunnys, DPO_NAMES)
     lengths = sorted((batch.labels >= 0).sum(1).tolist())
-    assert f"responses: {(lengths[2] + lengths[3]) / 2:.0f} tokens, the longest {lengths[-1]}" in said
+    assert f"responses: median {(lengths[2] + lengths[3]) / 2:.0f} tokens, longest {lengths[-1]}" in said
 
 
 def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, llava):

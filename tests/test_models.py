@@ -473,7 +473,7 @@ def test_all_tensors_of_a_batch_are_pinned(loaded, monkeypatch):
     batch = pack(make_batch(PAIRS, loaded[1], share=True))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.double())
     pinned = batch.pin_memory()
-    tensors = [*pinned.inputs.values(), pinned.labels, pinned.take, pinned.answers, pinned.predictors]
+    tensors = [*pinned.inputs.values(), pinned.labels, pinned.take, pinned.predictors]
     assert {tensor.dtype for tensor in tensors} == {torch.float64}
 
 
