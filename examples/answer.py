@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from functools import cache
@@ -67,7 +68,8 @@ def speaking_as(model, number):
 def read_run(adapter=None):
     """What args.json says of the run in this folder, or of which it is an epoch; {} if there is none."""
     folder = Path(adapter or "")
-    path = Path(folder.parent if folder.name.startswith("epoch-") else folder, "args.json")
+    is_epoch = re.fullmatch(r"epoch-\d+", folder.name) and not Path(folder, "args.json").exists()
+    path = Path(folder.parent if is_epoch else folder, "args.json")
     with about(f"{path}: cannot be read"):
         return {**json.loads(path.read_text())} if adapter and path.is_file() else {}
 
@@ -179,8 +181,11 @@ def answer_as(files, name_or_path, questions, max_new_tokens, batch_size=8, devi
 
 
 def files_in(folder, names):
-    """{a model, as in `answer_as`: the file of its answers in this folder}; each has its own."""
-    return {name: Path(folder, quote(name or "base", safe="")[-200:] + ".jsonl") for name in names}
+    """{a model, as in `answer_as`: the file of its answers in this folder}. Raises BadInput if two share one."""
+    files = {name: Path(folder, quote(name or "base", safe="")[-200:] + ".jsonl") for name in names}
+    if len({*files.values()}) < len(names):
+        raise BadInput(f"two of the names {', '.join(filter(None, names))} have one file of answers: rename a folder")
+    return files
 
 
 def read_items(path):
@@ -192,7 +197,7 @@ def read_items(path):
 
 
 def read_answers(path, questions):
-    """The answers in a file of `answer_all`, or in one that a benchmark's scorer reads. Raises BadInput."""
+    """The answers in a file of `answer_as`, or in one that a benchmark's scorer reads. Raises BadInput."""
     fields, answers, records = ("answer", "response", "model_answer", "text"), [], read_items(path)
     with about(f"{path}: cannot be compared"):
         if records and "max_new_tokens" in records[0]:

@@ -71,6 +71,8 @@ def report(answers, truths, positive):
 
 def find_image(name, value, folder):
     """Base64 -> bytes; a name, or the last part of MMHal's URL -> the path of this file in the folder."""
+    if "://" in value and not (name == "mmhal" and folder):
+        raise BadInput(f"its image is an address, {value}: download all, and give --images")
     if name == "objhal":
         return base64.b64decode(value)
     return find_images(value.rpartition("/")[2] if name == "mmhal" else value, [Path(folder or ".")])[0]
@@ -84,11 +86,14 @@ def read_questions(name, path, folder, processor=None):
     for number, item in enumerate(items, 1):
         try:
             with about(f"question {number} of {name}"):
+                for field in of_image, of_text:
+                    if not (isinstance(item[field], str) and item[field].strip()):
+                        raise BadInput(f"'{field}' is {shown(item[field])}, not text")
                 image, text = item[of_image], item[of_text]
                 make_record(number, item, "")
                 parse_record({"prompt": text, "chosen": "Yes.", "rejected": "No."}, "", "", None, marks)
                 refuse_image_tokens(processor, text)
-                if name in IDS and item["id"] not in IDS[name]:
+                if name in IDS and not (type(item["id"]) is int and item["id"] in IDS[name]):
                     raise BadInput(f"'id' is {shown(item['id'])}, not one of {IDS[name][0]} to {IDS[name][-1]}")
                 with about(f"'{of_image}'"):
                     check_image(image := find_image(name, image, folder))

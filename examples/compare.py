@@ -68,13 +68,18 @@ def make_page(questions, said, blind=False):
 def count_votes(paths):
     """Print win, tie and lose: means over questions of the share of votes, and Wilson's intervals of level 95%."""
     results = defaultdict(lambda: defaultdict(dict))  # [model, other][question][rater]: 1 if the model wins, 0 or -1
-    for path in sorted(paths, key=os.path.getmtime):  # of a rater's downloads the newest counts
+    files = {}  # [page, rater]: path and content
+    for path in paths:
         with about(f"{path}: cannot be counted"):
             record = json.loads(Path(path).read_text("utf-8"))
+            earlier, content = files.setdefault((record["page"], record["rater"]), (path, record))
+            if content != record:
+                raise BadInput(f"is of the rater and page of {earlier}: give the last alone")
             for vote in record["votes"]:
                 model, other = vote["models"]
                 won = {"left": 1, "same": 0, "right": -1}[vote["vote"]] * {model: 1, other: -1}[vote["left"]]
-                results[model, other][record["page"], vote["item"]][record["rater"]] = won
+                pair, won = ((other, model), -won) if (other, model) in results else ((model, other), won)
+                results[pair][record["page"], vote["item"]][record["rater"]] = won
     for (model, other), questions in results.items():
         votes = [[*of_one.values()] for of_one in questions.values()]
         print(f"{model} against {other}: {len(votes)} questions, {sum(map(len, votes))} votes")
@@ -99,7 +104,7 @@ def run(argv):
     add("--max-new-tokens", type=whole, default=256, help="of an answer (default: 256)")
     add("--batch-size", type=whole, default=8, help="questions at a time (default: 8)")
     add("--blind", action="store_true", help="hide the names, and take votes")
-    add("--to", required=True, type=Path, metavar="PAGE", help="the page to write, .html")
+    add("--to", required=True, type=Path, metavar="PAGE", help="a new page, .html")
     args = parser.parse_args(argv)
     names = [None if name == "base" else name for name in args.adapter]
     files = [name for name in names if name and Path(name).is_file()]

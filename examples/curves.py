@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import BadInput, about, run_command
 from train import Parser, replacing
 
-SHOWN = re.compile("loss|rewards/|lr$|grad_norm|examples_per_second")  # the README says what each is
+SHOWN = re.compile("(eval/)?(loss|rewards/|lr$|grad_norm|examples_per_second)")  # the README says what each is
 
 
 def read_log(run):
@@ -26,8 +26,8 @@ def read_log(run):
         text = path.read_text().replace('"learning_rate"', '"lr"').replace('"eval_', '"eval/')
         text = text[: text.rfind("}") + 1]
         records = json.loads(text)["log_history"] if path == of_trl else [*map(json.loads, text.splitlines())]
-        if not records:
-            raise BadInput("holds no step yet")
+        if not any(SHOWN.match(name) for record in records for name in record):
+            raise BadInput("holds no metric to draw yet")
     return records
 
 
@@ -70,6 +70,7 @@ def run(argv):
     figure, to = draw({run: read_log(run) for run in args.runs}), Path(args.to)
     with replacing(to.parent) as new:  # who looks at it meanwhile sees the old one
         figure.savefig(new / to.name, dpi=90)
+    print(f"{to}: {len(figure.axes)} metrics")
     return 0
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
-from data import SCORED, Pairs, about, make_batch, read_examples, run_command
+from data import SCORED, BadInput, Pairs, about, make_batch, read_examples, run_command
 from examples import answer, variants
 from mdpo import mdpo_loss, mdpo_step
 
@@ -144,6 +144,10 @@ def run(argv):
     parser.add_argument("--answers", metavar="DIR", help="also answer the questions, into this folder")
     parser.add_argument("--max-new-tokens", type=train.whole, default=256, help="of an answer (default: 256)")
     args = parser.parse_args(argv)
+    if len({*map(os.path.realpath, args.adapter)}) < len(args.adapter):
+        raise BadInput("--adapter takes different runs: each minus itself is 0")
+    for name in args.adapter:
+        answer.read_adapter(name)  # before the data, which take minutes
     files = answer.files_in(args.answers, [None, *args.adapter]) if args.answers else {}
     trained, examples, pairs, model, processor = load(args)
     names = [*SCORED][: 2 if args.no_image else 3]  # without images, less the terms that need a rejected one
@@ -157,9 +161,10 @@ def run(argv):
         print_metrics("base", metrics[None])
     first, *others = args.adapter
     for number, name in enumerate(args.adapter):
-        with answer.speaking_as(model, number), about(f"{name}: no score by {trained.loss} of mdpo.py or variants.py"):
-            objective = partial(mdpo_step, model, loss=losses[trained.loss], **options)
-            scores = score(objective, processor, pairs, names, max_length=trained.max_length)
+        with answer.speaking_as(model, number):
+            with about(f"{name}: no score by {trained.loss} of mdpo.py or variants.py"):
+                objective = partial(mdpo_step, model, loss=losses[trained.loss], **options)
+                scores = score(objective, processor, pairs, names, max_length=trained.max_length)
             margins = score_margins(model, processor, examples, trained.beta)
         metrics[name] = scores | {MARGINS[kind]: values for kind, values in margins.items()} | metrics.get(name, {})
         left = {MARGINS[kind]: diagnose(margins)[f"{kind}_share"] for kind in ("no_image", "other_image")}

@@ -216,7 +216,7 @@ def draw(by_seed, path):
         values = of_seeds(method, "grounding")
         right.bar(method, values.mean(), color=colours.get(method, "lightgrey"), alpha=0.5)
         right.plot([method] * len(values), values, "k.", markersize=5)
-    right.tick_params("x", rotation=30)
+    right.set_xticks(range(1 + len(QUICK)), ["base", *QUICK], rotation=30, ha="right")
     right.set(title="grounding, a dot per seed")
     with train.replacing(path.parent) as new:
         figure.savefig(new / path.name, dpi=110)

@@ -185,12 +185,14 @@ def describe(name):
 def run(argv):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("names", nargs="*", choices=[*TABLES, "all"], default="all", metavar="NAME", help=f"{', '.join(TABLES)}; all")
+    text = f"{', '.join(TABLES)}; all (default: all)"
+    add("names", nargs="*", choices=[*TABLES, "all"], default="all", metavar="NAME", help=text)
     add("--list", action="store_true", help="print what there is")
     add("--collect", action="store_true", help="print the paper's values and what was found")
-    add("--work", default=ROOT / "runs/paper", metavar="DIR", help="folder of data, runs, answers, scores")
-    add("--judge", default="gpt-4.1-2025-04-14", help="a model; %(default)s is served until 14 January 2027")
-    add("--models", nargs=2, default=MODELS.values(), metavar=("BUNNY", "LLAVA"), help="folders or hub names")
+    add("--work", default=ROOT / "runs/paper", metavar="DIR", help="of data, runs and scores (default: %(default)s)")
+    add("--judge", default="gpt-4.1-2025-04-14", help="a model (default: %(default)s, served until 14 January 2027)")
+    text = f"folders or hub names (default: {' '.join(MODELS.values())})"
+    add("--models", nargs=2, default=MODELS.values(), metavar=("BUNNY", "LLAVA"), help=text)
     args = parser.parse_args(argv)
     names = [*TABLES] if "all" in args.names else list(dict.fromkeys(args.names))
     work = Path(args.work).resolve()

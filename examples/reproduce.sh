@@ -109,6 +109,7 @@ score_objhal() { # score_objhal RUN: the scorer has its judge in its code, and w
     todo "$W/scores/$JUDGE/$1.objhal.json" || return 0
     local eval="$W/data/RLAIF-V/eval"
     sed "s/Chat(model=\"[^\"]*\"/Chat(model=\"$JUDGE\"/" "$eval/eval_gpt_obj_halbench.py" > "$eval/judged.py"
+    grep -q "Chat(model=\"$JUDGE\"" "$eval/judged.py"
     rm -f "$W/answers/hall_$1.objhal_-1.json"
     env -C "$eval/.." "$SCORER" eval/judged.py --cap_file "$W/answers/$1.objhal.jsonl" --coco_path "$W/data/coco" \
         --use_gpt --openai_key "${OPENAI_API_KEY:?is not set}"

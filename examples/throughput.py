@@ -312,17 +312,18 @@ def run(argv):
     add("--shape", choices=SHAPES, help="(default: bunny-3b on a GPU, else tiny)")
     add("--device", choices=("cuda", "cpu"), default=train.best_device())
     add("--dtype", choices=("bfloat16", "float32"), help="(default: bfloat16 on a GPU, else float32)")
-    add("--micro-batch-size", type=int, default=4)
-    add("--rounds", type=int, default=5, help="turns that each scheme takes")
-    add("--items", type=int, default=16, help="examples in a turn")
-    add("--threads", type=int, default=1, help="on the CPU")
+    add("--micro-batch-size", type=train.whole, default=4)
+    add("--rounds", type=train.whole, default=5, help="turns that each scheme takes")
+    add("--items", type=train.whole, default=16, help="examples in a turn")
+    add("--threads", type=train.whole, default=1, help="on the CPU")
     add("--trl", action="store_true", help="also TRL's DPOTrainer")
     add("--only", choices=("memory-formula", *MEMORY), help="predictions for the real shapes, or one scheme's memory")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     cuda = args.device == "cuda"
     args.dtype = getattr(torch, args.dtype or ("bfloat16" if cuda else "float32"))
-    args.device_name = torch.cuda.get_device_name() if cuda else f"CPU, {args.threads} thread(s)"
+    with about(f"--device {args.device}"):
+        args.device_name = torch.cuda.get_device_name() if cuda else f"CPU, {args.threads} thread(s)"
     args.shape = args.shape or ("bunny-3b" if cuda else "tiny")
     if args.only == "memory-formula":
         found = itertools.chain(*map(predictions, ("bunny-3b", "llava-7b")))

@@ -12,6 +12,7 @@ write a function with the results and arguments of `mdpo_loss`, and `batch`, for
 `data.random_crop`, for `data.STRATEGIES`, and enter it at the end.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -96,7 +97,8 @@ FIXED = {"--no-image", "--no-conditional", "--anchors", "--delta", "--demo"}  # 
 
 
 def run(argv):
-    parser = train.Parser(description=__doc__.splitlines()[0])
+    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = "All other arguments are those of train.py: python train.py --help"
     parser.add_argument("variant", choices=VARIANTS)
     name, given = parser.parse_args(argv[:1]).variant, argv[1:]
     loss, flags = VARIANTS[name]

@@ -29,8 +29,8 @@ HEAD = """<!doctype html><meta charset="utf-8"><title>Words that look at the ima
 <style>body {font: 16px/1.8 sans-serif; margin: 2em} span {padding: 2px 0; white-space: pre-wrap}
 b {display: inline-block; min-width: 13em} figure {display: inline-block; margin: 0 1em 0 0}</style>
 <h1>Words that look at the image</h1>
-<p>log p(token | image) - log p(token | rejected image) in nats: blue tokens are likelier with the image, red ones with
-the rejected image. Before an answer stands its sum. What training changed most comes first.</p>"""
+<p>log p(token | image) - log p(token | rejected image) in nats; before an answer, its sum. What training changed most
+comes first.</p>"""
 
 
 @torch.no_grad()
@@ -73,7 +73,9 @@ def change(rows):
 
 def as_page(shown):
     """[(pair, rows)] -> a page of HTML, without scripts; those that changed most come first."""
-    parts = [HEAD, as_line("legend", [(f" {value:+} ", value) for value in range(-SCALE, SCALE + 1)])]
+    ends = {-SCALE: ": likelier with the rejected image", SCALE: ": likelier with the image"}
+    legend = [(f" {value:+}{ends.get(value, '')} ", value) for value in range(-SCALE, SCALE + 1)]
+    parts = [HEAD, as_line("legend", legend)]
     for pair, rows in sorted(shown, key=lambda example: -change(example[1])):
         question = text_of(pair).replace("\n", " / ")  # its turns in one line
         parts.append(f"<h2>{html.escape(f'{pair.id} / {question}')}</h2>")
@@ -104,6 +106,7 @@ def run(argv):
     page = as_page([(pair, rows_of(model, processor, pair, trained.max_length)) for pair in drawn])
     with replacing(args.to.parent) as new:
         (new / args.to.name).write_text(page, "utf-8")
+    print(f"{args.to}: {len(drawn)} examples")
     return 0
 
 

@@ -93,13 +93,15 @@ def test_each_answer_stands_at_its_own_question(name, ask):
 
 
 WRONG = [  # benchmark, what is wrong in an item between two good ones, what is said
-    ("amber", '{"image": null}', "2 of 3 questions can be asked\n  question 2 of amber: 'image':"),
-    ("mmhal", '{"question": " "}', "question 2 of mmhal: 'prompt': has no text"),
+    ("amber", '{"image": null}', "2 of 3 questions can be asked\n  question 2 of amber: 'image' is null"),
+    ("mmhal", '{"question": " "}', "question 2 of mmhal: 'question' is \" \", not text"),
+    ("pope", '{"text": ["Is it?"]}', "'text' is [\"Is it?\"], not text"),
     ("amber", '{"query": "What \\ud800?"}', "surrogates not allowed"),
     ("amber", '{"query": "What is <image>?"}', "'<image>'"),
     ("amber", '{"query": "What\\t\\t\\t\\t\\t\\t\\t\\t\\t"}', "image token"),
     ("pope", '{"text": "Is it?<|endoftext|>"}', "'<|endoftext|>'"),
     ("amber", '{"id": "1"}', "'id' is \"1\", not one of 1 to 1004"),
+    ("amber", '{"id": 1.0}', "'id' is 1.0, not one of 1 to 1004"),
     ("amber", '{"id": 1005}', "'id' is 1005, not one of 1 to 1004"),
     ("amber-discriminative", '{"id": 1004}', "'id' is 1004, not one of 1005 to 15220"),
     ("amber", '{"image": "b.png"}', "no image 'b.png'"),
@@ -107,8 +109,8 @@ WRONG = [  # benchmark, what is wrong in an item between two good ones, what is 
     ("amber", '{"image": "../a.png"}', "points outside the image folder"),
     ("amber", '{"image": "items"}', "question 2 of amber: 'image': "),
     ("objhal", '{"image": "AAAAA"}', "'image': Invalid base64"),
-    ("objhal", '{"image": "file:///etc/hostname"}', "'image': Incorrect padding"),
-    ("amber", '{"image": "https://x.org/a.png"}', "no image 'https://x.org/a.png'"),
+    ("objhal", '{"image": "file:///etc/hostname"}', "'image': its image is an address, file:///"),
+    ("amber", '{"image": "https://x.org/a.png"}', "its image is an address, https://x.org/a.png: download"),
     # Truths are looked up when all answers are there: a crash would cost these.
     ("pope", '{"label": "MISSING"}', "items: no annotations for these questions: has no 'label'"),
     ("pope", '{"label": "Yes"}', '"Yes" is neither "yes" nor "no"'),
@@ -147,6 +149,7 @@ def test_nothing_is_fetched(address, ask, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *arguments, **options: pytest.fail("an address"))
     items = [form("mmhal", 1)[0] | {"image_src": address}]
     assert "no image '1.png' in other" in ask("mmhal", items, images="--images other", status=2)
+    assert f"is an address, {address}: download all, and give --images" in ask("mmhal", items, "", "", 2)
     ask("mmhal", items)
 
 

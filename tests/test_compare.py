@@ -113,6 +113,8 @@ def test_files_of_answers_are_named_after_their_runs():
     found = answer.files_in("said", [None, "runs/é", "runs-é", "../v1.5", "y" * 300])
     names = "base", "runs%2F%C3%A9", "runs-%C3%A9", "..%2Fv1.5", "y" * 200
     assert [*found.values()] == [Path("said", f"{name}.jsonl") for name in names]
+    with pytest.raises(BadInput, match="two of the names base have one file of answers"):
+        answer.files_in("said", [None, "base"])
 
 
 def test_no_question_holds_a_token_of_an_image():
@@ -203,7 +205,9 @@ def test_differences_are_taken_example_by_example(stub, run, monkeypatch):
     line = f"--model {BASE} --data {moved} --images data --device cpu --adapter"
     out = run(evaluate, f"{line} b")
     assert "b: has no args.json; train.py's defaults are taken" in out and "minus" not in out
-    assert answer.read_run("a/epoch-2")["beta"] == 0.3 and answer.read_run("b/other") == {}  # --keep-epochs
+    assert answer.read_run("a/epoch-2")["beta"] == 0.3 and answer.read_run("a/epoch-x") == {}  # --keep-epochs
+    write(Path("a/epoch-7/args.json"), {"beta": 9})
+    assert answer.read_run("a/epoch-7") == {"beta": 9}  # a run of its own
     out = run(evaluate, f"{line} a b --answers said")
     assert stub.loaded == (str(BASE), ["a", "b"], "cpu")
     assert BETTER in re.sub(r"\n  (.*?)  +(\S+).*", r"; \1 \2", out)
@@ -214,6 +218,10 @@ def test_differences_are_taken_example_by_example(stub, run, monkeypatch):
     alone = run(evaluate, f"{line} a --answers said")
     assert "\nbase\n" in alone and "\na\n  loss" in alone and "\na minus base\n" in alone
     assert "of max new tokens" in run(evaluate, f"{line} a b --answers said --max-new-tokens 9", 2)
+    assert "--adapter takes different runs" in run(evaluate, f"{line} a b ./a", 2)
+    monkeypatch.setattr(evaluate, "score_margins", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # not the fault of the run's loss
+        run(evaluate, f"{line} a")
 
 
 def test_a_run_is_read_as_it_was_trained(stub):
@@ -444,14 +452,16 @@ def test_votes_are_counted_by_hand(run):
     """Fig. 4 upside down, or votes of one question taken for many questions. By hand, for A: question 0 is
     won by rater 1 and lost by rater 2, 1 and 2 are won, 3 is a tie, and question 0 of another page is lost.
     Win (.5 + 1 + 1) / 5, tie 1 / 5, lose 1.5 / 5. The intervals are the roots p of (share - p)^2 = 3.8415
-    p (1 - p) / n. A rater who downloads twice counts once, as the later file says."""
+    p (1 - p) / n. Two downloads of a rater that say the same count once; of others, one has to be chosen."""
     votes("1", "p", "1", "0 A left, 1 B right, 2 A left, 3 B same")
     votes("2", "p", "2", "0 A right")
-    votes("3", "q", "1", "0 B left")
+    votes("3", "q", "1", "0 B left", models="BA")
     votes("4", "r", "1", "0 A left", models="AC")
-    votes("5", "p", "1", "0 A right, 1 B left")
-    os.utime("5", (0, 0))
+    shutil.copy("1", "5")
+    votes("6", "p", "1", "0 A right")
     assert re.sub(" +", " ", run(compare, "--votes 1 2 3 4 5")) == COUNTED
+    message = "6: cannot be counted: is of the rater and page of 1: give the last alone"
+    assert message in run(compare, "--votes 1 2 6", 2)
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

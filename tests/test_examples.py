@@ -163,13 +163,17 @@ WRONG_ARGUMENTS = [
     ("curves", "none", "--to"),
     ("evaluate", "--model m --adapter a --data d --limit 0", "--limit: must be within 1 to"),
     ("evaluate", "--model BUNNY --data x.json", "--adapter"),
-    ("evaluate", "--model BUNNY --data x.json --adapter .", "holds no adapter"),
+    ("evaluate", "--model m --data none --adapter .", "holds no adapter"),
     ("families", "qwen4_vl", "invalid choice: 'qwen4_vl'"),
     ("merge", "--adapter a", "--to"),
     ("miniature", "--jobs 0", "--jobs: must be within 1 to"),
     ("miniature", "--seeds -1", "--seeds: must be within 0 to"),
     ("preview", "--rows 0", "--rows: must be within 1 to"),
     ("preview", "--model m --data d --row 2", "--row"),
+    ("throughput", "--items 0", "--items: must be within 1 to"),
+    ("throughput", "--micro-batch-size 0", "--micro-batch-size: must be within 1 to"),
+    ("throughput", "--rounds 0", "--rounds: must be within 1 to"),
+    ("throughput", "--threads 0", "--threads: must be within 1 to"),
     ("variants", "dpo", "invalid choice: 'dpo'"),
     ("variants", "chip --delta 1", "--delta: chip has terms of its own"),
     ("words", "--model BUNNY --data x.json --to a.png", "already exists"),
@@ -804,6 +808,8 @@ def test_page_of_words_has_no_markup_of_the_data_and_the_pictures_inside():
     spans = re.findall(r'<span style="background: rgb(\(.*?\))" title="(.*?)">(.*?)</span>', page)
     red, white, blue = "(255 110 100 / 100%)", "(255 110 100 / 0%)", "(90 150 255 / 100%)"
     assert [span[:2] for span in spans[:7:3]] == [(red, "-3.00"), (white, "+0.00"), (blue, "+3.00")]
+    ends = " -3: likelier with the rejected image ", " +3: likelier with the image "
+    assert (spans[0][2], spans[6][2]) == ends
     row = [(blue, "+3.00", " &lt;i&gt;"), ("(255 110 100 / 50%)", "-1.50", " red"), (white, "+0.00", ".")]
     assert spans[-12:] == 4 * row and len(spans) == 7 + 2 * (4 + 4 + 2) + 12
     pictures = re.findall(r'base64,(.*?)"><figcaption>(.*?)<', page)
@@ -811,11 +817,12 @@ def test_page_of_words_has_no_markup_of_the_data_and_the_pictures_inside():
     assert levels == 5 * [10, 200] and [caption for _, caption in pictures[:2]] == ["image", "rejected image"]
 
 
-def test_words_command_writes_a_page_of_every_example(mixed, finished, changed, bunny, tmp_path):
+def test_words_command_writes_a_page_of_every_example(mixed, finished, changed, bunny, tmp_path, capsys):
     """Chat messages, several images, none at all; answers as long as in training."""
     for name, n, n_images, flag in ("x.html", 3, 2 + 4 + 2, ""), ("none.html", 4, 0, "--no-image"):
         arguments = f"--model {bunny} --adapter {finished} --data {mixed} --to {tmp_path}/{name} {flag}"
         assert run_command(words.run, arguments.split()) == 0
+        assert f"{name}: {n} examples\n" in capsys.readouterr().out
         page = (tmp_path / name).read_text()
         assert page.count("<img") == n_images and page.count("<h2>") == page.count("rejected, tuned") == n
         assert re.search("Which\\? /( A red one. /)? And this:", page)

@@ -199,6 +199,9 @@ def test_each_strategy_is_drawn_under_its_title(monkeypatch, tmp_path):
 def draw_figure(argv):
     curve = {"chosen_curve": [0.0, 1.0], "image_accuracy_curve": [0.0, 1.0], "grounding": 1.0}
     miniature.draw({"0": dict.fromkeys(["base", *miniature.QUICK], curve)}, Path(argv[-1]))
+    labels = curves.load_pyplot().gcf().axes[2].get_xticklabels()
+    expected = [(name, "right") for name in ("base", *miniature.QUICK)]  # none ends under another's bar
+    assert [(label.get_text(), label.get_ha()) for label in labels] == expected
     return 0
 
 

@@ -95,7 +95,8 @@ def test_list_has_every_table_and_figure_with_runs_questions_scorers_and_cells(p
     assert printed("--list", "table2", "table2") == printed("--list", "table2")
     with pytest.raises(SystemExit):
         reproduce.run(["--help"])
-    assert "figure5; all" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "figure5; all" in text and text.count("(default:") == 4
 
 
 def test_every_script_is_accepted_by_bash(tmp_path, printed, monkeypatch):
@@ -329,6 +330,12 @@ def test_table_from_nothing_to_its_cells(bash, tmp_path, monkeypatch, printed):
         *("1.33 2.00 0.00", "1.33 2.00 0.00", "4.00 4.00 4.00"),
     ]
     assert "compare rows of one judge" in text
+
+    # A scorer that names its judge in another way would use it under this judge's name.
+    write(work / "data/RLAIF-V/eval/eval_gpt_obj_halbench.py", OBJHAL.replace('Chat(model="', 'dict(model="'))
+    (work / f"scores/{JUDGE}/bunny.objhal.json").unlink()
+    status, output, calls = bash(script, OPENAI_API_KEY="secret")
+    assert status != 0 and "objhal" in output and not (work / f"scores/{JUDGE}/bunny.objhal.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- collect

@@ -66,6 +66,8 @@ def test_curves_are_drawn_of_a_run_in_progress_and_of_trl(tmp_path):
     for text in (whole, whole[:-1], whole + '{"step": 2, "lo'):
         path.write_text(text)
         assert curves.read_log(tmp_path) == records
+    path.write_text(whole.splitlines()[0])
+    assert curves.read_log(tmp_path) == records[:1]  # a run that has just begun
     for text in ("", '{"st', '{"st\n{"step": 1}\n'):
         path.write_text(text)
         with pytest.raises(BadInput, match="metrics.jsonl: cannot be read"):
@@ -77,12 +79,13 @@ def test_curves_are_drawn_of_a_run_in_progress_and_of_trl(tmp_path):
     first, _ = records = curves.read_log(tmp_path)
     ours = "loss eval/loss eval/rewards/margins lr grad_norm rewards/chosen step"
     assert first == dict.fromkeys(ours.split(), 0.5) and curves.points(records, "loss") == ([0.5], [0.5])
-    of_trl.write_text('{"log_history": []}')
-    with pytest.raises(BadInput, match="trainer_state.json: cannot be read: holds no step yet"):
-        curves.read_log(tmp_path)
+    for empty in "[]", '[{"step": 1, "train_loss": 1.5}]':
+        of_trl.write_text(f'{{"log_history": {empty}}}')
+        with pytest.raises(BadInput, match="trainer_state.json: cannot be read: holds no metric to draw yet"):
+            curves.read_log(tmp_path)
 
 
-def test_curves_have_a_colour_a_run_and_points_where_held_out(finished, tmp_path):
+def test_curves_have_a_colour_a_run_and_points_where_held_out(finished, tmp_path, capsys):
     """Curves under a wrong name are worse than none. Before training all accuracies are 0, which is no
     point."""
     pytest.importorskip("matplotlib")
@@ -104,7 +107,7 @@ def test_curves_have_a_colour_a_run_and_points_where_held_out(finished, tmp_path
     assert [text.get_text() for text in legend.get_texts()] == ["a", "b", "held-out examples"]
     assert [line.get_color() for line in legend.legend_handles] == ["C0", "C1", "k"]
     assert run_command(curves.run, [str(finished), str(finished), "--to", str(tmp_path / "x.png")]) == 0
-    assert Image.open(tmp_path / "x.png").size[0] == 1620
+    assert Image.open(tmp_path / "x.png").size[0] == 1620 and f"{tmp_path}/x.png: " in capsys.readouterr().out
 
 
 TRAIN_ON = throughput.train_on
@@ -401,6 +404,9 @@ def test_throughput_command_measures_all_of_the_real_shape_on_a_gpu(tiny, monkey
         throughput.run([*flags.split(), "--only", "ours"])
     expected = ("bunny-3b", torch.bfloat16, 4), ("tiny", torch.float32, 4), ("tiny", torch.bfloat16, 4)
     assert measured == [*expected]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: 1 / 0)
+    with pytest.raises(BadInput, match="--device cuda: "):
+        throughput.run(["--device", "cuda"])
     monkeypatch.undo()
     monkeypatch.setattr(throughput, "__file__", f"{os.devnull}/none")
     with pytest.raises(BadInput, match="memory of ours"):  # whose own process said what was wrong
@@ -556,6 +562,10 @@ def test_variants_take_train_pys_flags_but_those_of_the_terms(monkeypatch, capsy
         assert run_command(variants.run, ["opa-dpo", flag, "none"]) == 2
         assert f"{flag.partition('=')[0]}: opa-dpo has terms of its own" in capsys.readouterr().err
     assert run_command(variants.run, []) == 2
+    with pytest.raises(SystemExit):
+        variants.run(["--help"])
+    shown = capsys.readouterr().out
+    assert variants.__doc__ in shown and "All other arguments are those of train.py" in shown
 
 
 def test_variants_are_run_from_their_file(tmp_path):
