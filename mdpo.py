@@ -142,7 +142,7 @@ def response_logps(model, batch, inputs=None):
     else:  # packed: the logits are those of the K response tokens alone
         is_answer = batch.labels >= 0  # (R, T)
         answers = batch.labels[is_answer].to(logits.device, non_blocking=True)  # (K,)
-        tokens = -F.cross_entropy(logits[0].float(), answers, reduction="none")
+        tokens = -F.cross_entropy(logits.squeeze(0).float(), answers, reduction="none")
         logps = torch.stack([row.sum() for row in tokens.split(is_answer.sum(1).tolist())])  # (R,)
     return LogPs(**dict(zip(batch.names, logps.view(len(batch.names), -1))))
 
