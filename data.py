@@ -178,7 +178,8 @@ class Batch:
     """B pairs as rows of tokens: a row is one conversation, as the library itself encodes it.
 
     The rows are B for the first log-probability, then B for the second, and so on, all padded on the right to
-    T tokens. One pair, whose images m_w and m_l are two image tokens 7 7 each, with q = 5 6, y_w = 1 2, y_l = 3 and end 0:
+    T tokens. One pair, whose images m_w and m_l are two image tokens 7 7 each, with q = 5 6, y_w = 1 2,
+    y_l = 3 and end 0:
 
         row  name              input_ids            labels                           owner
         0    chosen            7 7 5 6 1 2 0        -100 -100 -100 -100 1 2    0     0
@@ -196,6 +197,7 @@ class Batch:
     keys: list[tuple]  # (epoch, index) of each pair
     ids: list[str]  # id of its record
     take: torch.Tensor | None = None  # this and the rest: of `mdpo.pack`
+    answers: torch.Tensor | None = None
     predictors: torch.Tensor | None = None
     blocks: list[tuple] | None = None
 
@@ -439,7 +441,7 @@ def check_example(processor, max_length, max_pixels, example):
 def n_image_tokens(processor, sizes, form='"?"'):
     """How many tokens images of these sizes add to a prompt with one placeholder for each.
 
-    form: the shape of the question, as JSON in which each text is a "?": a template may lose an image of some.
+    form: the question as JSON, with a "?" for each text: a template may lose an image of some messages.
     """
     images = tuple(Image.new("RGB", size) for size in sizes)
     pair = Example(json.loads(form), "Yes.", "No.", images)

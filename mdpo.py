@@ -136,14 +136,14 @@ def response_logps(model, batch, inputs=None):
     """
     inputs = inputs or forward_inputs(model, batch)
     logits = model(**inputs).logits  # (R, n, V): the last n columns of the rows, or (1, K, V) if packed
+    labels = batch.labels.to(logits.device, non_blocking=True)  # (R, T)
     if batch.take is None:  # plain rows
-        labels = batch.labels[:, -logits.shape[1] :].to(logits.device, non_blocking=True)  # (R, n)
-        logps = sequence_logps(logits, labels)  # (R,)
+        logps = sequence_logps(logits, labels[:, -logits.shape[1] :])  # (R,)
     else:  # packed: the logits are those of the K response tokens alone
-        is_answer = batch.labels >= 0  # (R, T)
-        answers = batch.labels[is_answer].to(logits.device, non_blocking=True)  # (K,)
-        tokens = -F.cross_entropy(logits.squeeze(0).float(), answers, reduction="none")
-        logps = torch.stack([row.sum() for row in tokens.split(is_answer.sum(1).tolist())])  # (R,)
+        answers = batch.answers.to(logits.device, non_blocking=True)  # (K,)
+        tokens = -F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()[answers], reduction="none")
+        rows = tokens.new_zeros(labels.numel()).index_put((answers,), tokens)  # back to where they stand
+        logps = rows.view(labels.shape).sum(-1)  # (R,)
     return LogPs(**dict(zip(batch.names, logps.view(len(batch.names), -1))))
 
 
@@ -210,6 +210,7 @@ def pack(batch):
     """Turn the rows into one row that holds each shared prefix once -> the batch with these filled in.
 
     take (N,): where each token of the packed row stands in the flattened rows (R * T,)
+    answers (K,): where each token of the responses stands there
     predictors (1, K): for each response token, the place in the packed row of the token before it
     blocks: for each row how many of its tokens are taken, its owner, and the length of its prefix
 
@@ -222,8 +223,9 @@ def pack(batch):
     place = (taken.flatten().cumsum(0) - 1).view(taken.shape)  # of each token in the packed row
     place = torch.where(taken, place, place[owner])  # a prefix that is not taken lies where its owner's does
     blocks = zip(taken.sum(1).tolist(), batch.owner, is_answer.int().argmax(1).tolist())
+    flat = lambda mask: mask.flatten().nonzero().squeeze(1)
     predictors = place[:, :-1][is_answer[:, 1:]][None]
-    return replace(batch, take=taken.flatten().nonzero().squeeze(1), predictors=predictors, blocks=[*blocks])
+    return replace(batch, take=flat(taken), answers=flat(is_answer), predictors=predictors, blocks=[*blocks])
 
 
 def packed_inputs(model, batch):

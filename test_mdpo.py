@@ -447,6 +447,7 @@ def test_the_worked_example_is_packed_as_by_hand(llava):
     batch = worked_example()
     packed = pack(batch)
     assert as_text(packed.take) == "0 1 2 3 4 5 6 11 12 14 15 16 17 18 19 20"
+    assert as_text(packed.answers) == "4 5 6 11 12 18 19 20"
     assert as_text(packed.predictors) == "3 4 5 3 7 12 13 14"
     assert packed.blocks == [(7, 0, 4), (2, 0, 4), (7, 2, 4)]  # (tokens taken, whose prefix, its length)
     model, _ = train.load_model(str(llava))

@@ -280,7 +280,8 @@ WRITTEN = {
         THINKING, f"{THOUGHT_EARLIER}|No.EOS|Yes.EOS", ASKED_AGAIN, "No.", "Yes."),
     "messages that are printed are given as text": (PRINTS, OF_TEXT),
     "messages that are joined are given as text": (JOINS, OF_TEXT),
-    "messages whose parts are refused are given as text": (PLACED.replace(PARTS, ASKS + "{{ m.content }}"), OF_TEXT),
+    "messages whose parts are refused are given as text": (
+        PLACED.replace(PARTS, ASKS + "{{ m.content }}"), OF_TEXT),
     "messages without an image are given as text": (TEXT_OR_PARTS, OF_TEXT),
     "messages with an image are given as parts": (TEXT_OR_PARTS, OF_IMAGE),
     "a question about a printed part is a question": (
@@ -473,7 +474,7 @@ def test_all_tensors_of_a_batch_are_pinned(loaded, monkeypatch):
     batch = pack(make_batch(PAIRS, loaded[1], share=True))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.double())
     pinned = batch.pin_memory()
-    tensors = [*pinned.inputs.values(), pinned.labels, pinned.take, pinned.predictors]
+    tensors = [*pinned.inputs.values(), pinned.labels, pinned.take, pinned.answers, pinned.predictors]
     assert {tensor.dtype for tensor in tensors} == {torch.float64}
 
 
