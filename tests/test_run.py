@@ -516,8 +516,8 @@ def test_whose_fault_an_error_is_says_its_line(capsys, monkeypatch, error, said)
 
 
 def test_a_bug_is_shown_with_its_traceback(monkeypatch):
-    """Who is told that the file is bad, where we are at fault, looks for the mistake in the wrong place. It may
-    take hours to see it again."""
+    """Who is told that the file is bad, where we are at fault, looks for the mistake in the wrong place. To
+    see it again may take hours."""
     monkeypatch.setattr("train.parse_args", lambda argv: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main([])
