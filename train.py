@@ -77,7 +77,6 @@ def run(args, loss):
     optimizer = make_optimizer(model, args)
     out, shared, records = open_run(args, pairs.examples, model, loss, optimizer)
     done = records[-1]["step"] if records else 0
-    schedule = make_schedule(optimizer, len(plan), args.warmup, done)
     save = partial(save_checkpoint, out, args, shared, records, model, processor, optimizer)
     print(f"training on {len(pairs)} examples, {len(held_out)} held out, for {len(plan)} steps of "
           f"{args.batch_size} -> {out}")  # fmt: skip
@@ -86,7 +85,8 @@ def run(args, loss):
 
     names = [name for name in SCORED if name != "image_rejected" or args.conditional or name in args.anchors]
     batches = load_batches(pairs, chain(*plan[done:]), names, processor, args)
-    steps = train(objective, plan, batches, optimizer, schedule, args)
+    steps = train(objective, plan, batches, optimizer, done, args)
+    record = None
     to_continue = f"to continue: python train.py --resume {shlex.quote(str(out))}"
     with closing(batches), stop_signals() as stop, progress(steps, "steps", len(plan), initial=done) as bar:
         try:
@@ -103,7 +103,7 @@ def run(args, loss):
                     print(f"stopped and saved; {to_continue}")
                     return 128 + stopping[0]
         except BadInput:  # a batch could not be made, or a step was not finite
-            if records and records[-1]["step"] == schedule.last_epoch:
+            if record and record is records[-1]:
                 save()
                 print(f"the steps before are saved; {to_continue}")
             raise
@@ -120,26 +120,27 @@ def make_optimizer(model, args):
     """AdamW on the adapter alone."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     print(f"training {sum(map(torch.numel, parameters)):,} parameters")
-    groups = [{"params": parameters, "initial_lr": args.lr}]  # a resumed schedule needs its peak
     fused = parameters[0].is_cuda
-    return torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.weight_decay, fused=fused)
+    return torch.optim.AdamW(parameters, args.lr, args.betas, weight_decay=args.weight_decay, fused=fused)
 
 
-def make_schedule(optimizer, n_steps, warmup, done):
-    """Linear warm-up over this share of the steps, then a cosine to 0; it stands after the steps done."""
-    n_warmup = min(math.ceil(warmup * n_steps), n_steps - 1)  # a single step trains, too
-    return transformers.get_cosine_schedule_with_warmup(optimizer, n_warmup, n_steps, last_epoch=done - 1)
+def learning_rate(done, n_steps, args):
+    """The learning rate after so many steps: a linear warm-up from 0, then a cosine to 0."""
+    n_warmup = min(math.ceil(args.warmup * n_steps), n_steps - 1)  # a single step trains, too
+    if done < n_warmup:
+        return args.lr * (done / n_warmup)
+    progress = (done - n_warmup) / (n_steps - n_warmup)
+    return args.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
-def train(objective, plan, batches, optimizer, schedule, args):
-    """The training loop, from the step where `schedule` stands: a generator of a record for each step.
+def train(objective, plan, batches, optimizer, done, args):
+    """The training loop after the steps done: a generator of a record for each step.
 
     objective: a batch -> losses (B,) and metrics (B,), such as `mdpo_step` of a model. plan: of `plan_steps`.
     batches: an iterator over the micro-batches of the steps to come.
     Raises BadInput that names the examples of a step whose loss or gradient is not finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    done = schedule.last_epoch
     for step, micro_batches in enumerate(plan[done:], done + 1):
         started, metrics, ids, n_examples = time.perf_counter(), [], [], sum(map(len, micro_batches))
         for _ in micro_batches:  # gradient accumulation
@@ -149,12 +150,14 @@ def train(objective, plan, batches, optimizer, schedule, args):
             metrics.append(values)
             ids += batch.ids
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        record = {"step": step, "epoch": step / (len(plan) // args.epochs), "lr": schedule.get_last_lr()[0]}
+        lr = learning_rate(step - 1, len(plan), args)
+        record = {"step": step, "epoch": step / (len(plan) // args.epochs), "lr": lr}
         record |= means(metrics, grad_norm=grad_norm)  # the one place that waits for the device
         if not math.isfinite(record["loss"] + record["grad_norm"]):
             raise BadInput(f"step {step}: loss or gradient is not finite; examples: {', '.join(ids)}")
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         record["examples_per_second"] = n_examples / (time.perf_counter() - started)
         device = parameters[0].device if parameters[0].is_cuda else None  # torch takes no other
