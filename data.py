@@ -49,7 +49,8 @@ def random_crop(image, rng, area=CROP, other=None):
     width, height = image.size
     n_pixels = max(1, rng.uniform(*area) * width * height)
     fits = lambda aspect: min(max(aspect, n_pixels / height**2), width**2 / n_pixels)  # box inside the image
-    aspect = math.exp(rng.uniform(math.log(fits(3 / 4)), math.log(fits(4 / 3))))
+    low, high = math.log(fits(3 / 4)), math.log(fits(4 / 3))
+    aspect = math.exp(rng.uniform(low, high))
     w = round(math.sqrt(n_pixels * aspect))
     h = round(math.sqrt(n_pixels / aspect))
     x = rng.randint(0, width - w)
@@ -75,8 +76,9 @@ def moco_augment(image, rng, area, other):
                 image = kind(image).enhance(rng.uniform(0.6, 1.4))
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
-    if rng.random() < 0.5:  # sigma is for 224 pixels, as there, and scales with the image
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * min(image.size) / 224))
+    if rng.random() < 0.5:
+        sigma = rng.uniform(0.1, 2.0) * min(image.size) / 224  # there images have 224 pixels
+        image = image.filter(ImageFilter.GaussianBlur(sigma))
     return ImageOps.mirror(image) if rng.random() < 0.5 else image
 
 
@@ -123,7 +125,8 @@ class Pairs:
                 pass
             return self.open(path)
 
-        images, own = (tuple(map(self.open, paths)) for paths in (example.images, example.images_rejected))
+        images = tuple(map(self.open, example.images))
+        own = tuple(map(self.open, example.images_rejected))
         reject = STRATEGIES[self.strategy]
         images_rejected = own or tuple(reject(image, rng, self.crop, other) for image in images)
         return example._replace(images=images, images_rejected=images_rejected, key=(epoch, index))
@@ -251,7 +254,9 @@ def make_batch(pairs, processor, names=tuple(SCORED), max_length=2048, share=Fal
     of_response = labels.where(labels >= 0, processor.tokenizer.pad_token_id)
     inputs["input_ids"] = inputs["input_ids"].where(is_prompt, of_response)
     inputs["attention_mask"] = (is_prompt | (labels >= 0)).long()
-    return Batch(inputs, labels, owner, names, [pair.key for pair in pairs], [pair.id for pair in pairs])
+    keys = [pair.key for pair in pairs]
+    ids = [pair.id for pair in pairs]
+    return Batch(inputs, labels, owner, names, keys, ids)
 
 
 def room_for(text, n_prompt, max_length):
@@ -309,10 +314,12 @@ def tokenize(processor, pair):
     prompt = before.rstrip(" ")  # tabs are not stripped: they are Bunny's image token
     prompt_ids, *whole_ids = processor.tokenizer([prompt, *wholes.values()]).input_ids
     for ids, whole in zip(whole_ids, wholes.values()):
-        if ids[-1] == processor.tokenizer.eos_token_id and (ids[-1] == ids[-2] or not whole.endswith(eos)):
+        is_end = [id == processor.tokenizer.eos_token_id for id in ids[-2:]]
+        if all(is_end) or is_end[-1] and not whole.endswith(eos):
             raise BadInput("the tokenizer adds an end-of-sequence: set its add_eos_token to false")
     n_shared = len(os.path.commonprefix([prompt_ids, *whole_ids]))  # of lists as well as of texts
-    return Tokens(prompt, n_shared, wholes, {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)})
+    responses = {name: ids[n_shared:] for name, ids in zip(wholes, whole_ids)}
+    return Tokens(prompt, n_shared, wholes, responses)
 
 
 def render(processor, messages, **options):
@@ -422,8 +429,11 @@ def read_examples(path, image_dir=None, *, subset=None, limit=None, seed=0, with
 
 def check_example(processor, max_length, max_pixels, example):
     """Use an example as training will, and fail if it would -> tokens of prompt and responses, ends."""
-    images, images_rejected = (tuple(open_image(path, max_pixels) for path in of) for of in example[3:5])
-    if images and [*map(Image.Image.tobytes, images)] == [*map(Image.Image.tobytes, images_rejected)]:
+    opened = partial(open_image, max_pixels=max_pixels)
+    images = [*map(opened, example.images)]
+    images_rejected = [*map(opened, example.images_rejected)]
+    pixels = lambda images: [*map(Image.Image.tobytes, images)]
+    if images and pixels(images) == pixels(images_rejected):
         raise BadInput("the rejected image is the image")  # in another file format, too
     if processor is None:
         return None
@@ -612,8 +622,6 @@ def find_images(value, roots):
             raise BadInput(
                 f"an image is {shown(value)}, not a path; examples/convert.py makes files of images"
             )
-        if Path(os.path.normpath(image)).parts[:1] == ("..",):
-            raise BadInput(f"image path {image!r} points outside the image folder")
         # An absolute path is taken as it is: root / path is the path.
         found = [*filter(os.path.isfile, (root / image for root in roots))]
         if not found:
@@ -686,9 +694,9 @@ def read_message(turn, name, marks):
             if not isinstance(text, str):
                 raise BadInput(f"is {shown(text)}, not text")
             text.encode()  # raises for a lone surrogate, which JSON can hold and a tokenizer cannot
-            pieces = text.split("<image>")
-            if len(pieces) == 2 or len(pieces) > 2 and not "".join(pieces[:-1]).strip():
-                pieces = [""] * (len(pieces) - 1) + ["".join(pieces).strip()]
+            *before, _ = pieces = text.split("<image>")
+            if len(before) == 1 or before and not "".join(before).strip():
+                pieces = [""] * len(before) + ["".join(pieces).strip()]
             for n, piece in enumerate(pieces):
                 if held := re.search(marks[name], piece):
                     raise BadInput(f"holds {held[0]!r}, a control token or image mark, in its text")
@@ -758,7 +766,8 @@ def run_command(command, argv=None, saves_memory="--device cpu"):
 
 def progress(values, what, total, **options):
     """A progress bar; off a terminal, as in a log file, a line every ten seconds."""
-    return tqdm(values, what, total, mininterval=0.1 if sys.stderr.isatty() else 10, **options)
+    seconds = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(values, what, total, mininterval=seconds, **options)
 
 
 class Unbreakable:
@@ -781,7 +790,8 @@ class Unbreakable:
 
 def one_line(text, limit=1000):
     """The text without line breaks and other control characters, and cut at `limit`."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
+    shown = (c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
+    return "".join(shown)
 
 
 # ----------------------------------------------------------------------------------------------- command line

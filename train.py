@@ -142,7 +142,9 @@ def train(objective, plan, batches, optimizer, done, args):
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for step, micro_batches in enumerate(plan[done:], done + 1):
-        started, metrics, ids, n_examples = time.perf_counter(), [], [], sum(map(len, micro_batches))
+        started = time.perf_counter()
+        n_examples = sum(map(len, micro_batches))
+        metrics, ids = [], []
         for _ in micro_batches:  # gradient accumulation
             batch = next(batches)
             losses, values = objective(batch)
@@ -394,7 +396,8 @@ def sha256(value):
 
 def refuse_others(now, began):
     """Raise BadInput that names every value that is not what it was when the run began."""
-    if others := [name.replace("_", " ") for name in began if now.get(name) != began[name]]:
+    others = [name.replace("_", " ") for name in began if now.get(name) != began[name]]
+    if others:
         raise BadInput(f"it began with other values of {', '.join(others)}")
 
 
@@ -434,7 +437,8 @@ def load_checkpoint(out, shared, model, optimizer):
 
 def model_card(args, records):
     """README.md of the run's folder: what was trained, on what, and how it does on held-out examples."""
-    is_local, data = os.path.exists(args.model), one_line(Path(args.data).name)
+    is_local = os.path.exists(args.model)
+    data = one_line(Path(args.data).name)
     name = one_line(Path(args.model).name if is_local else args.model)
     of_hub = "" if is_local else f"base_model: {json.dumps(args.model)}\n"
     return f"""---
@@ -720,7 +724,8 @@ class LoraLinear(peft.tuners.lora.Linear):
         y = self.base_layer(x)  # (tokens, out)
         if not (self.disable_adapters or self.merged):
             (adapter,) = self.active_adapters
-            A, B = (lora[adapter].weight.to(y.dtype) for lora in (self.lora_A, self.lora_B))
+            A = self.lora_A[adapter].weight.to(y.dtype)
+            B = self.lora_B[adapter].weight.to(y.dtype)
             y.addmm_(x.to(y.dtype) @ A.T, B.T, alpha=self.scaling[adapter])
         return y.view(*batch, -1)
 
@@ -793,7 +798,8 @@ def packing_error(model, processor, pairs, layout="packed", max_length=2048):
         plain, packed = (torch.cat(response_logps(model, batch)).cpu() for batch in batches)
     if not plain.isfinite().all():
         raise BadInput("its log-probabilities are not finite: its weights may be damaged")
-    return ((packed - plain).abs() / (rows.labels >= 0).sum(1).sqrt()).max().item()  # nan if one is
+    n_tokens = (rows.labels >= 0).sum(1)
+    return ((packed - plain).abs() / n_tokens.sqrt()).max().item()  # nan if one is
 
 
 # ---------------------------------------------------------------------------------------- Bunny's file format
@@ -846,7 +852,8 @@ def bunny_config(name_or_path, config, processor):
         raise BadInput("holds no weights of a vision tower")
     intermediate_size, hidden_size = weights[layers[0]].shape
     patch_size, image_size = bunny_patch_and_image_size(config)
-    text_config = {k: v for k, v in config.items() if k not in ("model_type", "auto_map") and v is not None}
+    of_bunny = ("model_type", "auto_map")
+    text_config = {k: v for k, v in config.items() if k not in of_bunny and v is not None}
     if text_config.get("hidden_act") == "gelu_new":
         text_config["hidden_act"] = "gelu_pytorch_tanh"  # the same function, in one kernel in place of eight
     vision_config = transformers.SiglipVisionConfig(

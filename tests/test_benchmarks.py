@@ -106,7 +106,6 @@ WRONG = [  # benchmark, what is wrong in an item between two good ones, what is 
     ("amber-discriminative", '{"id": 1004}', "'id' is 1004, not one of 1005 to 15220"),
     ("amber", '{"image": "b.png"}', "no image 'b.png'"),
     ("mmhal", '{"image_src": "https://x.org/1/b.png"}', "no image 'b.png'"),
-    ("amber", '{"image": "../a.png"}', "points outside the image folder"),
     ("amber", '{"image": "items"}', "question 2 of amber: 'image': "),
     ("objhal", '{"image": "AAAAA"}', "'image': Invalid base64"),
     ("objhal", '{"image": "file:///etc/hostname"}', "'image': its image is an address, file:///"),

@@ -360,12 +360,11 @@ def test_an_image_is_looked_for_in_the_folder_then_in_merged_images(folder):
     assert found() == found(images=["llava-1.jpg"]) == here
     assert found(image={"path": "merged_images/../a.png"}).samefile(folder / "a.png")
     assert found(image="..b.png") == folder / "..b.png"
+    assert found(image="../a.png") == folder.parent / "a.png"
     for image in (str(merged), "llava-1.jpg", None):
         assert found(image=image, image_dir=merged.parent) == merged
     elsewhere = write(folder / "deep" / "x.json", [authors(), authors(img_path=str(folder / "a.png"))])
     assert len(read_examples(elsewhere, image_dir=folder)) == 2
-    for image in ("../a.png", "merged_images/../../a.png", "x/../../a.png"):
-        assert "points outside the image folder" in refusal(folder, PLAIN | {"image": image})
 
 
 def test_no_image_needs_no_images_and_no_pool(folder):
