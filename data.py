@@ -49,7 +49,8 @@ def random_crop(image, rng, area=CROP, other=None):
     width, height = image.size
     n_pixels = max(1, rng.uniform(*area) * width * height)
     fits = lambda aspect: min(max(aspect, n_pixels / height**2), width**2 / n_pixels)  # box inside the image
-    low, high = math.log(fits(3 / 4)), math.log(fits(4 / 3))
+    low = math.log(fits(3 / 4))
+    high = math.log(fits(4 / 3))
     aspect = math.exp(rng.uniform(low, high))
     w = round(math.sqrt(n_pixels * aspect))
     h = round(math.sqrt(n_pixels / aspect))

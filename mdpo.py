@@ -136,11 +136,11 @@ def response_logps(model, batch, inputs=None):
     """
     inputs = inputs or forward_inputs(model, batch)
     logits = model(**inputs).logits  # (R, n, V): the last n columns of the rows, or (1, K, V) if packed
-    labels = batch.labels.to(logits.device, non_blocking=True)  # (R, T)
+    labels = batch.labels.to(logits.device, non_blocking=logits.is_cuda)  # (R, T)
     if batch.take is None:  # plain rows
         logps = sequence_logps(logits, labels[:, -logits.shape[1] :])  # (R,)
     else:  # packed: the logits are those of the K response tokens alone
-        answers = batch.answers.to(logits.device, non_blocking=True)  # (K,)
+        answers = batch.answers.to(logits.device, non_blocking=logits.is_cuda)  # (K,)
         tokens = -F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()[answers], reduction="none")
         rows = tokens.new_zeros(labels.numel()).index_put((answers,), tokens)  # back to where they stand
         logps = rows.view(labels.shape).sum(-1)  # (R,)
@@ -185,7 +185,8 @@ def call(function, inputs):
 
 
 def to_device(batch, device):
-    return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
+    """The batch on the device. CUDA alone may read it later, from pinned memory, which it keeps till then."""
+    return batch.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
 
 def unwrapped(model):

@@ -144,7 +144,8 @@ def train(objective, plan, batches, optimizer, done, args):
     for step, micro_batches in enumerate(plan[done:], done + 1):
         started = time.perf_counter()
         n_examples = sum(map(len, micro_batches))
-        metrics, ids = [], []
+        metrics = []
+        ids = []
         for _ in micro_batches:  # gradient accumulation
             batch = next(batches)
             losses, values = objective(batch)
@@ -154,7 +155,8 @@ def train(objective, plan, batches, optimizer, done, args):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         lr = learning_rate(step - 1, len(plan), args)
         record = {"step": step, "epoch": step / (len(plan) // args.epochs), "lr": lr}
-        record |= means(metrics, grad_norm=grad_norm)  # the one place that waits for the device
+        # The one place that waits for the device:
+        record |= means(metrics, grad_norm=grad_norm.expand(n_examples))
         if not math.isfinite(record["loss"] + record["grad_norm"]):
             raise BadInput(f"step {step}: loss or gradient is not finite; examples: {', '.join(ids)}")
         for group in optimizer.param_groups:
@@ -180,10 +182,10 @@ def evaluate(objective, held_out, processor, args):
 
 
 def means(metrics, **more):
-    """[{name: (B,)}, ...] -> {name: mean over all examples}, and more tensors as numbers. Waits once."""
-    values = {name: torch.cat([batch[name] for batch in metrics]).double().mean() for name in metrics[0]}
-    values |= more
-    return dict(zip(values, torch.stack([*values.values()]).tolist()))
+    """[{name: (B,)}, ...], and more of all examples -> {name: mean over them}. Waits once."""
+    values = {name: torch.cat([batch[name] for batch in metrics]) for name in metrics[0]} | more
+    means = torch.stack([*values.values()]).cpu().double().mean(1)  # Apple's GPU has no float64
+    return dict(zip(values, means.tolist()))
 
 
 def plan_steps(n_examples, batch_size, micro_batch_size, epochs, seed):
@@ -237,7 +239,7 @@ def load_batches(pairs, micro_batches, names, processor, args):
         batch_sampler=micro_batches,
         collate_fn=partial(collate, make=make, layout=args.layout),
         num_workers=min(args.workers, os.cpu_count() or 1),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory="cuda" in (args.device or best_device()),  # it would start CUDA
         worker_init_fn=ignore_signals,
     )
     try:
@@ -552,7 +554,7 @@ METHOD = {  # decide the result: a resumed run keeps its own
     "seed": (0, natural, "of adapter, order, samples and rejected images"),
 }  # fmt: skip
 SYSTEM = {  # may differ when a run is resumed: the result is the same but for rounding
-    "device": (None, str, "cuda in bf16, or cpu, mps and so on in float32 (default: cuda if there is one)"),
+    "device": (None, str, "cuda in bf16 (Ampere or newer), or cpu, mps and so on in float32 (default: cuda if there is one)"),
     "micro-batch-size": (4, whole, "examples in one forward pass: changes memory and speed, not the result"),
     "no-checkpointing": (False, bool, "keep activations, recompute none: faster, more memory"),
     "layout": (None, ("packed", "plain"), "packed: two sequences an example, end to end; plain: three padded "

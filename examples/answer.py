@@ -43,7 +43,7 @@ def load_tuned(name_or_path, adapters=None, device=None):
                 model = peft.PeftModel(fresh.unload(), config, "adapter_0")  # no bare number: other names hold some
             if read_run(adapter).get("base_weights") not in (None, weights):
                 raise BadInput("it was trained on other weights")
-            missing, unexpected = model.load_adapter(adapter, f"adapter_{number}")
+            missing, unexpected = model.load_adapter(adapter, f"adapter_{number}", torch_device=str(model.device))
             if wrong := [*missing, *unexpected]:
                 raise BadInput(f"{len(wrong)} weights are missing or unexpected, such as {min(wrong)}")
     return model, processor

@@ -67,7 +67,9 @@ def main(name, data, out):
     torch.manual_seed(SEED)
     model = get_peft_model(model, LoraConfig(r=64, lora_alpha=128, target_modules=LAYERS))
     if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # the adapter is float32: its products are fast in TF32
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # else the frozen vision tower gets a backward pass, too
         for module in model.modules():  # layers recompute in training mode; the dropout inside stays off
             module.training = hasattr(module, "gradient_checkpointing")
     pairs, steps = json.loads(Path(data).read_text("utf-8")), []

@@ -95,7 +95,7 @@ class MDPOTrainer(DPOTrainer):
         return self.load(self.held_out, batch_sampler=keys, collate_fn=collate)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inner, batch = self.accelerator.unwrap_model(model), inputs["batch"]
+        inner, batch = self.accelerator.unwrap_model(model), inputs["batch"].map(torch.as_tensor)
         n_examples = len(inputs["shift_labels"])
         inner.forward_inputs = partial(forward_inputs, inner)
         register_fsdp_forward_method(inner, "forward_inputs")  # FSDP2 gathers the weights that encode images
@@ -140,7 +140,8 @@ def counted_batch(pairs, spare, layout, **options):
     """A `data.Batch`, with what the Trainer counts: tokens, and examples in the place of labels."""
     batch = make_batch(pairs or spare, share=layout == "packed", **options)
     counted = {"input_ids": batch.inputs["input_ids"], "shift_labels": torch.zeros(len(pairs))}
-    return counted | {"labels": None, "batch": pack(batch) if layout == "packed" else batch}
+    batch = pack(batch) if layout == "packed" else batch
+    return counted | {"labels": None, "batch": batch.map(torch.Tensor.numpy)}  # no shared memory, as in train.py
 
 
 def parse(argv):
@@ -171,6 +172,8 @@ def parse(argv):
     config = about("arguments")(MDPOConfig)(**vars(flags))
     if config.world_size != n_processes:
         raise BadInput(f"each of {n_processes} processes would train alone: without a GPU, add --use_cpu")
+    if config.n_gpu > 1:
+        raise BadInput(f"one process for {config.n_gpu} GPUs: start it by torchrun, or set CUDA_VISIBLE_DEVICES")
     config.batch_size = batch_size
     return config, args
 

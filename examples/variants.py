@@ -58,7 +58,7 @@ def rpo_loss(policy_logps, ref_logps, beta=0.1, alpha=1.0, *, batch, **fixed):
     `rpo_alpha`. batch: of `make_batch`, whose first rows are those of y_w.
     """
     dpo, metrics = mdpo_loss(policy_logps, ref_logps, beta, conditional=False, anchors=())
-    n_tokens = (batch.labels >= 0).sum(1)[: len(dpo)].to(dpo.device)  # (B,)
+    n_tokens = (batch.labels >= 0).sum(1)[: len(dpo)].to(dpo.device, non_blocking=dpo.is_cuda)  # (B,)
     sft = -alpha * policy_logps[0] / n_tokens
     return dpo + sft, {"loss/sft": sft.detach()} | metrics
 

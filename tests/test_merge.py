@@ -247,3 +247,9 @@ def test_an_adapter_of_another_base_is_refused(adapted, finished, bunny, llava, 
     model, _ = answer.load_tuned(bunny, [finished, finished], "cpu")
     found = {name.split(".")[-2] for name, _ in model.named_parameters() if "lora_A" in name}
     assert found == {"adapter_0", "adapter_1"}  # and none that was there to look
+
+
+def test_an_adapter_is_loaded_where_its_model_is(bunny, finished, monkeypatch):
+    """peft takes a GPU for it if there is one: on the CPU beside a full GPU, answers end in its error."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    answer.load_tuned(bunny, finished, "cpu")

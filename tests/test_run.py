@@ -753,6 +753,29 @@ def test_speed_is_in_examples_and_memory_in_gib(run, out, monkeypatch):
     assert speeds == [(4 / 4, 3), (3 / 4, 3)]
 
 
+def test_a_run_on_the_cpu_starts_no_gpu(run, monkeypatch):
+    """--device cpu is what remains when the GPU is full: memory pinned for it would start it, and fail."""
+    for module in torch.cuda, torch.accelerator:
+        monkeypatch.setattr(module, "is_available", lambda: True)
+    monkeypatch.setattr(data.Batch, "pin_memory", lambda batch: pytest.fail("pinned"))
+    assert run("--epochs", 1) == 0
+
+
+def test_means_need_no_float64_of_the_device():
+    """Apple's GPU has none: the first step ended in its error."""
+
+    class OnApple(torch.Tensor):
+        def double(self):
+            raise TypeError("no float64")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    loss = torch.tensor([1.0, 2.0, 6.0]).as_subclass(OnApple)
+    metrics = [{"loss": loss[:2]}, {"loss": loss[2:]}]
+    assert train.means(metrics, norm=loss[:1].expand(3)) == {"loss": 3.0, "norm": 1.0}
+
+
 def test_many_steps_are_planned_at_once():
     """Adding lists to a list anew took 12 seconds for 60,000 steps."""
     started = time.process_time()

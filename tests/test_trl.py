@@ -150,7 +150,7 @@ def test_tokens_loss_and_gradients_are_train_pys(family, drawn, tmp_path):
     inputs = next(iter(trainer.get_train_dataloader()))
     layout = train.choose_layout(model, processor, [pairs[0, 0], pairs[0, 1]])
     first = [pairs[key] for key in train.plan_steps(9, 4, 2, 1, 1)[0][0]]
-    given, batch = inputs["batch"], make_batch(first, processor, share=layout == "packed")
+    given, batch = inputs["batch"].map(torch.as_tensor), make_batch(first, processor, share=layout == "packed")
     batch = pack(batch) if layout == "packed" else batch
     assert tuple(given.names) == batch.names and (given.take is None) == (layout == "plain")
     assert torch.equal(given.inputs["input_ids"], batch.inputs["input_ids"])
@@ -280,6 +280,13 @@ def test_processes_that_would_train_alone_are_refused(bunny, drawn, tmp_path, mo
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(BadInput, match="each of 2 processes would train alone: .*, add --use_cpu"):
         trl_mdpo.parse([word for word in flags(bunny, drawn, tmp_path / "out") if word != "--use_cpu"])
+
+
+def test_one_process_for_several_gpus_is_refused(bunny, drawn, tmp_path, monkeypatch):
+    """The Trainer would split each packed row among them, in the middle of an image."""
+    monkeypatch.setattr(trl_mdpo.MDPOConfig, "n_gpu", 2)
+    with pytest.raises(BadInput, match="one process for 2 GPUs: start it by torchrun"):
+        trl_mdpo.parse(flags(bunny, drawn, tmp_path / "out"))
 
 
 def test_the_model_card_is_true(runs):
