@@ -65,7 +65,7 @@ class MDPOTrainer(DPOTrainer):
         layout = train.choose_layout(model, processor, first, args.layout, config.max_length)
         if config.gradient_checkpointing:
             train.enable_checkpointing(model)
-        model.get_base_model().train = model.get_decoder().train  # the frozen towers stay in eval mode
+        model.get_base_model().train = lambda mode: None  # layers that recompute are in training mode, all else is not
         config.gradient_checkpointing = config.activation_checkpointing = False  # not by the Trainer as well
         self.loss = partial(mdpo_loss, beta=config.beta, delta=args.delta, conditional=args.conditional,
                             anchors={*args.anchors} - {"none"})  # fmt: skip
@@ -139,9 +139,9 @@ def deal(micro_batches, config):
 def counted_batch(pairs, spare, layout, **options):
     """A `data.Batch`, with what the Trainer counts: tokens, and examples in the place of labels."""
     batch = make_batch(pairs or spare, share=layout == "packed", **options)
-    counted = {"input_ids": batch.inputs["input_ids"], "shift_labels": torch.zeros(len(pairs))}
-    batch = pack(batch) if layout == "packed" else batch
-    return counted | {"labels": None, "batch": batch.map(torch.Tensor.numpy)}  # no shared memory, as in train.py
+    tokens = batch.inputs["input_ids"].clone()  # a worker moves its tensors into shared memory: not the arrays' own
+    arrays = (pack(batch) if layout == "packed" else batch).map(torch.Tensor.numpy)  # need none, as in train.py
+    return {"input_ids": tokens, "shift_labels": torch.zeros(len(pairs)), "labels": None, "batch": arrays}
 
 
 def parse(argv):

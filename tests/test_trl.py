@@ -1,7 +1,8 @@
-"""Protects that examples/trl_mdpo.py trains in TRL what train.py trains. Needs trl."""
+"""Protects that TRL trains what train.py trains: by trl_mdpo.py, and in one's own script by trl_own.py."""
 
 import json
 import math
+import random
 import re
 import socket
 import subprocess
@@ -11,17 +12,23 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 
 trl = pytest.importorskip("trl")
 
-import train
-from data import BadInput, make_batch, run_command
-from examples import families, shapes, trl_mdpo
-from mdpo import mdpo_step, pack
-from test_mdpo import ROOT, adapter, log_of, message, move
+import datasets
 
+import train
+from data import BadInput, make_batch, random_crop, run_command
+from examples import curves, families, shapes, trl_mdpo, trl_own
+from mdpo import mdpo_loss, mdpo_step, pack, response_logps
+from test_mdpo import PAIRS, ROOT, adapter, message, move, noise
+from tests.helpers import EXAMPLES_README
+
+ROW = {"images": [noise(5)], "prompt": "What?", "chosen": "this", "rejected": "that"}
+LN_8 = 2.0794  # three terms of ln 2 each: the policy is its reference
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -50,47 +57,33 @@ def runs(request, drawn, tmp_path_factory):
     return model, out / "ours", out / "trl"
 
 
-def numbers(log):
+def numbers(out):
     """{(step, name): value} of each loss, reward, learning rate and gradient norm, evaluations included."""
-    named = [(record["step"], name, value) for record in log for name, value in record.items()]
+    named = [(record["step"], *item) for record in curves.read_log(out) for item in record.items()]
     kept = "(eval/)?(loss|rewards/|lr|grad_norm)"
     return {(step, name): value for step, name, value in named if re.match(kept, name)}
 
 
-def numbers_of(out):
-    """Those of a run in TRL, by train.py's names."""
-    text = (out / "trainer_state.json").read_text().replace("learning_rate", "lr").replace('"eval_', '"eval/')
-    return numbers(json.loads(text)["log_history"])
-
-
-def assert_train_pys_numbers(out, ours):
-    expected = numbers(log_of(ours))
-    assert len(expected) == 6 * 13 + 3 * 11  # steps and evaluations
-    assert numbers_of(out) == pytest.approx(expected, abs=1e-4, rel=1e-4)
-
-
 def test_one_process_gives_train_pys_numbers(runs):
-    """The way to many GPUs must train what the README reports, from tokens to the mean over a short last
-    batch."""
+    """The way to many GPUs must train what the README reports, down to the mean over a short last batch."""
     _, ours, out = runs
-    assert_train_pys_numbers(out, ours)
+    expected = numbers(ours)
+    assert len(expected) == 6 * 13 + 3 * 11  # steps and evaluations
+    assert numbers(out) == pytest.approx(expected, abs=1e-4, rel=1e-4)
     assert not (out / "ref").exists()  # a second adapter of TRL's
     assert json.loads((out / "trainer_state.json").read_text())["total_flos"] > 0  # it counts tokens
-    weights = adapter(out)
-    torch.testing.assert_close(weights, adapter(ours), atol=1e-4, rtol=0)
-    assert max(weight.abs().max() for name, weight in weights.items() if "lora_B" in name) > 1e-3  # trained
+    torch.testing.assert_close(adapter(out), adapter(ours), atol=1e-4, rtol=0)
 
 
 def test_dpo_in_trl_has_no_anchor(bunny, drawn, tmp_path):
     """The word none names no log-probability: Table 2's rows without the anchor would not begin."""
-    argv = flags(bunny, drawn, tmp_path, *"--no-conditional --anchors none --num_train_epochs 1".split())
+    argv = flags(bunny, drawn, tmp_path, "--no-conditional", "--anchors", "none")
     assert run_command(trl_mdpo.run, argv) == 0
-    assert numbers_of(tmp_path)[1, "loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert numbers(tmp_path)[1, "loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_two_processes_equal_one(runs, drawn, tmp_path):
-    """A last update of one example leaves a process without any: it must not count, be repeated or waited
-    for."""
+    """A last update of one example leaves a process without any: it must not count, nor be waited for."""
     model, ours, _ = runs
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -107,7 +100,7 @@ def test_two_processes_equal_one(runs, drawn, tmp_path):
     finally:
         process.terminate()  # which ends the two processes as well
     assert process.returncode == 0, printed[-2000:]
-    assert_train_pys_numbers(tmp_path / "out", ours)
+    assert numbers(tmp_path / "out") == pytest.approx(numbers(ours), abs=1e-4, rel=1e-4)
 
 
 class Freed:
@@ -120,13 +113,12 @@ class Freed:
         weakref.finalize(self, self.names.append, name)
 
 
-class Groups:
-    WORLD = property(lambda self: Freed("group"))
-
-
 def test_the_process_group_outlives_the_trainer(monkeypatch):
-    """Else one run in four ends by hanging: DDP waits for threads that wait for its lock (pytorch issue
-    56297)."""
+    """Else one run in four hangs: DDP waits for threads that wait for its lock (pytorch issue 56297)."""
+
+    class Groups:
+        WORLD = property(lambda self: Freed("group"))
+
     monkeypatch.setattr(torch.distributed, "group", Groups())
     monkeypatch.setattr(trl_mdpo, "MDPOTrainer", Freed)
     monkeypatch.setattr(trl_mdpo, "parse", lambda argv: ["trainer"])
@@ -138,9 +130,16 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(runs, drawn, tmp_path):
     model, _, out = runs
     resumed = flags(model, drawn, tmp_path, "--resume_from_checkpoint", out / "checkpoint-4")
     assert run_command(trl_mdpo.run, resumed) == 0
-    assert numbers_of(tmp_path) == numbers_of(out)
+    assert numbers(tmp_path) == numbers(out)
     assert not (tmp_path / "checkpoint-2").exists()  # it did not begin anew
     torch.testing.assert_close(adapter(tmp_path), adapter(out), atol=0, rtol=0)
+
+
+def assert_same_gradients(model, *losses):
+    torch.testing.assert_close(*losses, atol=1e-5, rtol=0)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = (torch.autograd.grad(loss, weights) for loss in losses)
+    torch.testing.assert_close(*gradients, atol=2e-5, rtol=1e-3)
 
 
 def test_tokens_loss_and_gradients_are_train_pys(family, drawn, tmp_path):
@@ -148,24 +147,17 @@ def test_tokens_loss_and_gradients_are_train_pys(family, drawn, tmp_path):
     trainer = trl_mdpo.MDPOTrainer(*trl_mdpo.parse(flags(family[0], drawn, tmp_path)))
     model, processor, pairs = trainer.model, trainer.processing_class, trainer.pairs
     inputs = next(iter(trainer.get_train_dataloader()))
-    layout = train.choose_layout(model, processor, [pairs[0, 0], pairs[0, 1]])
-    first = [pairs[key] for key in train.plan_steps(9, 4, 2, 1, 1)[0][0]]
-    given, batch = inputs["batch"].map(torch.as_tensor), make_batch(first, processor, share=layout == "packed")
-    batch = pack(batch) if layout == "packed" else batch
-    assert tuple(given.names) == batch.names and (given.take is None) == (layout == "plain")
-    assert torch.equal(given.inputs["input_ids"], batch.inputs["input_ids"])
-    assert torch.equal(given.labels, batch.labels)
+    given, layout = inputs["batch"], train.choose_layout(model, processor, [pairs[0, 0], pairs[0, 1]])
+    assert (given.take is None) == (layout == "plain")
     assert (given.labels == processor.tokenizer.eos_token_id).sum() == 6  # y_w, y_l, y_w again; two examples
     torch.manual_seed(1)
     move(model.train())
-    for name, module in model.get_base_model().named_modules():
-        assert not (module.training and re.search("tower|vision|visual", name))
-    assert model.get_decoder().training and model.get_base_model().is_gradient_checkpointing
-    ours, theirs = mdpo_step(model, batch)[0].mean(), trainer.compute_loss(model, inputs)
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5) != 3 * math.log(2)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    gradients = (torch.autograd.grad(loss, weights) for loss in (ours, theirs))
-    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    decoder = {*model.get_decoder().modules()}
+    for module in model.get_base_model().modules():
+        assert module.training == (hasattr(module, "gradient_checkpointing") and module in decoder)
+    first = [pairs[key] for key in train.plan_steps(9, 4, 2, 1, 1)[0][0]]
+    losses, _ = mdpo_step(model, make_batch(first, processor))
+    assert_same_gradients(model, trainer.compute_loss(model, inputs), losses.mean())
     trainer.save_model()
     for file in family[0].glob("*processor_config.json"):  # the base's own, with a part for videos
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
@@ -187,12 +179,10 @@ def test_templates_of_the_families_write_what_the_hubs_write(name, system):
 
 
 def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):
-    """A flag that is read and not used trains something else. At the start rewards are 0: DPO's term is ln 2,
-    the anchor's softplus(delta) on y_w and softplus(-delta) on y_l."""
+    """A flag that is read and not used trains something else. At the start all rewards are 0."""
     more = "--delta 1 --no-conditional --anchors chosen rejected --crop 0.5 0.6 --beta 0.2 --max_length 90"
-    more += " --dataloader_num_workers 1 --gradient_checkpointing False"
-    argv = flags(bunny, drawn, tmp_path, *more.split(), "--limit", 8)
-    trainer = trl_mdpo.MDPOTrainer(*trl_mdpo.parse(argv))
+    more += " --dataloader_num_workers 1 --gradient_checkpointing False --limit 8"
+    trainer = trl_mdpo.MDPOTrainer(*trl_mdpo.parse(flags(bunny, drawn, tmp_path, *more.split())))
     inputs = next(iter(trainer.get_train_dataloader()))
     assert not trainer.model.get_base_model().is_gradient_checkpointing
     assert trainer.get_train_dataloader().num_workers == 1
@@ -202,49 +192,43 @@ def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):
     assert (len(trainer.pairs), len(trainer.held_out)) == (5, 3)
     assert (trainer.pairs.strategy, tuple(trainer.pairs.crop)) == ("crop", (0.5, 0.6))
     assert inputs["batch"].inputs["attention_mask"].sum(1).max() <= 90
-    expected = 0.693147 + 1.313262 + 0.313262  # ln 2, softplus(1), softplus(-1)
+    expected = 0.693147 + 1.313262 + 0.313262  # DPO's ln 2; softplus(1) of y_w, softplus(-1) of y_l
     assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_defaults_are_the_papers(bunny, drawn, tmp_path):
+def test_defaults_are_the_papers():
     """TRL's own are a tenth of the learning rate, linear, without warm-up, and 8 examples a process."""
-    config, args = trl_mdpo.parse(f"--model {bunny} --data {drawn} --output_dir {tmp_path} --use_cpu".split())
+    config, _ = trl_mdpo.parse("--model m --data d --use_cpu".split())
     names = "learning_rate lr_scheduler_type num_train_epochs seed adam_beta1 adam_beta2 weight_decay beta"
     names += " max_grad_norm batch_size per_device_train_batch_size gradient_accumulation_steps max_length"
     expected = [1e-5, "cosine", 3, 0, 0.9, 0.98, 0.05, 0.1, 1, 32, 4, 8, 2048]
     assert [getattr(config, name) for name in names.split()] == expected
-    of_train = [args.delta, args.conditional, args.anchors, args.lora_rank, args.lora_alpha]
-    assert of_train == [0, True, ["chosen"], 64, 128]
     assert config.get_warmup_steps(939) == 94
     assert config.get_warmup_steps(1) == 0  # else the only step has rate 0
 
 
-@pytest.mark.parametrize("n, micro, accumulation, expected", [
-    (1, None, None, (32, 4, 8)),
-    (8, None, None, (32, 4, 1)),
-    (3, None, None, (32, 4, 3)),  # 8 micro-batches for 9 places
-    (16, None, None, (32, 2, 1)),
-    (64, None, None, (64, 1, 1)),
-    (2, 8, None, (32, 8, 2)),
-    (8, 8, None, (64, 8, 1)),
-    (2, None, 3, (24, 4, 3)),
-    (2, 5, 1, (10, 5, 1)),
+@pytest.mark.parametrize("n, given, expected", [
+    (3, "", (32, 4, 3)),  # 8 micro-batches for 9 places
+    (16, "", (32, 2, 1)),
+    (64, "", (64, 1, 1)),
+    (2, "--per_device_train_batch_size 8", (32, 8, 2)),
+    (8, "--per_device_train_batch_size 8", (64, 8, 1)),
+    (2, "--gradient_accumulation_steps 3", (24, 4, 3)),
+    (2, "--per_device_train_batch_size 5 --gradient_accumulation_steps 1", (10, 5, 1)),
 ])  # fmt: skip
-def test_an_update_is_32_examples_on_any_number_of_processes(n, micro, accumulation, expected, monkeypatch):
+def test_an_update_is_32_examples_on_any_number_of_processes(n, given, expected, monkeypatch):
     """With TRL's rule the batch grows with the GPUs, and the paper's learning rate no longer fits."""
     monkeypatch.setenv("WORLD_SIZE", str(n))
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setattr(trl_mdpo.MDPOConfig, "world_size", n)
-    given = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": accumulation}
-    argv = [f"--{name}={value}" for name, value in given.items() if value]
-    config, _ = trl_mdpo.parse([*argv, "--model", "m", "--data", "d"])
-    assert (config.batch_size, *(getattr(config, name) for name in given)) == expected
+    config, _ = trl_mdpo.parse(f"--model m --data d {given}".split())
+    sizes = config.batch_size, config.per_device_train_batch_size, config.gradient_accumulation_steps
+    assert sizes == expected
 
 
-@pytest.mark.parametrize("n, seed", [(1, 0), (2, 1), (3, 0), (8, 1)])
+@pytest.mark.parametrize("n, seed", [(2, 1), (3, 0)])
 def test_processes_share_train_pys_plan(n, seed):
-    """Each example once an epoch, in train.py's update; as many micro-batches a process, or one waits for
-    ever."""
+    """Each example once an epoch, in train.py's update; a process with fewer micro-batches waits for ever."""
     plan = train.plan_steps(9, 4, 2, 2, seed)
     sizes = {"world_size": n, "batch_size": 4, "per_device_train_batch_size": 2, "seed": seed}
     processes = [trl_mdpo.Epochs(SimpleNamespace(process_index=i, **sizes), 9) for i in range(n)]
@@ -259,8 +243,7 @@ def test_processes_share_train_pys_plan(n, seed):
     ("--loss_type ipo --label_smoothing 0.1", "not used by mDPO in TRL: --loss_type --label_smoothing"),
     ("--padding_free True", "--padding_free"),
     ("--lr 1e-3 --no-image", "--lr --no-image"),
-    *[(f"--{name} 1", name) for name in "precompute_ref_log_probs sync_ref_model use_weighting fp16".split()],
-    *[(f"--{name} 1", name) for name in "auto_find_batch_size data_seed".split()],
+    *[(f"--{name} 1", name) for name in "sync_ref_model fp16 auto_find_batch_size data_seed".split()],
     ("--learning_rate fast", "invalid float value"),
     ("--data /none.json", "/none.json: no such file"),
     ("--resume_from_checkpoint /none", "/none: holds no checkpoint"),
@@ -274,12 +257,12 @@ def test_what_is_not_used_or_wrong_is_one_line(bunny, drawn, tmp_path, capsys, a
     assert message in printed[-1] and sum("error: " in line for line in printed) == 1
 
 
-def test_processes_that_would_train_alone_are_refused(bunny, drawn, tmp_path, monkeypatch):
+def test_processes_that_would_train_alone_are_refused(monkeypatch):
     """Under torchrun without a GPU each process was a world of its own, and trained the same run."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(BadInput, match="each of 2 processes would train alone: .*, add --use_cpu"):
-        trl_mdpo.parse([word for word in flags(bunny, drawn, tmp_path / "out") if word != "--use_cpu"])
+        trl_mdpo.parse(["--model", "m", "--data", "d"])
 
 
 def test_one_process_for_several_gpus_is_refused(bunny, drawn, tmp_path, monkeypatch):
@@ -295,3 +278,136 @@ def test_the_model_card_is_true(runs):
         card = " ".join((folder / "README.md").read_text().split())
         assert "tags: [mdpo, dpo, trl, lora]" in card and "9 examples, 2 epochs, 4 examples an update" in card
         assert "learning rate 0.01" in card and "LoRA rank 4, alpha 8" in card and "base_model" not in card
+
+
+def data_set(form="text", own=True):
+    """PAIRS as a `Dataset` of texts, messages or parts. own: with rejected images; else with `image`."""
+
+    def say(role, text):
+        if form == "parts":
+            return [message(role, *["IMAGE"] * (role == "user"), text)]
+        return text if form == "text" else [{"role": role, "content": text}]
+
+    rows = []
+    for one in PAIRS:
+        row = {"prompt": say("user", one.question), "id": "a column that nothing needs"}
+        row |= {name: say("assistant", getattr(one, name)) for name in ("chosen", "rejected")}
+        shown = {"images": [*one.images], "rejected_images": [*one.images_rejected]}
+        rows.append(row | (shown if own else {"image": one.images[0]}))
+    return datasets.Dataset.from_list(rows)
+
+
+def in_trl(out, model, processor, rows=None, wrap=False, more={}, **arguments):
+    """A trainer, by default with the three examples in each update."""
+    fixed = {"bf16": False, "gradient_checkpointing": False, "use_cpu": True, "disable_tqdm": True}
+    args = trl.DPOConfig(str(out), report_to="none", save_strategy="no", num_train_epochs=1, logging_steps=1,
+                         **fixed | {"per_device_train_batch_size": 3} | arguments)  # fmt: skip
+    lora = peft.LoraConfig(target_modules=r".*language_model.*_proj") if wrap else None
+    return trl_own.MDPOTrainer(model, args=args, processing_class=processor, peft_config=lora,
+                               train_dataset=rows or data_set(), **more)  # fmt: skip
+
+
+def first_step(trainer):
+    """-> loss, {name: its mean} of all metrics"""
+    loss = trainer.compute_loss(trainer.model.train(), next(iter(trainer.get_train_dataloader())))
+    return loss, {name: value for name, (value,) in trainer._metrics["train"].items()} | {"loss": loss.item()}
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"], indirect=True)
+@pytest.mark.parametrize("wrap", [False, True])
+def test_each_step_is_mdpo_steps(wrap, family, tmp_path):
+    """Rows, reference, loss or metrics that differ train something else, with numbers that look well."""
+    model, processor = train.load_model(str(family[0]))
+    ref_model = None if wrap else train.load_model(str(family[0]))[0]
+    model.requires_grad_(False).get_decoder().requires_grad_(not wrap)  # an adapter, or all weights
+    trainer = in_trl(tmp_path, model, processor, data_set("parts"), wrap, beta=0.3)
+    torch.manual_seed(0)
+    for weight in trainer.model.parameters():  # as after some steps: it is not its reference any more
+        weight.data += 0.02 * torch.randn_like(weight) * weight.requires_grad
+    loss, found = first_step(trainer)
+    batch = pack(make_batch(PAIRS, processor, share=True))
+    losses, metrics = mdpo_step(trainer.model, batch, beta=0.3, ref_model=ref_model)
+    assert_same_gradients(trainer.model, loss, losses.mean())
+    assert len(metrics) == 11  # loss, three terms and rewards, two accuracies and margins
+    logps = response_logps(trainer.model, batch)._asdict()
+    metrics |= {f"logps/{name}": values for name, values in logps.items()}
+    expected = {name: values.mean().item() for name, values in metrics.items()}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+
+
+def test_an_adapter_that_comes_with_the_model_is_the_reference(llava, tmp_path):
+    """TRL's rule: training starts from the model that is given, and is not held to its base."""
+    model, processor = train.load_model(str(llava))
+    model = train.add_lora(model)
+    move(model, std=3.0)
+    loss, _ = first_step(in_trl(tmp_path, model, processor))
+    assert loss.item() == pytest.approx(LN_8, abs=1e-4)
+
+
+def test_the_crop_is_drawn_once_a_visit_for_policy_and_reference(llava, tmp_path):
+    """Drawn in each forward pass, the margin would compare two images; drawn for ever, the model sees one."""
+    random.seed(3)
+    expected = random_crop(noise(5), random)  # keeps 1-20% of the area
+    random.seed(3)
+    first, second = trl_own.to_pair(ROW), trl_own.to_pair(ROW)
+    assert first.images_rejected == (expected,) != second.images_rejected and first.images == second.images
+    long = trl_own.collate([ROW | {"prompt": "word " * 200}], train.load_processor(str(llava)), None)
+    assert long["input_ids"].shape[1] > 400  # None: uncut
+    turns = [message("user", "What?"), message("assistant", "this")]  # the answer is the last one
+    assert trl_own.to_pair(ROW | {"chosen": turns}).chosen == first.chosen
+    assert trl_own.to_pair(ROW | {"images": noise(5).convert("L")}).images[0].mode == "RGB"
+    loss, found = first_step(in_trl(tmp_path, *train.load_model(str(llava)), data_set(own=False), wrap=True))
+    assert loss.item() == pytest.approx(LN_8, abs=1e-4)
+    assert abs(found["logps/chosen"] - found["logps/image_rejected"]) > 1e-3
+
+
+def test_accumulated_and_evaluated(llava, tmp_path):
+    """Two micro-batches an update, evaluation, a loss of one's own: metrics keep TRL's names there."""
+    data = data_set("messages")
+    more = {"eval_dataset": data, "loss": partial(mdpo_loss, anchors=(), delta=0.5)}
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_strategy": "epoch"}
+    trainer = in_trl(tmp_path, *train.load_model(str(llava)), data, True, more, learning_rate=1e-2, **options)
+    trainer.train()
+    record, evaluation, _ = trainer.state.log_history
+    assert record["loss"] == pytest.approx(LN_8 * 2 / 3, abs=1e-4) and "loss/anchor" not in record
+    names = "rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
+    assert {*names.split()} <= {*record} and {f"eval_{name}" for name in names.split()} <= {*evaluation}
+    assert evaluation["eval_loss"] < 1.3863
+    inputs = next(iter(trainer.get_train_dataloader()))
+    loss, _ = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+    assert loss.item() == trainer.compute_loss(trainer.model, inputs).item()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"images": []}, "has no image"),
+    ({"prompt": "<image> a <image> b?"}, "'prompt' shows 2 images, the record has 1"),
+    ({"chosen": 3}, "'chosen': is 3, not text"),
+    ({"prompt": "word " * 200}, "no room for a response"),
+])  # fmt: skip
+def test_a_row_that_cannot_be_trained_on_is_named(changes, message, llava):
+    """Half a row would train on another task, or stop the run with a traceback of the library."""
+    with pytest.raises(BadInput, match=f"a row of the data set: .*{message}"):
+        trl_own.collate([ROW | changes], train.load_processor(str(llava)), 100)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("loss_type", "ipo"), ("label_smoothing", 0.1), ("ld_alpha", 0.5), ("use_weighting", True),
+    ("loss_weights", [2.0]), ("f_divergence_type", "js_divergence"),
+])  # fmt: skip
+def test_options_of_another_loss_are_refused(name, value, tmp_path):
+    """Taken in silence, the run would not be what its arguments say."""
+    with pytest.raises(BadInput, match=f"not used by mDPO: {name}$"):
+        in_trl(tmp_path, None, None, [], **{name: value})
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
+def test_examples_readme_says_how_to_use_the_trainer(family, tmp_path, monkeypatch):
+    """The first thing that TRL's users copy: here with a tiny model, its own data, and on the CPU."""
+    (code,) = re.findall(r"```py\n(.*?)```", EXAMPLES_README, re.DOTALL)
+    on_cpu = partial(trl.DPOConfig, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True)
+    monkeypatch.setattr(trl, "DPOConfig", on_cpu)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: data_set("messages", own=False))
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("Qwen/Qwen2.5-VL-3B-Instruct", str(family[0])), {})
+    weights = peft.utils.load_peft_weights(next((tmp_path / "OUT").glob("checkpoint-*")))
+    assert any("mlp.down_proj" in n for n in weights) and not any("visual" in n for n in weights)
