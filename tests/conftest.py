@@ -14,10 +14,13 @@ from test_mdpo import (  # noqa: F401, I001
     with_lora,
 )
 
+import shlex
+
 import pytest
 import torch
 
 import train
+from data import run_command
 from examples import families
 
 
@@ -28,6 +31,18 @@ def threads():
     yield
     if torch.get_num_threads() != before:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """A function: a script, its command line, its exit status -> what it prints. All in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, line, status=0):
+        assert run_command(script.run, shlex.split(line)) == status
+        return "".join(capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session", params=families.FAMILIES)

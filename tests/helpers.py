@@ -3,7 +3,6 @@
 import contextlib
 import pkgutil
 import re
-import signal
 
 import pytest
 
@@ -11,7 +10,7 @@ import data
 import train
 from data import read_examples
 from examples import shapes
-from test_mdpo import ROOT, fork, message, noise, pair
+from test_mdpo import ROOT, message, noise, pair
 
 
 def check_file(argv):
@@ -42,6 +41,11 @@ def outputs_of(module):
 
 def pixels_of(processor, *images):
     return processor.image_processor([*images], return_tensors="pt")["pixel_values"]
+
+
+def drawn(level):
+    """A plain picture of this level, as the text of a PGM file."""
+    return "P2 8 8 255" + 8 * 8 * f" {level}"
 
 
 SIZES = [  # images that differ in their number of tiles or tokens, within an example and between examples
@@ -90,15 +94,6 @@ def as_examples(folder, n=4):
 
 
 ARGUMENTS = train.FILES | train.METHOD | train.SYSTEM
-
-
-def killed(monkeypatch, arguments, module, name, die_at):
-    """Run train.main in a child whose `module.name` is `die_at(the function)`, and which dies by SIGKILL."""
-    with monkeypatch.context() as patched:
-        patched.setattr(module, name, die_at(getattr(module, name)))
-        process = fork(train.main, arguments)
-        process.join()
-    assert process.exitcode == -signal.SIGKILL
 
 
 @contextlib.contextmanager

@@ -1,28 +1,29 @@
-"""Tests of examples/lesson.ipynb: `pytest tests/test_lesson.py`. Each says what breaks if it fails.
+"""Protects a reader who looks at examples/lesson.ipynb and runs nothing: what is saved is what the cells
+print, the text names only numbers that stand above it, and its conclusions follow from them.
 
-They protect a reader who looks at the page and runs nothing: what is saved is what the cells print, the text
-names only numbers that stand above it, and its conclusions follow from them. The cells run once, in order, in
-a fresh process without Jupyter; where matplotlib is missing, nothing is drawn."""
+The cells run once, in order, in a fresh process without Jupyter; without matplotlib, nothing is drawn."""
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from test_mdpo import ROOT
+from tests.helpers import README
+
 LESSON = ROOT / "examples" / "lesson.ipynb"
-CELLS = json.loads(LESSON.read_text("utf-8"))["cells"]
+BOOK = json.loads(TEXT := LESSON.read_text("utf-8"))
+CELLS = BOOK["cells"]
 CODE = [i for i, cell in enumerate(CELLS) if cell["cell_type"] == "code"]
 SOURCES = ["".join(cell["source"]) for cell in CELLS]
+PROGRAM = "\n".join(SOURCES[i] for i in CODE)
 TRAINING = next(i for i in CODE if "METHODS = " in SOURCES[i])
 
-RUN = """
-import contextlib, io, json, os, sys
+WITHOUT_A_SCREEN = """
+import os, sys
 from importlib.machinery import ModuleSpec
 from unittest.mock import MagicMock
 
@@ -31,31 +32,21 @@ try:
     import matplotlib
 except ImportError:
     sys.modules["matplotlib"] = MagicMock(__spec__=ModuleSpec("matplotlib", None))
-printed, names = {}, {"__name__": "__main__"}
-for i, cell in enumerate(json.load(open("lesson.ipynb", encoding="utf-8"))["cells"]):
-    if cell["cell_type"] == "code":
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile("".join(cell["source"]), f"cell {i}", "exec"), names)
-        printed[i] = out.getvalue()
-print(json.dumps(printed))
 """
 
 
 @pytest.fixture(scope="module")
 def printed():
     """{number of a cell: what it prints now}"""
-    options = {"cwd": LESSON.parent, "capture_output": True, "encoding": "utf-8"}
-    options["env"] = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", RUN], **options)
+    program = WITHOUT_A_SCREEN + "".join(f"print('NEXT CELL')\n{SOURCES[i]}\n" for i in CODE)
+    command = [sys.executable, "-X", "utf8", "-W", "ignore", "-c", program]
+    done = subprocess.run(command, cwd=LESSON.parent, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-2000:]
-    return {int(i): text for i, text in json.loads(done.stdout).items()}
+    return dict(zip(CODE, done.stdout.split("NEXT CELL\n")[1:], strict=True))
 
 
-def saved(i):
-    """What a cell printed when the page was made."""
-    return "".join(line for output in CELLS[i]["outputs"] for line in output.get("text", ()))
-
-
+# What each cell printed when the page was made.
+SAVED = {i: "".join(line for output in CELLS[i]["outputs"] for line in output.get("text", ())) for i in CODE}
 NUMBER = r"(?<![\w.])-?\d+(?:\.\d+)?"
 
 
@@ -73,17 +64,17 @@ def lines_to_compare(text):
 def test_a_cell_prints_what_is_saved(printed, i):
     """The page shows numbers that its code no longer gives. After training, processors differ a little."""
     within = 0.05 if i >= TRAINING else 0.0006
-    (words, now), (saved_words, then) = lines_to_compare(printed[i]), lines_to_compare(saved(i))
+    (words, now), (saved_words, then) = lines_to_compare(printed[i]), lines_to_compare(SAVED[i])
     assert words == saved_words
     assert now == [pytest.approx(line, abs=within, rel=within / 2) for line in then]
 
 
 def test_what_models_say_is_printed_of_each(printed):
     """An answer under another model's name, or a model left out."""
-    (i,) = [i for i in CODE if "What colour is the triangle?" in saved(i)]
-    for text in printed[i], saved(i):
+    (i,) = [i for i in CODE if "What colour is the triangle?" in SAVED[i]]
+    for text in printed[i], SAVED[i]:
         assert re.findall(r"^    (\w+) +\S", text, re.MULTILINE) == ["base", "DPO", "mDPO"] * 3
-    said = re.findall(r"^    \w+ +(.*)", saved(i), re.MULTILINE)
+    said = re.findall(r"^    \w+ +(.*)", SAVED[i], re.MULTILINE)
     assert said[0].endswith("a orange ring.") and "no triangle" in said[5] and said[8].startswith("no")
 
 
@@ -91,22 +82,21 @@ def test_every_number_in_bold_is_printed_by_the_cell_above_and_no_other_is_measu
     """A number of an older run, or of none; or one that is not in bold, and so not looked at."""
     n_found = 0
     for i, text in enumerate(SOURCES):
-        if i in CODE or i < CODE[0]:
-            continue
-        text = re.sub(r"\$[^$]*\$|`[^`]*`", "", text)  # without formulas and code
-        above = re.findall(NUMBER + "%?", saved(max(n for n in CODE if n < i)))
-        bold = re.findall(rf"\*\*({NUMBER}%?)\*\*", text)
-        assert {*bold} <= {*above, *(value.removeprefix("-") for value in above)}, i
-        assert not re.findall(r"\d\.\d|\d%", re.sub(r"\*\*.*?\*\*", "", text)), i
-        n_found += len(bold)
+        if i in CODE:
+            above = re.findall(NUMBER + "%?", SAVED[i])
+        elif i > CODE[0]:
+            text = re.sub(r"\$[^$]*\$|`[^`]*`", "", text)  # without formulas and code
+            bold = re.findall(rf"\*\*({NUMBER}%?)\*\*", text)
+            assert {*bold} <= {*above, *(value.removeprefix("-") for value in above)}, i
+            assert not re.findall(r"\d\.\d|\d%", re.sub(r"\*\*.*?\*\*", "", text)), i
+            n_found += len(bold)
     assert n_found >= 25
 
 
 def row(title):
     """The numbers of the saved line that begins so."""
-    lines = [line for i in CODE for line in saved(i).splitlines() if line.startswith(title)]
-    assert len(lines) == 1, title
-    return numbers(lines[0].removeprefix(title))
+    [line] = [line for text in SAVED.values() for line in text.splitlines() if line.startswith(title)]
+    return numbers(line.removeprefix(title))
 
 
 def test_the_conclusions_follow_from_the_numbers():
@@ -133,31 +123,26 @@ def test_the_conclusions_follow_from_the_numbers():
 
 def test_the_sixty_steps_are_the_demos():
     """The lesson trains on other data, or otherwise, than the run whose table the README shows."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    for metric, title in {
-        "false_premise": "false premises refused",
-        "hallucination_rate": "answers with a false claim",
-        "malformed": "answers that are no sentence",
-        "length": "words of an answer",
-    }.items():
-        [line] = re.findall(rf"^  {metric} +([\d. ]+)", readme, re.MULTILINE)
+    titles = {
+        "false_premise": "false premises refused", "hallucination_rate": "answers with a false claim",
+        "malformed": "answers that are no sentence", "length": "words of an answer",
+    }  # fmt: skip
+    for metric, title in titles.items():
+        [line] = re.findall(rf"^  {metric} +([\d. ]+)", README, re.MULTILINE)
         assert numbers(line) == row(title), metric
-    assert "at step 60:" in saved(TRAINING)
+    assert "at step 60:" in SAVED[TRAINING]
 
 
 def test_it_is_a_small_notebook_whose_cells_ran_in_order():
-    """It does not open, opens slowly, was saved half-way through, teaches private names, which may change, or
-    shows a path of somebody's on a public page."""
-    book = json.loads(text := LESSON.read_text("utf-8"))
-    assert (book["nbformat"], book["metadata"]["kernelspec"]["name"]) == (4, "python3")
-    assert len(text) < 600_000 and len({cell["id"] for cell in CELLS}) == len(CELLS) <= 25
+    """It does not open, or slowly, was saved half-way, teaches private names, or shows somebody's path."""
+    assert (BOOK["nbformat"], BOOK["metadata"]["kernelspec"]["name"]) == (4, "python3")
+    assert len(TEXT) < 600_000 and len({cell["id"] for cell in CELLS}) == len(CELLS) <= 25
     assert [CELLS[i]["execution_count"] for i in CODE] == [*range(1, len(CODE) + 1)]
     kinds = [output.get("name", "picture") for i in CODE for output in CELLS[i]["outputs"]]
     assert {*kinds} == {"stdout", "picture"} and kinds.count("picture") == 5  # no stderr
-    code = "\n".join(SOURCES[i] for i in CODE)
-    assert max(map(len, code.splitlines())) <= 110
-    assert {*re.findall(r"\b_[a-z]\w*", code)} == {"_replace", "_asdict"}  # public names of a NamedTuple
-    assert not re.findall(r"/(?:home|tmp|root|Users|work)/", text)
+    assert max(map(len, PROGRAM.splitlines())) <= 110
+    assert {*re.findall(r"\b_[a-z]\w*", PROGRAM)} == {"_replace", "_asdict"}  # public names of a NamedTuple
+    assert not re.findall(r"/(?:home|tmp|root|Users|work)/", TEXT)
 
 
 def test_each_exercise_changes_one_line_of_the_lesson():
@@ -166,7 +151,7 @@ def test_each_exercise_changes_one_line_of_the_lesson():
     answers = re.findall(r"<summary>Answer</summary>\n\n`((\w+ = ).*)`", exercises)
     assert len(answers) == 3
     for answer, name in answers:
-        [line] = [line for i in CODE for line in SOURCES[i].splitlines() if line.startswith(name)]
+        [line] = re.findall(f"^{name}.*", PROGRAM, re.MULTILINE)
         assert line.partition("  #")[0] != answer
         compile(answer, "answer", "exec")
 
@@ -185,8 +170,7 @@ def set_up(folder, monkeypatch, address="", missing=()):
 
 
 def test_the_first_cell_clones_and_installs_only_what_is_missing(tmp_path, monkeypatch):
-    """In a clone it may touch nothing; in Colab it has to bring everything, once. Without an address, git
-    would fail with a message about an empty path."""
+    """In a clone it may touch nothing; in Colab it has to bring everything, once. Git would not say why."""
     assert set_up(LESSON.parent, monkeypatch) == set_up(ROOT, monkeypatch) == []
     [install] = set_up(LESSON.parent, monkeypatch, missing=["peft"])
     assert install[1:4] == ["-m", "pip", "install"] and install[-1] == str(ROOT / "requirements.txt")
