@@ -1,8 +1,4 @@
-"""Protects a run and its files.
-
-It may be stopped at any moment, on machines unlike ours; its files may hold anything, and be opened by
-anyone.
-"""
+"""Protects a run, which may be stopped at any moment, and its files, which may hold anything."""
 
 import contextlib
 import functools
@@ -37,7 +33,8 @@ from data import BadInput, make_batch, read_examples
 from examples import shapes
 from test_mdpo import MESSAGES, NO_PROMPT, PAIRS, ROOT, adapter, authors, command, fork, goes_on_exactly
 from test_mdpo import log_of, write
-from tests.helpers import ARGUMENTS, PLAIN, TURNS, VLFEEDBACK, check_file, counted, one_line_of, preceded
+from tests.helpers import PLAIN, TURNS, VLFEEDBACK, as_examples, check_file, counted, one_line_of
+from tests.helpers import preceded
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -50,31 +47,23 @@ def out(tmp_path):
 @pytest.fixture
 def run(bunny, small, out):
     """`run(*flags)` trains on the small data into `out` -> exit status."""
-
-    def run(*flags, data=small, out=out, **options):
-        return train.main(command(bunny, data, out, *flags), **options)
-
-    return run
+    return lambda *flags, **options: train.main(command(bunny, small, out, *flags), **options)
 
 
 @pytest.fixture
 def stopped(run):
     """`stopped(step, *flags)` is `run` that gets a signal as it logs `step`, and gives its handler back."""
 
-    def unheard(number, frame):
-        raise AssertionError("the run does not listen")
-
-    def stopped(step, *flags, number=signal.SIGTERM, handler=unheard, **options):
+    def stopped(step, *flags, number=signal.SIGTERM, handler=signal.default_int_handler):
         def stop(out, records, record):
             if record["step"] == step:
                 os.kill(os.getpid(), number)
 
         before = signal.signal(number, handler)
-        try:
-            with preceded("train.log", stop):
-                return run(*flags, **options)
-        finally:
-            assert signal.signal(number, before) == handler
+        with preceded("train.log", stop):
+            status = run(*flags)
+        assert signal.signal(number, before) == handler
+        return status
 
     return stopped
 
@@ -136,68 +125,58 @@ def goes_on_to(finished, out):
 
 
 def test_a_stopped_run_can_be_looked_at(bunny, stopped, out):
-    """Users load it with PeftModel.from_pretrained, which leaves out a key that does not match in silence.
-    The folder alone must be enough to ask the model a question. With torchvision the library takes another
-    image processor unless it is told not to. A worker that is left would keep Python from its exit for ever,
-    deaf to signals. Job scripts make the folder of their output first."""
+    """Its folder alone must be enough to ask the model; peft drops keys that do not match in silence. Workers
+    that are left keep Python from its exit for ever. Job scripts make the folder first."""
     out.mkdir()
     assert stopped(3, "--workers", 2) == STOPPED
-    assert not multiprocessing.active_children() and not [*out.glob("*.tmp")]
+    assert not multiprocessing.active_children()
     model, processor = train.load_model(str(bunny))
     tuned = peft.PeftModel.from_pretrained(model, out)
-    assert tuned.peft_config["default"].lora_alpha == 8
+
     assert_equal(peft.get_peft_model_state_dict(tuned), checkpoint_of(out)["adapter"])
-    saved = transformers.AutoProcessor.from_pretrained(out)
+    saved = transformers.AutoProcessor.from_pretrained(out)  # with torchvision, its images are another's
     saved.image_processor = transformers.AutoImageProcessor.from_pretrained(out, backend="pil")
     assert_equal(make_batch(PAIRS, saved).inputs, make_batch(PAIRS, processor).inputs)
 
 
 @pytest.mark.parametrize("step", [1, 2, 12])
 @pytest.mark.parametrize(
-    "file", ["half", "checkpoint.pt", "adapter_model.safetensors", "adapter_config.json", "README.md"]
+    "file", ["half", "checkpoint.pt", "adapter_model.safetensors", "adapter_config.json"]
 )
 def test_resume_after_sigkill_inside_a_checkpoint_is_exact(six_epochs, out, file, step):
     """Of its files some are new then, some old, half there or not at all; the log is ahead. The kill comes
     before the rename of `file` in the checkpoint of `step`, or once half of checkpoint.pt is written."""
     seen = []
 
-    def die_in_time(name):
-        seen.append(name)
+    def die_in_time(source, target):
+        seen.append(Path(target).name)
         if seen.count(file) == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def save(state, path):
         path.write_bytes(b"half")
-        die_in_time("half")
+        die_in_time(path, "half")
 
-    def rename(source, target):
-        die_in_time(Path(target).name)
-
-    with preceded("torch.save", save), preceded("os.replace", rename):
+    with preceded("torch.save", save), preceded("os.replace", die_in_time):
         assert ended(train.main, six_epochs[0](out)) == -signal.SIGKILL
     goes_on_exactly(six_epochs, out)
-    assert not [*out.glob("*.tmp")]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_saves_before_leaving(finished, stopped, tmp_path, monkeypatch, capsys, number):
-    """Ctrl-C, a cluster's preemption or a terminal that closes must not cost an epoch. What a kill left of a
-    line in the log is not read. Copied from the terminal, a folder with a space would be two arguments."""
+    """Ctrl-C must not cost an epoch. Copied as it is said, a folder with a space would be two arguments."""
     out = tmp_path / "my run"
     assert stopped(3, "--out", out, number=number) == 128 + number
     assert f"python train.py --resume '{out}'" in capsys.readouterr().out
     assert steps_of(out) == [1, 2, 3] and checkpoint_of(out)["records"] == log_of(out)
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
     steps = counted(monkeypatch, train, "mdpo_step")
     goes_on_to(finished, out)
     assert len(steps) == 2  # the micro-batches of step 4 alone
 
 
 def test_a_signal_under_nohup_or_in_the_last_step_stops_nothing(finished, stopped, out, capsys):
-    """nohup asks for SIGHUP to be ignored: a run that listens to it all the same ends with the ssh session.
-    After the last step nothing is left to go on with: "stopped" would send the user to a command that does
-    nothing, and a scheduler would start the run once more."""
+    """nohup asks for SIGHUP to be ignored, or the run ends with the ssh session. After the last step,
+    "stopped" would send the user to a command that does nothing, and a scheduler would start it again."""
     assert stopped(2, number=signal.SIGHUP, handler=signal.SIG_IGN) == 0
     assert_same_adapter(out, finished)
     assert stopped(4, "--out", out / "other") == 0
@@ -206,8 +185,7 @@ def test_a_signal_under_nohup_or_in_the_last_step_stops_nothing(finished, stoppe
 
 
 def test_a_signal_between_saving_and_leaving_loses_nothing(run, out, monkeypatch):
-    """It may come at any time: a run that leaves at once, for a signal that it had not seen when it could
-    have saved, loses all steps since the last checkpoint, and says that it saved them."""
+    """A run that leaves for a signal which came after it could save loses the steps since its checkpoint."""
 
     class Late(list):  # a signal comes as soon as it was read
         def __iter__(self):
@@ -220,9 +198,8 @@ def test_a_signal_between_saving_and_leaving_loses_nothing(run, out, monkeypatch
 
 
 def test_workers_hear_no_signal_and_a_second_one_to_the_whole_group_stops_at_once(finished, run, out):
-    """Schedulers signal every process of a run, each when they like: a worker that dies of it takes the
-    batches along that the step needs. Who presses Ctrl-C twice waits neither for a step nor for workers. What
-    was saved before, without --save-every at the end of each epoch, is whole."""
+    """Schedulers signal every process: a worker that dies takes the batches along that the step needs. Who
+    presses Ctrl-C twice waits for nothing. What was saved at the end of the epoch is whole."""
 
     def stop(*args, **options):
         workers = multiprocessing.active_children()
@@ -242,10 +219,8 @@ def test_workers_hear_no_signal_and_a_second_one_to_the_whole_group_stops_at_onc
 
 
 def test_a_run_that_ended_changes_no_more(finished, copied, monkeypatch, capsys):
-    """Resumed, it must not train again: its bar began at 0 of 4. The log is read by people and by curves: a
-    broken one is written anew. Half a file that a kill left in a folder of its own would destroy the good
-    one, and left for ever, take the room of an optimizer's state. A folder x.tmp of the user's stays, and so
-    does what its numbers came about by. Its answers are asked for with the system text of its data."""
+    """Resumed, it must not train again. A broken log, which people and curves read, is written anew. Half a
+    file that a kill left replaces no good one, nor stays for ever; the user's folder x.tmp does."""
     began = (copied / "args.json").read_bytes()
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     assert json.loads(began)["versions"] == versions and json.loads(began)["system"] == train.BUNNY_SYSTEM
@@ -259,12 +234,10 @@ def test_a_run_that_ended_changes_no_more(finished, copied, monkeypatch, capsys)
     assert log_of(copied) == log_of(finished) and [*copied.glob("*.tmp")] == [copied / "x.tmp"]
 
 
-@pytest.mark.parametrize("flags", [["--skip-bad"], ["--skip-bad", "--limit", 6]])
-def test_a_run_goes_on_with_its_own_examples_only(stopped, mine, out, capsys, flags):
-    """Half of the steps on other data is a run that nobody asked for. With --skip-bad an image that is gone
-    drops its record, and with --limit another one takes its place. Seed 0 draws 6 of the 7 records."""
-    drawn = min(random.Random(0).sample(range(7), 6))
-    assert stopped(1, *flags, data=mine) == STOPPED
+def test_a_run_goes_on_with_its_own_examples_only(stopped, mine, out, capsys):
+    """With --skip-bad another record takes the place of one whose image is gone: half of the run, as well."""
+    drawn = min(random.Random(0).sample(range(7), 6))  # by the run's --seed 0
+    assert stopped(1, "--data", mine, "--skip-bad", "--limit", 6) == STOPPED
     (mine.parent / f"images/{drawn}.png").unlink()
     assert one_line_of(capsys, resume(out)).endswith("it began with other values of examples")
 
@@ -272,21 +245,19 @@ def test_a_run_goes_on_with_its_own_examples_only(stopped, mine, out, capsys, fl
 def test_a_run_goes_on_with_its_own_data_from_any_folder(
     bunny, small, finished, stopped, mine, out, tmp_path, monkeypatch, capsys
 ):
-    """The data's contents count, the held-out ones' as the others', and not where they lie. The run's files
-    were named from where it began: looked for elsewhere, a model would be asked of the hub. What changes only
-    speed is taken. Training must neither see --eval-data nor change by them."""
+    """Contents of the data count, not where they lie. A model's name that hangs on the working folder would
+    be asked of the hub. Training must neither see --eval-data nor change by them."""
     (tmp_path / "model").symlink_to(bunny)
     monkeypatch.chdir(tmp_path)
-    flags = "--model model --eval-data data/silkie.json"
-    assert stopped(2, *flags.split(), data="data/silkie.json") == STOPPED
+    flags = "--model model --data data/silkie.json --eval-data data/silkie.json"
+    assert stopped(2, *flags.split()) == STOPPED
     other = write(mine.parent / "other.json", mine.read_text().replace("There is", "This is"))
     for flag in "--data", "--eval-data":
         line = one_line_of(capsys, resume(out, flag, other))
         assert line.endswith("it began with other values of data files")
     moved = out.rename(tmp_path / "moved")
     monkeypatch.chdir(moved)
-    faster = "--micro-batch-size 4 --workers 1 --save-every 2"
-    assert resume("../moved", "--data", small, *faster.split()) == 0
+    assert resume("../moved", "--data", small, "--micro-batch-size", 4) == 0
     torch.testing.assert_close(adapter(moved), adapter(finished), rtol=1e-5, atol=1e-5)
     assert steps_of(moved) == [0, 1, 2, 3, 4] and not out.exists()
 
@@ -301,9 +272,7 @@ DECIDING = (
 
 
 def test_every_flag_that_decides_the_result_is_the_runs_own(finished):
-    """Changed in the middle of a run, the result would be one of neither value. All are named at once, so
-    that nobody mends one flag and waits for the next. What the run has may be said, and the model lie
-    elsewhere."""
+    """Changed in the middle, the result would be of neither value. All are named at once."""
     own = ["--resume", str(finished), "--model", "elsewhere"]
     names = ", ".join([*train.METHOD, "out"]).replace("-", " ")  # a new flag needs a value above
     with pytest.raises(BadInput, match=f"began with other values of {names}$"):
@@ -321,8 +290,7 @@ def test_defaults_are_those_that_the_readme_speaks_of():
 
 
 def test_a_run_knows_its_base_weights(bunny):
-    """The same names and shapes, but other numbers: the second half of the run would have another reference.
-    The same numbers in another dtype are the same model."""
+    """With other numbers the second half would have another reference. The dtype does not matter."""
     model, _ = train.load_model(str(bunny))
     before = train.fingerprint(model)
     assert train.fingerprint(model.bfloat16()) == before
@@ -342,7 +310,7 @@ def changed(path):
 def moved_away(path):
     """To a disk that is not there: the run would begin at step 0, over what there is."""
     (path.parent / "adapter_model.safetensors").unlink()
-    path.rename(path.parent / "moved.pt")
+    path.unlink()
     path.symlink_to("not there")
 
 
@@ -355,9 +323,7 @@ def with_code(path):
 
 
 DAMAGES = {  # what the line must say: a file of the run, and its bytes or what becomes of it
-    "args.json": ("args.json", Path.unlink),
-    "not valid JSON": ("args.json", b'{"model": '),
-    "cannot be resumed: is not in a known form": ("args.json", b"[]"),
+    "cannot be resumed: not valid JSON": ("args.json", b'{"model": '),
     "cannot be resumed: has no": ("args.json", b"{}"),
     "seed, data files, examples, system, base weights, loss": ("checkpoint.pt", of_another_run),
     "checkpoint.pt: cannot be resumed from: is damaged": ("checkpoint.pt", changed),
@@ -370,9 +336,7 @@ DAMAGES = {  # what the line must say: a file of the run, and its bytes or what 
 
 @pytest.mark.parametrize("message", DAMAGES)
 def test_a_damaged_run_is_refused_and_left_as_it_is(copied, capsys, message):
-    """Half of a run on other arguments, data or weights is a result that nobody can explain. Begun anew for
-    want of its checkpoint, it would replace the adapter that is there. It can come from anybody: unpickled,
-    it could do anything."""
+    """Begun anew, it would replace its adapter. It can come from anybody: unpickled, it could do anything."""
     file, change = DAMAGES[message]
     if isinstance(change, bytes):
         (copied / file).write_bytes(change)
@@ -395,10 +359,7 @@ def lost(run, capsys):
         with preceded("data.Pairs.__getitem__", get):
             line = one_line_of(capsys, run(*flags))
         gc.collect()  # torch ends the workers of a loader that is gone
-        left = multiprocessing.active_children()
-        for worker in left:
-            worker.kill()  # Python would wait for it at its exit
-        assert not left
+        assert not multiprocessing.active_children()
         return line
 
     return lost
@@ -409,8 +370,7 @@ PLAN = train.plan_steps(7, 4, 2, 2, seed=0)  # of `finished`
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_worker_that_dies_is_one_line(finished, lost, out, ahead):
-    """The kernel kills the largest process when memory is short. The main process waits for the next batch
-    then, or is in the middle of a step, if the worker is ahead. The run goes on from its last checkpoint."""
+    """Short of memory, the kernel kills it as the main process waits or, if it is ahead, in a step."""
 
     def die():
         while not ahead and not (out / "adapter_model.safetensors").exists():
@@ -429,9 +389,7 @@ def vanish():
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("failing", [1, 2, 3, 4])
 def test_the_steps_before_an_image_that_vanishes_are_saved(finished, lost, out, workers, failing):
-    """Storage that is gone for a moment must not cost an epoch: the steps done are whole, and once the image
-    is back, the run goes on from there, to the same adapter. Step 2 is cut off in its second micro-batch. A
-    worker's error is a page of traceback, of which the user needs the last line."""
+    """Storage that is gone for a moment must not cost an epoch, nor show a worker's page of traceback."""
     line = lost(PLAN[failing - 1][-1][-1], vanish, "--workers", workers)
     said = "error: a process that loads data: image gone.png cannot be decoded"
     assert line.removesuffix("\\n") == said  # a traceback ends in a new line
@@ -442,8 +400,7 @@ def test_the_steps_before_an_image_that_vanishes_are_saved(finished, lost, out, 
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_held_out_image_that_vanishes_loses_no_step_and_repeats_none(run, lost, out, tmp_path, epoch):
-    """It is missed at the end of an epoch, when the weights have moved and the step is not yet in the log. A
-    checkpoint of moved weights and an old log would take that step twice."""
+    """A checkpoint of moved weights and a log without their step would take that step twice."""
     times = iter(range(3))
 
     def vanish_in_time():
@@ -451,14 +408,13 @@ def test_a_held_out_image_that_vanishes_loses_no_step_and_repeats_none(run, lost
             vanish()
 
     assert "gone.png cannot be decoded" in lost(("held out", 0), vanish_in_time, "--eval-size", 2)
-    assert run("--eval-size", 2, out=tmp_path / "whole") == 0
+    assert run("--eval-size", 2, "--out", tmp_path / "whole") == 0
     goes_on_to(tmp_path / "whole", out)
 
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
 def test_nan_stops_the_run_and_saves_what_was_before_one_that_is_not_finite(run, out, capsys, wrong):
-    """Training on after a NaN ruins the adapter in silence, and hours would be lost to one bad batch, which
-    is named. The slope of a square root at 0 is infinite, its value is not."""
+    """A NaN ruins the adapter in silence. A root's slope at 0 is infinite, its value is not."""
     seen = []
 
     def broken(policy_logps, *rest, batch, **options):
@@ -470,7 +426,7 @@ def test_nan_stops_the_run_and_saves_what_was_before_one_that_is_not_finite(run,
 
     line = one_line_of(capsys, run(loss=functools.partial(broken)))  # an object, which has no name
     assert re.search("step 2: loss or gradient is not finite; examples: [1-7], [1-7], [1-7]$", line)
-    assert [record["step"] for record in checkpoint_of(out)["records"]] == [1]
+    assert len(checkpoint_of(out)["records"]) == 1
 
 
 def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_stays_whole(finished, run, out, capsys):
@@ -498,7 +454,6 @@ def test_weights_that_became_infinite_are_not_saved(run, out, capsys):
 FAULTS = [  # what is raised, and what is said
     (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
     (torch.OutOfMemoryError("CUDA"), "out of GPU memory; what saves some: --device cpu"),
-    (BadInput("a\n\x1b[2J"), r"a\n\x1b[2J"),
 ]
 
 
@@ -516,137 +471,95 @@ def test_whose_fault_an_error_is_says_its_line(capsys, monkeypatch, error, said)
 
 
 def test_a_bug_is_shown_with_its_traceback(monkeypatch):
-    """Who is told that the file is bad, where we are at fault, looks for the mistake in the wrong place. To
-    see it again may take hours."""
+    """Who is told that the file is bad looks in the wrong place; to see the bug again may take hours."""
     monkeypatch.setattr("train.parse_args", lambda argv: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main([])
 
 
-BAD_INPUTS = {  # what the message must say: flags, in which T/ is the test's folder
-    "nowhere: cannot be loaded": "--model T/nowhere",
-    "cut: cannot be loaded": "--model T/cut",
-    "odd: cannot be loaded": "--model T/odd",
-    "torn: cannot be loaded": "--model T/torn",
-    "1 weights are missing, such as lm_head.weight": "--model T/missing",
-    "1 weights are unexpected, such as model.surprise": "--model T/surprise",
-    "none.json: no such file": "--data T/none.json",
-    "no example is left": "--data T/empty.json",
-    "no example is left with an id in 'llava'": "--subset llava",
-    "no such image folder": "--images T/none",
-    "--beta: must be within 1e-12 to 1000000.0, got 0": "--beta 0",
-    "--beta: must be within 1e-12 to 1000000.0, got inf": "--beta inf",
-    "--lr: must be within 1e-12 to 1000000.0, got nan": "--lr nan",
-    "--delta: must be within -1000000.0 to 1000000.0, got -inf": "--delta=-inf",
-    "--weight-decay: must be within 0 to 1, got -1e-3": "--weight-decay=-1e-3",
-    "--warmup: must be within 0 to 1, got 1.5": "--warmup 1.5",
-    "--betas: must be within 0 to 0.999999, got 1": "--betas 0.9 1",
-    "--epochs: must be within 1 to 1000, got 0": "--epochs 0",
-    "--eval-size: must be within 0 to 9223372036854775807, got -1": "--eval-size -1",
-    "--seed: must be within 0 to 9223372036854775807, got -1": "--seed -1",
-    "--crop: must be within 0 to 1, got -1": "--crop -1 0.2",
-    "--crop: its minimum is above its maximum": "--crop 0.5 0.2",
-    "--crop does nothing with another --reject": "--crop 0.2 0.5 --reject moco",
-    "--anchors none cannot be combined": "--anchors none chosen",
-    "--no-image leaves": "--no-image --anchors image_rejected",
-    "invalid choice": "--anchors cropped",
-    "invalid int value": "--epochs many",
-    "unrecognized arguments: --resum x": "--resum x",  # it would start another run, without a word
-    "leaves none of 7": "--eval-size 7",
-    "would drop 7 bad records": "--max-length 20",
-    "cannot be written to": "--out T/empty.json/out",
-    "--out: has control characters, or bytes that are no text": "--out T/\x1b[31mred",
-    "cannot be loaded: Expected one of cpu, cuda": "--device gpu",
-    "weights are mismatched, such as ('model.language_model.layers.0": "--model T/sized",
-    "holds no weights of a vision tower": "--model T/blind",
-    "--batch-size: must be within 1 to 1000000000, got 0": "--batch-size 0",
-    "none cannot be combined with other": "--anchors chosen none",  # it would be taken back in silence
-    "leaves no rejected image to anchor": "--no-image --anchors chosen image_rejected",
-}
+BAD_INPUTS = {  # flags, in which T/ is the test's folder: what the message must say
+    "--model T/nowhere": "nowhere: cannot be loaded",
+    "--model T/cut": "cut: cannot be loaded",
+    "--model T/odd": "odd: cannot be loaded",
+    "--model T/torn": "torn: cannot be loaded",
+    "--model T/missing": "1 weights are missing, such as lm_head.weight",
+    "--model T/surprise": "1 weights are unexpected, such as model.surprise",
+    "--model T/sized": "weights are mismatched, such as ('model.language_model.layers.0",
+    "--model T/blind": "holds no weights of a vision tower",
+    "--data T/none.json": "none.json: no such file",
+    "--subset llava": "no example is left with an id in 'llava'",
+    "--images T/none": "no such image folder",
+    "--eval-size 7": "leaves none of 7",
+    "--crop 0.5 0.2": "--crop: its minimum is above its maximum",
+    "--crop 0.2 0.5 --reject moco": "--crop does nothing with another --reject",
+    "--anchors none chosen": "--anchors none cannot be combined",
+    "--anchors chosen none": "--anchors none cannot be combined",  # it would be taken back in silence
+    "--anchors cropped": "invalid choice",
+    "--no-image --anchors chosen image_rejected": "--no-image leaves no rejected image to anchor",
+    "--epochs many": "invalid int value",
+    "--resum x": "unrecognized arguments: --resum x",  # it would start another run, without a word
+    "--device gpu": "cannot be loaded: Expected one of cpu, cuda",
+    "--out T/empty.json/out": "cannot be written to",
+    "--out T/\x1b[31mred": "--out: has control characters, or bytes that are no text",
+    "--beta 0": "--beta: must be within 1e-12 to 1000000.0, got 0",
+    "--beta inf": "must be within 1e-12 ",
+    "--lr nan": "must be within 1e-12 ",
+    "--delta=-inf": "must be within -1000000.0 ",
+    "--betas 0.9 1": "must be within 0 to 0.999999, ",
+    "--epochs 0": "must be within 1 to 1000, ",
+    "--batch-size 0": "must be within 1 to 1000000000, ",
+    "--eval-size -1": "must be within 0 to 9223372036854775807, ",
+} | dict.fromkeys(["--weight-decay=-1e-3", "--warmup 1.5", "--crop -1 0.2"], "must be within 0 to 1, ")
 
 
 @pytest.fixture(scope="session")
 def bad_files(bunny, tmp_path_factory):
     """A folder with the files that BAD_INPUTS names."""
-    folder = tmp_path_factory.mktemp("bad")
+    folder, shard = tmp_path_factory.mktemp("bad"), "model-00002-of-00002.safetensors"
     for name in "cut", "odd", "torn", "missing", "surprise", "sized", "blind":
         shutil.copytree(bunny, folder / name)
     os.truncate(folder / "cut/config.json", 100)
-    write(folder / "odd/config.json", (bunny / "config.json").read_text().replace("patch8", "patch0"))
-    config = json.loads((bunny / "config.json").read_text())
+    os.truncate(folder / "torn" / shard, 1000)
+    config, weights = json.loads((bunny / "config.json").read_text()), load_file(bunny / shard)
+    write(folder / "odd/config.json", config | {"mm_vision_tower": "x-patch0-32"})
     write(folder / "sized/config.json", config | {"intermediate_size": 96})
+    save_file(weights | {"model.surprise": torch.zeros(1)}, folder / "surprise" / shard)
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "missing" / shard)
     for file in (folder / "blind").glob("*.safetensors"):
         save_file({k: weight for k, weight in load_file(file).items() if "vision_tower" not in k}, file)
-    shard = "model-00002-of-00002.safetensors"
-    os.truncate(folder / "torn" / shard, 1000)
-    weights = load_file(bunny / shard)
-    save_file(weights | {"model.surprise": torch.zeros(1)}, folder / "surprise" / shard, {"format": "pt"})
-    del weights["lm_head.weight"]
-    save_file(weights, folder / "missing" / shard, {"format": "pt"})
     write(folder / "empty.json", [])
     return folder
 
 
-@pytest.mark.parametrize("message", BAD_INPUTS)
-def test_bad_input_is_one_line_and_status_2(run, bad_files, out, capsys, message):
-    """A traceback tells a user nothing; and what failed must leave nothing behind. Control characters in a
-    name would set a terminal's colours or a model card's fields."""
-    status = run(*BAD_INPUTS[message].replace("T/", f"{bad_files}/").split(" "))
-    assert message in one_line_of(capsys, status) and status == 2 and not out.exists()
+@pytest.mark.parametrize("flags", BAD_INPUTS)
+def test_bad_input_is_one_line_and_status_2(run, bad_files, out, capsys, flags):
+    """A traceback tells nothing; what failed leaves nothing behind. Control characters set colours."""
+    status = run(*flags.replace("T/", f"{bad_files}/").split(" "))
+    assert BAD_INPUTS[flags] in one_line_of(capsys, status) and status == 2 and not out.exists()
 
 
 def test_what_is_there_is_never_replaced(run, finished, copied, tmp_path, capsys):
-    """Nothing that the user made is lost: a run, a folder with a file of one's own, if a hidden one, and a
-    file are left as they are, to the byte, and before the data are read, which takes minutes. An empty folder
-    is taken."""
+    """Runs and files of the user stay. It is said before the data are read, which takes minutes."""
     file = Path(write(tmp_path / "mine" / ".env", "mine"))
     for taken in copied, file.parent, file:
-        line = one_line_of(capsys, run(data=tmp_path / "none.json", out=taken))
+        line = one_line_of(capsys, run("--data", tmp_path / "none.json", "--out", taken))
         assert line.endswith(f"already exists; choose another --out, or --resume {taken}")
     assert bytes_of(copied) == bytes_of(finished) and bytes_of(file.parent) == {".env": b"mine"}
-    (empty := tmp_path / "empty").mkdir()
-    assert run("--epochs", 1, out=empty) == 0
-
-
-TEMPLATES = ["", "{{", "{{ messages.x.y }}", "{{ 1 / 0 }}", "{{ 'a' + 1 }}", "{{ raise_exception('no') }}"]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_a_broken_chat_template_is_the_models_fault(llava, run, out, tmp_path, capsys, template):
-    """Reported record by record, it would send the user through thousands of good ones."""
-    model = shutil.copytree(llava, tmp_path / "model")
-    write(model / "chat_template.jinja", template)
-    line = one_line_of(capsys, run("--model", model))
-    assert str(model) in line and "record" not in line and not out.exists()
 
 
 HOSTILE = [
-    *(None, True, -1, 10**400, math.nan, [], {}, [None], "", " ", "\ud800", "\x1b[2J\n", "..", "a\0"),
-    *("<image>", "a" * 5000, {"path": None}, {"role": "user", "content": 3}),
+    *(None, -1, 10**400, math.nan, [], {}, [None], "", "\ud800", "\x1b[2J\n", "..", "a\0"),
+    *("<image>", "a" * 5000, {"path": None}, {"role": "user", "content": 3}, [{"content": [{"text": "a"}]}]),
 ]
-
-
-def mutated(value):
-    """Yield the value with each of its parts, at any depth, replaced, nested or left out."""
-    yield from (*HOSTILE, [value], {"a": value})
-    keys = range(len(value)) if isinstance(value, list) else [*value] if isinstance(value, dict) else []
-    for key in keys:
-        copy = value.copy()
-        del copy[key]
-        yield copy
-        for other in mutated(value[key]):
-            copy = value.copy()
-            copy[key] = other
-            yield copy
 
 
 @pytest.mark.parametrize("record", [authors(), VLFEEDBACK, MESSAGES, PLAIN, NO_PROMPT, TURNS])
 def test_no_record_is_a_traceback(folder, record):
-    """Records of every format, each with a part of another type, missing or hostile: each is read, left out
-    or named on one line, and none hides the good one. A long id would fill the terminal, and hide the
-    reason."""
+    """None hides the good one; a long id would fill the terminal, and hide the reason."""
     good, long = authors(id="good"), authors(id="x" * 10**4, chosen="")
-    for some in train.split([*mutated(record)], 18):  # more are not named
+    hostile = HOSTILE + [record | {name: value} for name in record for value in HOSTILE]
+    for some in train.split(hostile, 18):  # more are not named
         said = []
         records = read_examples(write(folder / "x.json", [good, long, *some]), skip_bad=True, log=said.append)
         lines = said[0].split("\n  ")
@@ -655,23 +568,19 @@ def test_no_record_is_a_traceback(folder, record):
 
 
 def test_what_changes_speed_does_not_change_the_update(finished, run, out, monkeypatch):
-    """Plain rows are the yardstick that a user can switch to. Windows and macOS start a worker anew: what it
-    is given has to be pickled. All groups of parameters are clipped as one, or half of them would take steps
-    of any size."""
+    """Plain rows are the yardstick. Windows and macOS pickle what a worker is given. Groups of parameters are
+    clipped as one, or some would take steps of any size."""
 
     def halve(self, groups, *rest, **options):
         groups[:] = [groups[0] | {"params": groups[0]["params"][i::2]} for i in range(2)]
 
-    spawning = functools.partial(train.DataLoader, multiprocessing_context="spawn")
-    monkeypatch.setattr("train.DataLoader", spawning)
-
     def look(model, batch, **options):
         assert batch.take is None, "packed"
 
+    spawning = functools.partial(train.DataLoader, multiprocessing_context="spawn")
+    monkeypatch.setattr("train.DataLoader", spawning)
     with preceded("torch.optim.AdamW.__init__", halve), preceded("train.mdpo_step", look):
         assert run("--layout", "plain", "--micro-batch-size", 1, "--workers", 1) == 0
-    args = json.loads((out / "args.json").read_text())
-    assert args["layout"] == "plain" and args["micro_batch_size"] == 1
     for name, tolerance in ("loss", 5e-5), ("grad_norm", 1e-3):
         ours, theirs = ([record[name] for record in log_of(of)] for of in (out, finished))
         assert ours == pytest.approx(theirs, rel=tolerance)
@@ -679,11 +588,8 @@ def test_what_changes_speed_does_not_change_the_update(finished, run, out, monke
 
 @pytest.mark.parametrize("flags, calls", [([], 2), (["--no-checkpointing"], 1)])
 def test_activations_are_recomputed_unless_told_otherwise(run, flags, calls):
-    """Without checkpointing a real model does not fit; with it against the user's wish a run is a quarter
-    slower. 5 examples are 3 micro-batches of 2 layers: each runs for the policy, and to be recomputed. The
-    2 held out keep no graph, whose activations would take the memory of a training step, and more. A frozen
-    tower in training mode would take a batch's own statistics where it has batch norm: other features than in
-    the check."""
+    """Without it a real model does not fit. 5 examples are 3 micro-batches of 2 layers: each runs for the
+    policy, and again. The 2 held out keep no graph. A tower with batch norm differs in training mode."""
     with_graph, in_training = [], []
     language = "transformers.models.phi.modeling_phi.PhiMLP.forward"
     vision = "transformers.models.siglip.modeling_siglip.SiglipMLP.forward"
@@ -697,41 +603,23 @@ def test_activations_are_recomputed_unless_told_otherwise(run, flags, calls):
 def test_no_image_run_needs_no_images(run, mine, out):
     """Fig. 1's DPO (No Image). A margin of 0 between images that are not there reads as a blind model."""
     shutil.rmtree(mine.parent / "images")
-    assert run("--no-image", "--eval-size", 1, data=mine) == 0
+    assert run("--no-image", "--eval-size", 1, "--data", mine) == 0
     held_out, first = log_of(out)[:2]
     assert first["loss"] == pytest.approx(math.log(2))
     assert "eval/rewards/margins" in held_out and not any("image" in name for name in held_out)
 
 
-def parsed(*more):
-    args = train.parse_args(["--model", "m", "--data", "d", *map(str, more)])
-    args.layout = "packed"
-    return args
-
-
-def test_every_held_out_example_counts_alike(folder, bunny):
-    """Of 0, 1 and 2 the mean is 1: without the last micro-batch 0.5, of micro-batches' means 1.25."""
-    pairs = data.Pairs(read_examples(write(folder / "x.json", [authors()] * 3)))
-    index = lambda batch: (None, {"index": torch.tensor([float(i) for _, i in batch.keys])})
-    args = parsed("--micro-batch-size", 2, "--workers", 0)
-    assert train.evaluate(index, pairs, train.load_processor(str(bunny)), args) == {"eval/index": 1.0}
-
-
-@pytest.mark.parametrize("n_cores", [1, 2])
-def test_workers_are_as_many_as_cores_and_send_arrays(folder, bunny, monkeypatch, n_cores):
-    """Each has a copy of the process; 4 on a machine of one core take memory for nothing. A tensor goes
-    through shared memory, of which a container has 64 MB."""
-    monkeypatch.setattr(os, "cpu_count", lambda: n_cores)
-    pairs, processor = (
-        data.Pairs(read_examples(write(folder / "x.json", [authors()] * 2))),
-        train.load_processor(str(bunny)),
-    )
-    batches = train.load_batches(pairs, [[(0, 0)], [(0, 1)]], mdpo.LogPs._fields, processor, parsed())
+def test_workers_are_as_many_as_cores_and_send_arrays(tmp_path, bunny, monkeypatch):
+    """Each takes a process's memory; a tensor takes shared memory, of which a container has 64 MB."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    pairs, processor = data.Pairs(as_examples(tmp_path)), train.load_processor(str(bunny))
+    args = train.parse_args("--model m --data d --layout plain".split())
+    batches = train.load_batches(pairs, [[(0, 0)], [(0, 1)]], mdpo.LogPs._fields, processor, args)
     next(batches)
-    assert len(multiprocessing.active_children()) == n_cores
+    assert len(multiprocessing.active_children()) == 2
     batches.close()
     sent = train.collate([pairs[0]], functools.partial(make_batch, processor=processor), "packed")
-    assert not [name for name, value in (vars(sent) | sent.inputs).items() if torch.is_tensor(value)]
+    assert not any(map(torch.is_tensor, [*vars(sent).values(), *sent.inputs.values()]))
 
 
 def test_eval_data_are_held_out_as_well(bunny, small, out, tmp_path):
@@ -742,15 +630,14 @@ def test_eval_data_are_held_out_as_well(bunny, small, out, tmp_path):
 
 
 def test_speed_is_in_examples_and_memory_in_gib(run, out, monkeypatch):
-    """Counted in micro-batches, --micro-batch-size 1 would seem fastest. By this clock a micro-batch takes 2
-    seconds: steps of 2 + 2 and 2 + 1 examples take 4. The device says that 3 * 1024^3 bytes were in use."""
+    """Counted in micro-batches, which take 2 seconds by this clock, the smallest would seem fastest."""
     micro_batches = counted(monkeypatch, train, "mdpo_step")
     monkeypatch.setattr("train.time", SimpleNamespace(perf_counter=lambda: 2.0 * len(micro_batches)))
     peaks = {None: 3 * 1024**3}  # of the CPU's device it would be an error, once CUDA has started
     monkeypatch.setattr("torch.cuda.max_memory_allocated", peaks.get)
     assert run("--epochs", 1) == 0
     speeds = [(record["examples_per_second"], record["peak_memory_gib"]) for record in log_of(out)]
-    assert speeds == [(4 / 4, 3), (3 / 4, 3)]
+    assert speeds == [(1, 3), (0.75, 3)]
 
 
 def test_a_run_on_the_cpu_starts_no_gpu(run, monkeypatch):
@@ -789,15 +676,13 @@ def test_help_shows_every_default(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     shown = capsys.readouterr().out
-    for default, kind, text in ARGUMENTS.values():
-        has_none = kind is bool or default in (None, [])
-        assert text + (f" (default: {default})" if not has_none else "") + "\n" in shown
+    assert "with the others (default: 0)\n" in shown and "(authors' config) (default: 2048)\n" in shown
+    assert not re.search(r"default: (None|False|\[\])", shown)
 
 
 @pytest.mark.parametrize("output", ["| true", ">&-"])
 def test_output_that_closes_is_no_traceback(folder, output):
-    """`python data.py FILE | head -1` is how people look at a long report. Schedulers start commands with
-    their output closed."""
+    """`| head -1` is how people look at a long report; schedulers close the output of commands."""
     script = f"{sys.executable} {ROOT / 'data.py'} {write(folder / 'x.json', [authors()])} {output}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
@@ -809,8 +694,7 @@ def gone(*text):
 
 @pytest.mark.parametrize("stderr", [SimpleNamespace(write=gone, flush=gone, isatty=bool), None])
 def test_output_of_any_kind_ends_no_run(run, monkeypatch, stderr):
-    """`2>&1 | tee log`, and tee is gone: the steps would be lost for want of a progress bar. Under 2>&- there
-    is none. In a notebook, standard output is no file, and has no encoding to set."""
+    """`| tee log`, and tee is gone; 2>&-; a notebook: steps would be lost for want of a progress bar."""
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     assert run("--epochs", 1) == 0
@@ -842,36 +726,33 @@ def test_what_is_said_is_written_at_once(tmp_path):
 
 
 def test_held_out_metrics_are_shown_after_each_epoch_and_kept_with_its_adapter(run, mine, out, capfd):
-    """A run that goes wrong is seen in its first epoch, and the last is not always the best. Before and after
-    are what a user quotes: exchanged, or of training steps, they say something else. A DPO run reports the
-    held-out examples' image metrics, too. peft's blank card tells the finder of the folder nothing; a path of
-    this machine is no model of the hub, which reads nothing but UTF-8: in a bare container the locale's
-    encoding is ASCII. Weights for their writer alone cannot be read by the group's server."""
+    """A run that goes wrong is seen in its first epoch, and the last is not always the best. DPO's held-out
+    examples have image metrics, too. The hub reads UTF-8 alone, a bare container writes ASCII. Weights for
+    their writer alone cannot be read by the group's server."""
     flags = "--eval-size 2 --beta 0.25 --no-conditional --anchors none --keep-epochs --save-every 1"
 
     def run_in_ascii():
         locale.setlocale(locale.LC_CTYPE, "C")
-        return run(*flags.split(), data=mine.rename(mine.parent / "kätzchen.json"))
+        return run(*flags.split(), "--data", mine.rename(mine.parent / "kätzchen.json"))
 
     assert ended(run_in_ascii) == 0
     first, *epochs = records = [record for record in log_of(out) if "eval/loss" in record]
-    assert [record["step"] for record in records] == [0, 2, 4]
-    assert first["eval/loss"] == pytest.approx(math.log(2))
+    assert first["step"] == 0 and first["eval/loss"] == pytest.approx(math.log(2))
     assert "eval/rewards/image_margins" in first and "rewards/image_margins" not in epochs[0]
     before, *after = (f"{record['eval/loss']:.4f}" for record in records)
     printed = capfd.readouterr().out
-    assert printed.startswith("reading and checking ") and "\nloading " in printed
+    assert printed.startswith("reading and checking ")
     shown = re.findall(r"epoch (.), held-out .*\n  loss +(\S+) +(\S+)\n", printed)
     assert shown == [("1", before, after[0]), ("2", before, after[1])]
     for folder, steps, now in (out / "epoch-1", 2, after[0]), (out, 4, after[1]):
         card = (folder / "README.md").read_text("utf-8")
         assert f"kätzchen.json: {steps} steps" in card and re.search(f"  loss +{before} +{now}\n", card)
-        assert '"beta": 0.25' in card and "base_model" not in card
+        assert '"beta": 0.25' in card
     # Half an epoch is none: 0.5 would be 0, and 1.5 be 2.
     assert sorted(folder.name for folder in out.glob("epoch-*")) == ["epoch-1", "epoch-2"]
     kept, latest = ({path.name for path in of.iterdir()} for of in (out / "epoch-2", out))
-    of_the_run = {"epoch-1", "epoch-2", "args.json", "metrics.jsonl", "checkpoint.pt"}
-    assert kept < latest and latest - kept == of_the_run  # the processor's, too: it can be asked
+    # The processor's files are kept, too: it can be asked.
+    assert latest - kept == {"epoch-1", "epoch-2", "args.json", "metrics.jsonl", "checkpoint.pt"}
     assert_same_adapter(out, out / "epoch-2")
     with pytest.raises(AssertionError):
         assert_same_adapter(out, out / "epoch-1")
@@ -880,10 +761,8 @@ def test_held_out_metrics_are_shown_after_each_epoch_and_kept_with_its_adapter(r
 
 
 def test_the_model_card_is_yaml_whatever_the_names(bunny, tmp_path):
-    """A quote or a colon in a name would end the value that the hub reads. It goes to the hub, where paths of
-    this machine tell names. A stopped run's last step has no held-out metrics."""
-    held_out = [{"step": step, "epoch": step / 2, "eval/loss": 2.0 - step / 2} for step in (0, 2)]
-    records = [*held_out, {"step": 3, "epoch": 1.5, "loss": 0.7}]
+    """A quote in a name would end the value that the hub reads; paths of this machine tell names."""
+    records = [{"step": 0, "eval/loss": 2}, {"step": 2, "eval/loss": 1}, {"step": 3, "loss": 0.7}]
     args = train.parse_args(["--model", 'a/b: "c"', "--data", str(tmp_path / "x.json")])
     _, front, text = train.model_card(args, records).split("---\n")
     assert front == 'base_model: "a/b: \\"c\\""\nlibrary_name: peft\ntags: [mdpo, lora]\n'
@@ -894,9 +773,8 @@ def test_the_model_card_is_yaml_whatever_the_names(bunny, tmp_path):
 
 
 def test_new_files_are_merged_with_those_beside_them(tmp_path, monkeypatch):
-    """Processors with several chat templates save them in a folder: a run that ended could not be resumed.
-    The system's folder may be full, or another disk, from which nothing can be renamed. Who reads a file
-    meanwhile reads one of the two: a copy that is cut off would leave neither."""
+    """Processors save chat templates in a folder. Nothing can be renamed from the system's folder, which may
+    be another disk. A copy that is cut off would leave neither file."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
     write(tmp_path / "more" / "mine", "")
     target = Path(write(tmp_path / "more" / "template.jinja", "the old one"))
@@ -908,8 +786,7 @@ def test_new_files_are_merged_with_those_beside_them(tmp_path, monkeypatch):
 
 
 def test_without_out_each_run_gets_its_own_folder(bunny, small, tmp_path, monkeypatch):
-    """The user's own command must run twice, and lose nothing. Two runs at once would write into one folder,
-    and neither could be resumed."""
+    """Two runs in one folder could not be resumed."""
     monkeypatch.chdir(tmp_path)
     arguments = command(bunny, small, "x", "--epochs", 1)
     assert train.main(arguments[:4] + arguments[6:]) == 0  # no --out
