@@ -16,8 +16,8 @@ from PIL import Image, ImageColor
 
 import data
 import train
-from data import CROP, read_examples, run_command
-from examples import benchmarks, compare, curves, families, miniature, minimal, preview, words
+from data import CROP, run_command
+from examples import benchmarks, compare, curves, families, miniature, minimal, preview, shapes, words
 from mdpo import mdpo_loss
 from test_mdpo import ROOT, authors, command, noise, write
 from tests.helpers import one_line_of
@@ -25,35 +25,27 @@ from tests.helpers import one_line_of
 RECORD = {"image": "a.png", "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
 THINKING = (  # writes reasoning into a block of its own, as Qwen3.5's template does
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-    "{% set text = m.content[0].text %}{% set why = '' %}{% if '</think>' in text %}"
-    "{% set why = text.split('</think>')[0].split('<think>')[-1] | trim %}"
-    "{% set text = text.split('</think>')[-1].lstrip('\n') %}{% endif %}"
-    "{{ '<think>\n' + why + '\n</think>\n\n' + text }}{% else %}{% for p in m.content %}"
+    "{% set text = m.content[0].text %}"
+    "{{ text if '</think>' in text else '<think>\n\n</think>\n\n' + text }}{% else %}{% for p in m.content %}"
     "{{ '<|vision_start|><|image_pad|><|vision_end|>' if p.type == 'image' else p.text }}"
-    "{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 
 
-@pytest.fixture(scope="session")
-def models(bunny, llava, tmp_path_factory):
-    """{name: its folder, some without weights}: nothing that is shown needs them."""
-    top, names = tmp_path_factory.mktemp("previewed"), ("qwen2_5_vl", "llava_onevision", "qwen3_vl")
-    found = {name: families.write_family(name, top / name) for name in names}
-    for path in top.glob("*/*.safetensors"):
-        path.unlink()
-    write(top / "qwen3_vl" / "chat_template.jinja", THINKING)
-    return found | {"bunny": bunny, "llava": llava}
-
-
 @pytest.fixture
-def show(models, folder, monkeypatch, capsys):
+def show(folder, request, monkeypatch, capsys):
     """A function: a model's name, records, flags of train.py and of preview.py, status -> what is printed."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr("train.load_model", None)  # nothing that is shown needs weights
 
     def shown(name, records, flags="", status=0):
-        line = f"--model {models[name]} --data {write(folder / 'x.json', records)} {flags}"
+        made = name in families.FAMILIES
+        model = families.write_family(name, folder / name) if made else request.getfixturevalue(name)
+        if name == "qwen3_vl":
+            write(model / "chat_template.jinja", THINKING)
+        line = f"--model {model} --data {write(folder / 'x.json', records)} {flags}"
+        capsys.readouterr()
         assert run_command(preview.run, line.split()) == status
         return "".join(capsys.readouterr())
 
@@ -81,23 +73,20 @@ ROWS = [  # model, record -> the row of y_w, by hand, and what a model that is a
 
 @pytest.mark.parametrize("model, record, row, asked", ROWS)
 def test_rows_are_shown_as_the_model_is_given_them(model, record, row, asked, show):
-    """A wrong template, a second think block, a lost end or a scored prompt is seen here, or by nobody; so is
-    a model that is asked otherwise than it was trained."""
+    """A wrong template, a second think block, a lost end or a scored prompt is seen here, or by nobody."""
     printed = show(model, [record] * 2)
     texts = printed.replace("\n  ", "\n")
     assert (model == "bunny") == (f"\n{train.BUNNY_SYSTEM} USER" in texts)
     assert f"{row}\ny_l with m_w" in texts and f"{row.replace('cat', 'dog')}\ny_w with m_l" in texts
-    assert printed.count("[") == printed.count("]") == 4
+    assert printed.count("[") == printed.count("]") == 4 and "the text of y_w with m_w" in printed
     assert printed.count("note:") == printed.count(asked or "note:") == bool(asked)
 
 
 def test_a_rejected_image_of_another_size_has_a_row_of_its_own(show):
     """The third row is shown where it differs: its image has more tokens. 56 x 84 pixels are 2 x 3."""
     noise(3, (56, 84)).save("b.png")
-    own, same = (show("qwen2_5_vl", [RECORD | more]) for more in ({"rejected_images": ["b.png"]}, {}))
-    own, same = (printed.split("y_w with m_l")[-1] for printed in (own, same))
-    assert "<image> x 6<|vision_end|>What is it?" in own and "[A cat.<|im_end|>]" in own
-    assert "the text of y_w with m_w" in same
+    row = show("qwen2_5_vl", [RECORD | {"rejected_images": ["b.png"]}]).split("y_w with m_l")[-1]
+    assert "<image> x 6<|vision_end|>What is it?" in row and "[A cat.<|im_end|>]" in row
 
 
 OF_M_L = ["", "--no-conditional --anchors image_rejected"]
@@ -131,8 +120,7 @@ def test_data_do_not_command_the_terminal_where_what_is_scored_is_green(show, mo
 
 
 def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, capsys):
-    """Other rows would say nothing about the run, whose loss notes here what it sees of 5 examples but
-    one."""
+    """Other rows say nothing about the run, whose loss notes here what it sees of 5 examples but one."""
     argv = command(bunny, small, tmp_path / "out", *"--epochs 1 --seed 3 --limit 5 --eval-size 1".split())
     seen = []
 
@@ -152,42 +140,42 @@ def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, ca
     assert shown("--resume", str(tmp_path / "out"), "--rows", "99") == seen
 
 
-NO_PREVIEW = {  # flags: what is said
-    "--row 2": "--row",
-    "--crop 0.5 0.2": "--crop: its minimum is above its maximum",
-    "--data none.json": "no such file",
-    "--to mine.png": "mine.png: already exists",
-    "--to gone.png": "gone.png: already exists",
-    "--to x.odd": "unknown file extension: .odd",
-    "--to no/x.png": "cannot be written to",
-}
+NO_PREVIEW = """
+--row 2 -> --row
+--crop 0.5 0.2 -> --crop: its minimum is above its maximum
+--data none.json -> no such file
+--to mine.png -> mine.png: already exists
+--to gone.png -> gone.png: already exists
+--to x.odd -> unknown file extension: .odd
+--to no/x.png -> cannot be written to
+"""
 
 
-@pytest.mark.parametrize("flags", NO_PREVIEW)
-def test_a_preview_refuses_what_train_py_refuses_and_keeps_files(flags, show):
+@pytest.mark.parametrize("line", NO_PREVIEW.strip().splitlines())
+def test_a_preview_refuses_what_train_py_refuses_and_keeps_files(line, show):
     """A mistyped flag must not show rows of other settings, nor a picture replace one of the user's."""
     Path("mine.png").write_text("mine")
     Path("gone.png").symlink_to("nowhere")
-    assert NO_PREVIEW[flags] in show("bunny", [authors()], flags, 2)
+    flags, message = line.split(" -> ")
+    assert message in show("bunny", [authors()], flags, 2)
     assert Path("mine.png").read_text() == "mine" and not Path("nowhere").exists()
 
 
 def test_each_strategy_is_drawn_under_its_title(monkeypatch, tmp_path):
-    """A user judges a strategy by its panel; here each makes a plain colour. An example's own rejected image
-    is the run's alone; `random` needs the images of the whole file."""
+    """A user judges a strategy by its panel. A record's own rejected image is the run's alone."""
     seen = set()
 
     def make(colour, image, rng, area, other):
         seen.add((image.size, rng.random()))
         return Image.new("RGB", (64, 48), {CROP: colour, (0.2, 0.5): "blue"}[area])
 
+    monkeypatch.chdir(tmp_path)
     for strategy, colour in ("crop", "lime"), ("random", "yellow"), ("moco", "purple"):
         monkeypatch.setitem(data.STRATEGIES, strategy, partial(make, colour))
     for colour in "red", "white", "cyan":
-        Image.new("RGB", (64, 48), colour).save(tmp_path / f"{colour}.png")
-    # Of two images the first is drawn.
-    two = {"image": ["red.png", "cyan.png"], "rejected_images": ["cyan.png", "red.png"]}
-    examples = read_examples(write(tmp_path / "x.json", [RECORD | {"image": "white.png"}, RECORD | two]))
+        Image.new("RGB", (64, 48), colour).save(f"{colour}.png")
+    images = (("white.png",), ()), (("red.png", "cyan.png"), ("cyan.png", "red.png"))
+    examples = [data.Example("", "", "", *of_one) for of_one in images]
     args = SimpleNamespace(seed=7, max_pixels=12)
     sheet = preview.contact_sheet(args, data.Pairs(examples, **vars(args)), [(0, 1)])
     colours = map(ImageColor.getrgb, ["red", "cyan", "lime", "blue", "yellow", "purple"])
@@ -198,42 +186,42 @@ def test_each_strategy_is_drawn_under_its_title(monkeypatch, tmp_path):
 
 def draw_figure(argv):
     curve = {"chosen_curve": [0.0, 1.0], "image_accuracy_curve": [0.0, 1.0], "grounding": 1.0}
-    miniature.draw({"0": dict.fromkeys(["base", *miniature.QUICK], curve)}, Path(argv[-1]))
+    names = ["base", *miniature.QUICK]
+    miniature.draw({"0": dict.fromkeys(names, curve)}, Path(argv[-1]))
     labels = curves.load_pyplot().gcf().axes[2].get_xticklabels()
-    expected = [(name, "right") for name in ("base", *miniature.QUICK)]  # none ends under another's bar
-    assert [(label.get_text(), label.get_ha()) for label in labels] == expected
+    assert [label.get_text() for label in labels] == names
+    assert {label.get_ha() for label in labels} == {"right"}  # none ends under another's bar
     return 0
 
 
-AMBER = "amber --images ."
 WRITERS = {  # what is written: the command, and its flags
     "preview.png": (preview.run, "--model {} --data {}"),
     "words.html": (words.run, "--model {} --data {} --device cpu --limit 2"),
     "curves.png": (curves.run, "run"),
     "figure.png": (draw_figure, ""),
-    "amber.json": (benchmarks.run, f"{AMBER} --questions q.json --model {{}}"),
-    "page.html": (compare.run, f"--benchmark {AMBER} --data q.json --adapter 1.json 2.json"),
+    "amber.json": (benchmarks.run, "amber --images . --questions q.json --model {}"),
+    "page.html": (compare.run, "--benchmark amber --images . --data q.json --adapter 1.json 2.json"),
 }
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_half_a_page_never_stays_and_a_figure_is_replaced(name, bunny, small, tmp_path, monkeypatch, capsys):
-    """A full disk, here the system's limit, left half a page under a name that is then taken, or a figure in
-    place of the last good one."""
+    """A full disk left half a page under a name that is then taken, or a figure in place of the good one."""
     limits = pytest.importorskip("resource")
     limit = limits.getrlimit(limits.RLIMIT_FSIZE)
     run, flags = WRITERS[name]
     argv = [*flags.format(bunny, small).split(), "--to", name]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(curves, "read_log", lambda run: [{"step": 1, "loss": 1.5}])
-    monkeypatch.setattr(os, "remove", lambda path: None)  # as PIL does, but no killed program
+    monkeypatch.setattr("examples.curves.read_log", lambda run: [{"step": 1, "loss": 1.5}])
+    monkeypatch.setattr("os.remove", lambda path: None)  # as PIL does, but no killed program
     if run in (curves.run, draw_figure):
         pytest.importorskip("matplotlib")
         write(Path(name), "the old one")  # which these may replace
-    for file, text in ("q.json", "query"), ("1.json", "answer"), ("2.json", "answer"):
-        write(Path(file), [{"id": 1, "image": "1.png", text: "What is it?"}])
+    for file in "q.json", "1.json", "2.json":
+        write(Path(file), [{"id": 1, "image": "1.png", "query": "What is it?", "answer": "A cat."}])
     noise(1).save("1.png")
-    monkeypatch.setattr(benchmarks, "answer_as", lambda files, *more: dict.fromkeys(files, ["A cat." * 20]))
+    say = lambda files, *more: dict.fromkeys(files, ["A cat." * 20])
+    monkeypatch.setattr("examples.benchmarks.answer_as", say)
     files = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     before = files()
     limits.setrlimit(limits.RLIMIT_FSIZE, (99, limit[1]))
@@ -246,19 +234,24 @@ def test_half_a_page_never_stays_and_a_figure_is_replaced(name, bunny, small, tm
 
 
 def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(tmp_path, monkeypatch):
-    """Without git a study of hours ended before its results were written. A folder of the user's went."""
-    monkeypatch.setattr(miniature.tiny_bunny, "write_base", lambda path, *rest, **options: path.mkdir())
-    monkeypatch.setattr(miniature.shapes, "write_pairs", lambda path, *rest: write(path / "silkie.json", []))
-    pool = nullcontext(SimpleNamespace(map=map))
-    monkeypatch.setattr(miniature, "ProcessPoolExecutor", lambda *rest: pool)
-    monkeypatch.setattr(miniature, "run_method", lambda *rest: {"grounding": 0.5})
+    """Hours ended before results were written, a folder of the user's went, or worlds shared their runs."""
+    made, pool = [], nullcontext(SimpleNamespace(map=map))
+    make = lambda path, *rest: made.append(rest[-1]) or path.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("examples.tiny_bunny.write_base", make)
+    monkeypatch.setattr("examples.shapes.write_pairs", make)
+    monkeypatch.setattr("examples.miniature.ProcessPoolExecutor", lambda *rest: pool)
+    monkeypatch.setattr("examples.miniature.run_method", lambda *rest: {"grounding": 0.5})
     monkeypatch.setenv("PATH", "")
-    folder = (out := tmp_path / "small") / "seed-7"
-    write(folder / "unfinished" / "notes.txt", "mine")
-    assert run_command(miniature.run, f"--out {tmp_path} --seeds 7 --quick".split()) == 0
-    assert {*os.listdir(folder)} >= {"unfinished", "model", "data", "held_out", "log.txt"}
-    assert os.listdir(folder / "unfinished") == ["notes.txt"]
-    assert json.loads((out / "results.json").read_text())["summary"]["mDPO"]["grounding"] == [0.5, 0.0]
+    for flags, out in ("", "runs/miniature/small"), ("--world large --out mine", "mine/large"):
+        folder = Path(out, "seed-7")
+        write(folder / "unfinished" / "notes.txt", "mine")
+        assert run_command(miniature.run, f"--seeds 7 --quick {flags}".split()) == 0
+        assert {*os.listdir(folder)} >= {"unfinished", "model", "data", "held_out", "log.txt"}
+        assert os.listdir(folder / "unfinished") == ["notes.txt"]
+        summary = json.loads(Path(out, "results.json").read_text())["summary"]
+        assert summary["mDPO"]["grounding"] == [0.5, 0.0]
+    assert made == [shapes.SMALL] * 3 + [shapes.LARGE] * 3
 
 
 def test_minimal_takes_a_new_folder_alone(tmp_path):
@@ -270,17 +263,14 @@ def test_minimal_takes_a_new_folder_alone(tmp_path):
 
 
 IMPORT_ALL = """
-import importlib, os, pathlib, signal, sys
+import contextlib, importlib, os, pathlib, signal, sys
 import peft, tqdm, torch, transformers  # what they need of a system is their own affair
-try:
+with contextlib.suppress(ImportError):
     import trl
-except ImportError:
-    pass
 sys.modules |= dict.fromkeys(("fcntl", "grp", "posix", "pwd", "resource", "termios", "tty"))
 kept = "SIG_DFL SIG_IGN SIGABRT SIGBREAK SIGFPE SIGILL SIGINT SIGSEGV SIGTERM".split()  # Windows has these
-for name in {*dir(signal)} - {*kept}:
-    if name.startswith("SIG"):
-        delattr(signal, name)
+for name in {name for name in dir(signal) if name.startswith("SIG")} - {*kept}:
+    delattr(signal, name)
 for name in ("fork", "getpgid", "killpg", "mkfifo", "setsid", "sched_getaffinity"):
     delattr(os, name)
 for path in [*pathlib.Path().glob("*.py"), *pathlib.Path().glob("examples/*.py")]:
