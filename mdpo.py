@@ -173,7 +173,7 @@ def encode_images(model, inputs):
 
     Raises ValueError if vision tower or projector are trained: the reference would change with them.
     """
-    features = call(model.get_image_features, inputs)
+    features = call(model.base_model.get_image_features, inputs)
     if any(image.requires_grad for image in features.pooler_output):
         raise ValueError("vision tower and projector must be frozen: policy and reference share their output")
     return features
@@ -230,9 +230,8 @@ def pack(batch):
 
 
 def packed_inputs(model, batch):
-    """The packed row, with logits at its predictors; sets the model's attention to `packed_attention`."""
-    if not hasattr(model, "attends_in_blocks"):
-        use_packed_attention(model)
+    """The packed row, with logits at its predictors, for a model with SDPA attention."""
+    use_packed_attention()
     positions = row_positions(model, batch)  # before the batch is moved: a Python loop in the library
     batch = to_device(batch, model.device)
     inputs = batch.inputs | {"position_ids": positions}  # (R, T), or (3, R, T) in space
@@ -258,15 +257,11 @@ def row_positions(model, batch):
     return call(rope_index, inputs)[0][:, place].to(model.device)  # the others take their owner's
 
 
-def use_packed_attention(model):
-    """Set the language model's attention to `packed_attention`, which is SDPA for all but packed rows."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+def use_packed_attention():
+    """Put `packed_attention` in the place of the library's SDPA, which it calls for all but packed rows."""
+    from transformers import AttentionInterface
 
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", sdpa_mask)  # plain rows and generation keep SDPA's masks
-    model.set_attn_implementation({"text_config": "packed"})
-    model.attends_in_blocks = True
+    AttentionInterface.register("sdpa", packed_attention)
 
 
 def attention_blocks(blocks, device=None, dtype=torch.float32):

@@ -431,7 +431,8 @@ def load_checkpoint(out, shared, model, optimizer):
             raise BadInput("is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         refuse_others(shared, state["run"])
-        peft.set_peft_model_state_dict(model, state["adapter"])
+        if peft.set_peft_model_state_dict(model, state["adapter"]).unexpected_keys:
+            raise BadInput("peft cannot load the adapters of this model")
         groups = optimizer.state_dict()["param_groups"]  # of this device, which may be another
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
     return state["records"]
@@ -708,8 +709,10 @@ def disable_dropout(model):
 
 def enable_checkpointing(model):
     """Recompute the language model's activations in the backward pass, layer by layer."""
-    decoder = model.get_decoder().train()  # which makes layers recompute; the frozen rest stays in eval mode
+    decoder = model.get_decoder()
     decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in decoder.modules():  # only a layer in training mode recomputes; a router would add noise
+        module.training = hasattr(module, "gradient_checkpointing")
     decoder.disable_input_require_grads()  # a need of reentrant checkpointing alone
 
 
@@ -739,7 +742,7 @@ def add_lora(model, rank=64, alpha=128, seed=0, layer=LoraLinear):
     layer: `LoraLinear`, or `peft.tuners.lora.Linear` for frameworks that gather sharded weights by module.
     """
     decoder = {*model.get_decoder().modules()}
-    names = [name for name, m in model.named_modules() if m in decoder and isinstance(m, torch.nn.Linear)]
+    names = [name for name, m in model.named_modules() if m in decoder and type(m) is torch.nn.Linear]
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
     model = peft.get_peft_model(model, config)
@@ -768,40 +771,44 @@ class InFloat32(torch.overrides.TorchFunctionMode):
 
 
 def choose_layout(model, processor, pairs, layout=None, max_length=2048):
-    """The layout to train in: "packed" if packed rows give the numbers of plain rows, else "plain".
+    """The layout to train in: "packed" if it passes `check_layout` on these pairs, else "plain".
 
-    It is measured on a few pairs, and does not depend on the model's name. layout: the only one allowed.
-    Raises BadInput if the model cannot be trained in it.
+    layout: the only one allowed. Raises BadInput if the model cannot be trained in it.
     """
     if layout not in (None, "packed", "plain"):
         raise BadInput(f"unknown layout {layout!r}: choose from packed, plain")
-    with about(f"{model.name_or_path}: cannot be trained"):
-        error = packing_error(model, processor, pairs, layout, max_length)
-        window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
-        problem = f"{error:.2g} nats / sqrt(tokens) off, rounding: {TOLERANCE}"
-        if window < max_length:  # it may hold the first examples, but not later ones
-            problem = f"its attention window of {window} tokens is shorter than --max-length {max_length}"
-        elif error <= TOLERANCE:
-            return layout or "packed"
-        if layout == "packed":
-            raise BadInput(f"packed rows are not exact: {problem}")
     if layout is None:
-        print(f"packed rows are not exact for this model ({problem}); plain rows take about twice as long")
-    return "plain"
+        try:
+            check_layout(model, processor, pairs, "packed", max_length)
+            return "packed"
+        except BadInput as error:
+            print(f"{error}; plain rows take about twice as long")
+    check_layout(model, processor, pairs, layout or "plain", max_length)
+    return layout or "plain"
 
 
 @torch.no_grad()
-def packing_error(model, processor, pairs, layout="packed", max_length=2048):
-    """The largest distance of rows in this layout from plain ones, computed in float32, as in TOLERANCE."""
-    make = partial(make_batch, pairs, processor, max_length=max_length)
-    rows = make()
-    with InFloat32():
-        batches = rows, rows if layout == "plain" else pack(make(share=True))
-        plain, packed = (torch.cat(response_logps(model, batch)).cpu() for batch in batches)
-    if not plain.isfinite().all():
-        raise BadInput("its log-probabilities are not finite: its weights may be damaged")
-    n_tokens = (rows.labels >= 0).sum(1)
-    return ((packed - plain).abs() / n_tokens.sqrt()).max().item()  # nan if one is
+def check_layout(model, processor, pairs, layout, max_length):
+    """Compare a batch in this layout with each pair's plain rows by themselves, in float32. Raises BadInput."""
+    make = partial(make_batch, processor=processor, max_length=max_length)
+    with about(f"{model.name_or_path}: cannot be trained in {layout} rows"), InFloat32():
+        window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
+        if layout == "packed" and window < max_length:  # it may hold the first examples, but not later ones
+            raise BadInput(
+                f"the attention window of {window} tokens is shorter than --max-length {max_length}"
+            )
+        alone = [torch.stack(response_logps(model, make([pair]))) for pair in pairs]  # (3, 1) each
+        alone = torch.cat(alone, dim=1)
+        if not alone.isfinite().all():
+            raise BadInput("the log-probabilities are not finite: the weights may be damaged")
+        batch = pack(make(pairs, share=True)) if layout == "packed" else make(pairs)
+        together = torch.stack(response_logps(model, batch))
+        n_tokens = (batch.labels >= 0).sum(1).view(together.shape)
+        error = ((together - alone).cpu().abs() / n_tokens.sqrt()).max().item()
+        if not error <= TOLERANCE:  # nan, too
+            raise BadInput(
+                f"log-probabilities are {error:.2g} nats / sqrt(tokens) off, rounding: {TOLERANCE}"
+            )
 
 
 # ---------------------------------------------------------------------------------------- Bunny's file format

@@ -134,7 +134,7 @@ def question_and_answer(scene, rng):
 def learn_to_answer(model, processor, rng, world, n_scenes=12, questions=8, lr=2e-3):
     """Supervised tuning. Questions about an image share it, blind to each other, as mDPO packs answers."""
     tokenizer = processor.tokenizer
-    use_packed_attention(model)
+    use_packed_attention()
     tokens = functools.cache(lambda text: tokenizer(text).input_ids)
     prefix = tokens(f"{BUNNY_SYSTEM} USER: {BUNNY_IMAGE_TOKEN * (2 * world.grid) ** 2}\n")
     model.requires_grad_(True).model.vision_tower.requires_grad_(False)

@@ -722,10 +722,10 @@ def test_words_command_writes_a_page_of_every_example(mixed, finished, changed, 
 
 def test_pixels_of_the_base_models_training_are_its_processors():
     """A base trained on otherwise normalised pixels would not see what it is shown later."""
-    shown = pixels_of(
-        train.load_processor(str(demo.BASE)), shapes.draw_scene(SCENE, random.Random(0), shapes.SMALL)
-    )
-    seen = tiny_bunny.pixels([SCENE], random.Random(0), shapes.SMALL)
+    scene = {"circle": ("red", 0), "ring": ("blue", 3)}
+    image = shapes.draw_scene(scene, random.Random(0), shapes.SMALL)
+    shown = pixels_of(train.load_processor(str(demo.BASE)), image)
+    seen = tiny_bunny.pixels([scene], random.Random(0), shapes.SMALL)
     torch.testing.assert_close(seen, shown, rtol=1e-5, atol=1e-5)
 
 

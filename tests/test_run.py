@@ -303,6 +303,12 @@ def of_another_run(path):
     torch.save(state | {"run": dict.fromkeys(state["run"], "other")}, path)
 
 
+def renamed(path):
+    state = checkpoint_of(path.parent)
+    adapter = {f"other.{name}": weight for name, weight in state["adapter"].items()}
+    torch.save(state | {"adapter": adapter}, path)
+
+
 def changed(path):
     path.write_bytes(path.read_bytes().replace(b"loss", b"lost", 1))
 
@@ -326,6 +332,7 @@ DAMAGES = {  # what the line must say: a file of the run, and its bytes or what 
     "cannot be resumed: not valid JSON": ("args.json", b'{"model": '),
     "cannot be resumed: has no": ("args.json", b"{}"),
     "seed, data files, examples, system, base weights, loss": ("checkpoint.pt", of_another_run),
+    "peft cannot load the adapters of this model": ("checkpoint.pt", renamed),
     "checkpoint.pt: cannot be resumed from: is damaged": ("checkpoint.pt", changed),
     "checkpoint.pt: cannot be resumed from: File is not": ("checkpoint.pt", b"half"),
     "checkpoint.pt: cannot be resumed from: Weights only": ("checkpoint.pt", with_code),
@@ -571,8 +578,8 @@ def test_what_changes_speed_does_not_change_the_update(finished, run, out, monke
     """Plain rows are the yardstick. Windows and macOS pickle what a worker is given. Groups of parameters are
     clipped as one, or some would take steps of any size."""
 
-    def halve(self, groups, *rest, **options):
-        groups[:] = [groups[0] | {"params": groups[0]["params"][i::2]} for i in range(2)]
+    def halve(self, parameters, *rest, **options):
+        parameters[:] = [{"params": parameters[i::2]} for i in range(2)]
 
     def look(model, batch, **options):
         assert batch.take is None, "packed"
@@ -589,12 +596,14 @@ def test_what_changes_speed_does_not_change_the_update(finished, run, out, monke
 @pytest.mark.parametrize("flags, calls", [([], 2), (["--no-checkpointing"], 1)])
 def test_activations_are_recomputed_unless_told_otherwise(run, flags, calls):
     """Without it a real model does not fit. 5 examples are 3 micro-batches of 2 layers: each runs for the
-    policy, and again. The 2 held out keep no graph. A tower with batch norm differs in training mode."""
+    policy, and again. The 2 held out keep no graph. In training mode a tower with batch norm differs, and a
+    router adds noise: only a layer is in it, which would not be recomputed."""
     with_graph, in_training = [], []
     language = "transformers.models.phi.modeling_phi.PhiMLP.forward"
     vision = "transformers.models.siglip.modeling_siglip.SiglipMLP.forward"
-    noted = preceded(language, lambda mlp, x: with_graph.append(torch.is_grad_enabled()))
-    with noted, preceded(vision, lambda mlp, x: in_training.append(mlp.training)):
+    note_graph = preceded(language, lambda mlp, x: with_graph.append(torch.is_grad_enabled()))
+    notes = [preceded(name, lambda mlp, x: in_training.append(mlp.training)) for name in (language, vision)]
+    with note_graph, notes[0], notes[1]:
         assert run("--epochs", 1, "--eval-size", 2, *flags) == 0
     assert sum(with_graph) == 3 * 2 * calls
     assert in_training and not any(in_training)
