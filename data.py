@@ -78,7 +78,7 @@ def moco_augment(image, rng, area, other):
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.5:
-        sigma = rng.uniform(0.1, 2.0) * min(image.size) / 224  # there images have 224 pixels
+        sigma = rng.uniform(0.1, 2.0) * min(image.size) / 224  # MoCo's images have 224 pixels
         image = image.filter(ImageFilter.GaussianBlur(sigma))
     return ImageOps.mirror(image) if rng.random() < 0.5 else image
 
@@ -623,14 +623,14 @@ def find_images(value, roots):
             raise BadInput(
                 f"an image is {shown(value)}, not a path; examples/convert.py makes files of images"
             )
-        # An absolute path is taken as it is: root / path is the path.
-        found = [*filter(os.path.isfile, (root / image for root in roots))]
+        # One name for a file, for --reject random. An absolute path is taken as it is.
+        found = [*filter(os.path.isfile, (os.path.abspath(root / image) for root in roots))]
         if not found:
             where = " or ".join(map(str, roots))
             raise BadInput(
                 f"no image {one_line(image, 150)!r} in {where} (convert.py makes files of embedded ones)"
             )
-        paths.append(os.path.abspath(found[0]))  # one name for a file, for --reject random
+        paths.append(found[0])
     return tuple(paths)
 
 

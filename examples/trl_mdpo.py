@@ -139,8 +139,8 @@ def deal(micro_batches, config):
 def counted_batch(pairs, spare, layout, **options):
     """A `data.Batch`, with what the Trainer counts: tokens, and examples in the place of labels."""
     batch = make_batch(pairs or spare, share=layout == "packed", **options)
-    tokens = batch.inputs["input_ids"].clone()  # a worker moves its tensors into shared memory: not the arrays' own
-    arrays = (pack(batch) if layout == "packed" else batch).map(torch.Tensor.numpy)  # need none, as in train.py
+    tokens = batch.inputs["input_ids"].clone()  # a worker moves its tensors to shared memory, away from arrays on them
+    arrays = (pack(batch) if layout == "packed" else batch).map(torch.Tensor.numpy)  # as in train.py
     return {"input_ids": tokens, "shift_labels": torch.zeros(len(pairs)), "labels": None, "batch": arrays}
 
 

@@ -305,6 +305,11 @@ def test_an_image_is_looked_for_in_the_folder_then_in_merged_images(folder):
     assert found() == here
     assert found(image={"path": "merged_images/../a.png"}).samefile(folder / "a.png")
     assert found(image="../a.png") == folder.parent / "a.png"
+    (folder.parent / "sub").mkdir()
+    (folder / "far").symlink_to(folder.parent / "sub")  # what lies beside the link's end is not meant
+    assert found(image="far/../a.png") == folder / "a.png"
+    (folder / "a.png").unlink()
+    assert "no image 'far/../a.png'" in refusal(folder, PLAIN | {"image": "far/../a.png"})
     for image in (str(merged), "llava-1.jpg", None):
         assert found(image=image, image_dir=merged.parent) == merged
 
