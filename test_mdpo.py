@@ -209,7 +209,7 @@ TWO, THREE = (B2,) * 2, (B2,) * 3
 WRONG_ARGUMENTS = {  # what the message must say: policy_logps, ref_logps, options
     "policy_logps.rejected must be floats of shape (B,)": ((B2, torch.zeros(2, 1), B2), THREE, {}),
     "policy_logps.chosen must be floats of shape (B,)": ((torch.tensor(0.0), B2, B2), THREE, {}),
-    "ref_logps.image_rejected must be floats of shape (B,)": (THREE, (B2, B2, torch.zeros(3)), {}),
+    "ref_logps.image_rejected must be floats of shape (B,)": (THREE, (B2, B2, torch.zeros(1)), {}),
     "ref_logps.chosen must be floats": (THREE, (B2.long(), B2, B2), {}),
     "are the two swapped": (THREE, (B2.clone().requires_grad_(), B2, B2), {}),
     "the reference does not: are the two swapped": ((B2.clone().requires_grad_(),) * 3,) * 2 + ({},),
@@ -224,7 +224,7 @@ WRONG_ARGUMENTS = {  # what the message must say: policy_logps, ref_logps, optio
     "policy_logps.image_rejected must be floats": (TWO, TWO, {"conditional": True, "anchors": ()}),
     "policy_logps.image_rejected must be": (TWO, TWO, {"conditional": False, "anchors": ("image_rejected",)}),
     "anchors must be a tuple": (THREE, THREE, {"anchors": ("cropped",)}),
-    "anchors must be a tuple or": (THREE, THREE, {"anchors": "chosen"}),
+    "anchors must be a tuple or": (THREE, THREE, {"anchors": ""}),
 } | {
     f"beta must be above 0 and finite, got {beta}": (THREE, THREE, {"beta": beta})
     for beta in (0, math.inf, math.nan)

@@ -373,6 +373,7 @@ BAD = [
     ('an image is {"bytes": "/9j/", "path": null}', authors(img_path={"bytes": "/9j/", "path": None})),
     ("broken.png cannot be decoded", authors(img_path="broken.png")),
     ("has 1 images and 2 rejected images", authors(rejected_images=["a.png", "a.png"])),
+    ("has 2 images and 1 rejected images", authors(img_path=["a.png"] * 2, rejected_image="b.png")),
     ("no image 'no.png'", authors(rejected_image="no.png")),
     ("broken.png cannot be decoded", authors(rejected_image="broken.png")),
     # CoPO would compare a log-probability with itself: loss/conditional is ln 2 for ever.
@@ -412,7 +413,8 @@ def test_control_tokens_of_the_model_are_bad_but_not_think_tags_or_an_end(folder
     thinking, eos = copy.deepcopy(qwen), qwen.tokenizer.eos_token
     tags = [tokenizers.AddedToken(tag, special=True) for tag in ("<think>", "</think>")]
     thinking.tokenizer.add_tokens(tags, special_tokens=True)
-    good = authors(prompt="What <think>?", chosen=f"<think>\nA guess.</think> Yes.{eos}", rejected="No.")
+    thinking.tokenizer.add_tokens(["    "])  # as Phi's, of code
+    good = authors(prompt="What <think>?", chosen=f"<think>\n    A guess.</think> Yes.{eos}", rejected="No.")
     assert read(folder, good, processor=thinking)
 
 
@@ -747,7 +749,7 @@ def depths(first):
     ("5001 x 100 pixels: sides differ", empty_png(5001, 100)),
     ("truncated|broken", empty_png(10_000, 10_000)),
     ("truncated|broken", empty_png(50, 1)),
-    *(("levels are not finite", depths(level)) for level in (math.nan, math.inf)),
+    *(("levels are not finite", depths(level)) for level in (math.nan, math.inf, -math.inf)),
     # It is a program, and Pillow would start Ghostscript to run it.
     ("EPS is none of", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
 ])  # fmt: skip
@@ -875,7 +877,7 @@ def test_a_record_may_bring_its_own_rejected_image(folder, record, capsys):
     assert read(folder, authors(**second))  # the worse context differs in the second image alone
     for field in ({"rejected_image": "b.png"}, {"rejected_images": ["b.png"]}):
         own = read(folder, record | field)
-        assert "1 examples have their own rejected images" in capsys.readouterr().out
+        assert "1 different images; 1 examples have their own rejected" in capsys.readouterr().out
         for strategy in data.STRATEGIES:
             assert Pairs(own, strategy)[3, 0].images_rejected == (open_image(folder / "b.png"),)
 
@@ -909,9 +911,10 @@ def test_random_image_is_any_other_and_each_as_likely(tmp_path):
     seen = rejected_of(Pairs(examples, "random"), 1, 600)
     assert {*seen} == {*"234"}
     assert all(165 < seen.count(name) < 235 for name in "234")  # 200, give or take 3 standard deviations
-    for too_few in examples[:3], coloured(tmp_path, "1", "2", "12"):
+    two = coloured(tmp_path, "1", "2", "12")
+    for too_few, pool in (examples[:3], None), (two, None), (two[2:], two[:1]):
         with pytest.raises(BadInput, match="more different images"):
-            Pairs(too_few, "random")
+            Pairs(too_few, "random", pool=pool)
 
 
 def test_random_image_is_none_of_the_examples_own_and_of_the_pool(tmp_path):

@@ -126,6 +126,8 @@ def test_attention_of_a_packed_row_is_attention_under_its_mask():
     theirs = F.scaled_dot_product_attention(*inputs, attn_mask=dense, scale=0.3, enable_gqa=True)
     results = [[y, *torch.autograd.grad(y.square().sum(), inputs)] for y in (ours, theirs.transpose(1, 2))]
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    plain, _ = mdpo.packed_attention(module, *inputs, dense, scaling=0.3)  # rows that are not packed
+    torch.testing.assert_close(plain, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_rows_set_their_attention_which_is_sdpa_for_all_else(fresh):
@@ -224,7 +226,8 @@ WRITTEN = {
     "reasoning of an earlier turn is dropped": (
         THINKING, f"{THOUGHT_EARLIER}|No.EOS|Yes.EOS", ASKED_AGAIN, "No.", "Yes."),
     "messages that are printed are given as text": (PRINTS, OF_TEXT),
-    "messages that are joined are given as text": (JOINS, OF_TEXT),
+    "messages that are joined are given as text": (
+        JOINS, OF_TEXT, [message("user", "Whi", "ch?")], "No.", "Yes."),
     "messages whose parts are refused are given as text": (
         PLACED.replace(PARTS, ASKS + "{{ m.content }}"), OF_TEXT),
     "messages with an image are given as parts": (TEXT_OR_PARTS, OF_IMAGE),
@@ -358,14 +361,14 @@ def test_a_response_is_cut_alike_for_all_images_of_its_pair(family):
     _, _, processor = family
     full = make_batch(OTHER_SIZES, processor)
     assert prefix_length(full, 1) > prefix_length(full) + 9
-    cut = make_batch(OTHER_SIZES, processor, max_length=prefix_length(full, 1) + 3)
+    cut = make_batch(OTHER_SIZES, processor, max_length=(longest := prefix_length(full, 1)) + 3)
     lengths, uncut = ((batch.labels >= 0).sum(1).view(3, 3).tolist() for batch in (cut, full))
     (y_w, *_), (y_l, *_), _ = uncut
     assert min(y_w, y_l) > 3 and lengths == [[3, 3, y_w], [3, 3, y_l], [3, 3, y_w]]
     kept = cut.labels >= 0
     assert torch.equal(cut.labels[kept], full.labels[:, : kept.shape[1]][kept])
-    with pytest.raises(BadInput, match="no room"):
-        make_batch(OTHER_SIZES, processor, max_length=prefix_length(full, 1))
+    with pytest.raises(BadInput, match=f"prompt of {longest} tokens, --max-length {longest}: no room"):
+        make_batch(OTHER_SIZES, processor, max_length=longest)
 
 
 @LAYOUTS
