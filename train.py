@@ -555,8 +555,8 @@ METHOD = {  # decide the result: a resumed run keeps its own
     "seed": (0, natural, "of adapter, order, samples and rejected images"),
 }  # fmt: skip
 SYSTEM = {  # may differ when a run is resumed: the result is the same but for rounding
-    "device": (None, str, "cuda in bf16 (Ampere or newer), or cpu, mps and so on in float32 (default: cuda if "
-        "there is one)"),
+    "device": (None, str, "cuda in bf16 (Ampere or newer), or cpu, mps and so on in float32 (default: cuda "
+        "if there is one)"),
     "micro-batch-size": (4, whole, "examples in one forward pass: changes memory and speed, not the result"),
     "no-checkpointing": (False, bool, "keep activations, recompute none: faster, more memory"),
     "layout": (None, ("packed", "plain"), "packed: two sequences an example, end to end; plain: three padded "

@@ -113,6 +113,8 @@ def run(argv):
         raise BadInput(f"--adapter takes {text}, all different")
     if models and not args.model:
         raise BadInput("--model is needed: whose answers?")
+    if args.benchmark and args.no_image:
+        raise BadInput("--no-image is for pairs: the questions of a benchmark are about images")
     if os.path.lexists(args.to):
         raise BadInput(f"{args.to}: already exists")
     processor = load_processor(args.model) if models else None

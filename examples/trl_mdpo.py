@@ -170,10 +170,8 @@ def parse(argv):
     flags.per_device_train_batch_size, flags.gradient_accumulation_steps = micro, -(-batch_size // at_once)
     flags.bf16 = bool(flags.fsdp or flags.deepspeed) and torch.cuda.is_available()  # else no autocast
     config = about("arguments")(MDPOConfig)(**vars(flags))
-    if config.world_size != n_processes:
-        raise BadInput(f"each of {n_processes} processes would train alone: without a GPU, add --use_cpu")
-    if config.n_gpu > 1:
-        raise BadInput(f"one process for {config.n_gpu} GPUs: start it by torchrun, or set CUDA_VISIBLE_DEVICES")
+    if config.world_size != n_processes or config.n_gpu > 1:  # each would train alone, or split packed rows
+        raise BadInput(f"{n_processes} processes, {config.n_gpu} GPUs each: use torchrun, or without a GPU --use_cpu")
     config.batch_size = batch_size
     return config, args
 

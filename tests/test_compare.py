@@ -93,7 +93,7 @@ def test_answer_command_asks_each_model_each_question(stub, run):
 
 def test_files_of_answers_are_named_after_their_runs():
     """A name that no disk takes, a file outside of the folder, or one file for two runs."""
-    found = answer.files_in("said", [None, "runs/é", "runs-é", "../v1.5", "y" * 300])
+    found = answer.files_in("said", [None, "runs/é", "runs-é", "../v1.5", "x" + "y" * 299])
     names = "base", "runs%2F%C3%A9", "runs-%C3%A9", "..%2Fv1.5", "y" * 200
     assert [*found.values()] == [Path("said", f"{name}.jsonl") for name in names]
     with pytest.raises(BadInput, match="two of the names base have one file of answers"):
@@ -115,9 +115,9 @@ def test_no_question_holds_a_token_of_an_image(stub, run):
 UPPER = [f"WHY {i}?" for i in range(5)]
 
 
-def keep(ask):
+def keep(ask, model="m"):
     """Answers by a file: five questions in batches of two."""
-    asked = {None: "new/folder/a.jsonl"}, "m", [Example(f"Why {i}?", "", "", ()) for i in range(5)], 9, 2
+    asked = {None: "new/folder/a.jsonl"}, model, [Example(f"Why {i}?", "", "", ()) for i in range(5)], 9, 2
     with patch.object(answer, "generate_answers", lambda model, processor, batch, *more: ask(batch)):
         return answer.answer_as(*asked, loaded=(None, None))[None]
 
@@ -144,6 +144,8 @@ def test_answers_are_kept_as_they_come_and_gone_on_with():
     path.write_text(path.read_text() + '{"question": "Why 2?", "ans')
     assert keep(ask) == UPPER == said_in(path) == keep(pytest.fail)
     assert asked == [UPPER[:2], UPPER[2:4], UPPER[2:4], UPPER[4:]]
+    with pytest.raises(BadInput, match="other values of model"):
+        keep(pytest.fail, "another/of-the-hub")
     first, *lines = path.read_text().splitlines(keepends=True)
     for content in "my notes", "my notes\nof today\n", '{"a": 1}\n', "".join([first, *lines[:1], *lines[:2]]):
         path.write_text(content)
@@ -269,6 +271,9 @@ def test_page_of_base_and_adapters_and_of_an_earlier_pages_answers(stub, run, mo
         assert item_later["who"] == sides.split()
         (shown,), (path,) = item["images"], example.images
         assert content["pictures"][shown].convert("RGB").tobytes() == open_image(path).tobytes()
+    Path(path).unlink()  # its question is left out
+    error = run(compare, f"{line} {theirs} b --to 4.html", 2)
+    assert "holds 6 answers to 5 questions" in error
 
 
 def benchmark(name):
@@ -287,7 +292,9 @@ def test_page_of_a_benchmark_and_files_of_answers(name, run):
     Path("images").mkdir()
     Path("1.png").rename("images/1.png")
     line = f"--benchmark {name} --data q.json --images images --to page.html --adapter one.json two.jsonl"
-    assert "holds 2 answers to 1 questions" in run(compare, f"{line} --limit 1", 2)
+    write(Path("last.json"), answers[1:])  # of a sample of one, which seed 0 draws
+    error = run(compare, f"{line} --limit 1".replace("one.", "last."), 2)
+    assert "two.jsonl: cannot be compared: holds 2 answers to 1 questions" in error
     assert "2 questions, 1 of them with equal answers" in run(compare, line)
     content = content_of("page.html")
     rows = [(item["question"], *item["texts"], item["equal"]) for item in content["items"]]
@@ -304,8 +311,10 @@ REFUSED = {  # what is said: what is compared
     "none.json: cannot be compared: holds 0 answers": "good.json none.json",
     "long: cannot be compared: holds 3 answers to 2": "good.json long",
     "answer 1 is one to another question": "good.json swapped",
+    "answer 2 is one to another question": "good.json prompted",
     "answer 1 has no text in a field answer or": "good.json mute.json",
     "none: holds no adapter": f"base none --model {BASE}",
+    "--no-image is for pairs": "good.json long --no-image",
 }
 
 
@@ -316,6 +325,7 @@ def test_wrong_commands_are_refused_before_a_model_is_read(message, run):
     answers = benchmark("pope")
     for name, content in {
         "good.json": answers, "swapped": answers[::-1], "short": answers[:1], "long": answers + answers[:1],
+        "prompted": [answers[0], {"prompt": "Who?", "text": "I."}],
         "mute.json": [{"id": 1}] * 2, "none.json": [],
     }.items():  # fmt: skip
         write(Path(name), content)

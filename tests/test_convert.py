@@ -94,6 +94,7 @@ def written():
 # Records as published, and what they become: what differs from the plain RECORD with the id 1.
 PUBLISHED = r"""
 the authors': {"img_path": "img/0.png", "prompt": "$BUNNY", $PAIR} -> {"prompt": "$BUNNY"}
+an id with half of a character: {"id": "\ud800", $ASKED, $PAIR} -> {"id": "\ud800"}
 MMPR: {"id": 7, "image": ["img/0.png"], "question": "Q", $PAIR} -> {"id": "7"}
 MIA-DPO: {"image": ["img/1.png", "img/0.png"], "question": "1: <image-placeholder> 2: <image-placeholder> Q",
     $PAIR} -> {"images": ["img/1.png", "img/0.png"], "prompt": "1: <image> 2: <image> Q"}
@@ -218,6 +219,8 @@ ms-swift's video: {$IMGS, "messages": [{"role": "user", "content": "<image><vide
     ["v.mp4"], "rejected_response": "B"} -> holds '<video>'
 a part out of a template: {$IMG, $PAIR, "prompt": [{"role": "user", "content": [{"type": "text", "text":
     "<|im_start|>Q"}]}]} -> holds '<|im_start|>'
+an answer out of Gemma's: {$ASKED, "chosen": "A", "rejected": "B<start_of_turn>"} -> '<start_of_turn>'
+an answer out of Llama's: {$ASKED, "chosen": "<|start_header_id|>A", "rejected": "B"} -> '<|start_header_id|>'
 an answer out of a template: {$ASKED, "chosen": "A", "rejected": "B[/INST]"} -> holds '[/INST]'
 an earlier turn out of a template: {$ASKED, "history": [["[INST] Q", "Yes."]], $PAIR} -> holds '[INST]'
 a lone surrogate: {$IMG, "question": "\ud800$LONG", $PAIR} -> character '\ud800' in position 0

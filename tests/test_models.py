@@ -133,7 +133,7 @@ def test_attention_of_a_packed_row_is_attention_under_its_mask():
 def test_packed_rows_set_their_attention_which_is_sdpa_for_all_else(fresh):
     """Plain rows and generation must not know that it was ever replaced. Under any other kind, each token
     would see other sequences and images, in silence: so packed rows are nan. A model with a kind of its own,
-    such as one with sinks, keeps it: plain rows without them train another model than the one that answers."""
+    such as one with sinks, keeps it: plain rows without them train another model than what answers."""
     model, processor = fresh
     batch = make_batch(PAIRS, processor)
     texts = ["There is a red circle.", "There"]  # the second is padded, and must not see that
@@ -583,18 +583,18 @@ def test_another_seed_is_another_adapter(bunny):
     assert not torch.equal(*(next(p for p in model.parameters() if p.requires_grad) for model in models))
 
 
-@pytest.mark.parametrize("flags, device", [("", "cuda"), ("--device cpu", "cpu")])
-def test_a_gpu_is_used_where_there_is_one(llava, monkeypatch, capsys, flags, device):
+@pytest.mark.parametrize("device", ["", "cuda:1", "cpu"])
+def test_a_gpu_is_used_where_there_is_one(llava, monkeypatch, capsys, device):
     """Untold, a run would train on the CPU, for weeks. float16 overflows where the weights are of bf16."""
 
     def to(model, where):
-        assert where == device and capsys.readouterr().out == f"loading {llava}\n"
+        assert where == (device or "cuda") and capsys.readouterr().out == f"loading {llava}\n"
         return model
 
     monkeypatch.setattr("train.best_device", lambda: "cuda")
     monkeypatch.setattr(transformers.PreTrainedModel, "to", to)
-    dtype = policy_of(llava, flags)[1].get_base_model().dtype
-    assert dtype == (torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = policy_of(llava, device and f"--device {device}")[1].get_base_model().dtype
+    assert dtype == (torch.float32 if device == "cpu" else torch.bfloat16)
 
 
 CUSTOM = {"model_type": "weird", "auto_map": {"AutoConfig": "conf.W"}}
@@ -731,8 +731,8 @@ def test_lora_layers_compute_what_pefts_own_do(bunny, dtype, error):
 
 
 def test_one_wrong_row_of_six_is_enough(fresh, monkeypatch, capsys):
-    """Mistakes of packing are of single rows, those of the library's of a row's place in a batch: no model may
-    train on them. Who asked for packed rows does not get others. The check takes one pass of each layout: at
+    """Mistakes of packing are of single rows, the library's of a row's place in a batch: no model may train on
+    them. Who asked for packed rows does not get others. The check takes one pass of each layout: at
     real size on a CPU, each costs as much as a training example."""
     both_off = False
 

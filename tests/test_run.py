@@ -497,6 +497,7 @@ BAD_INPUTS = {  # flags, in which T/ is the test's folder: what the message must
     "--subset llava": "no example is left with an id in 'llava'",
     "--images T/none": "no such image folder",
     "--eval-size 7": "leaves none of 7",
+    "--max-length 20": "would drop 7 bad records",
     "--crop 0.5 0.2": "--crop: its minimum is above its maximum",
     "--crop 0.2 0.5 --reject moco": "--crop does nothing with another --reject",
     "--anchors none chosen": "--anchors none cannot be combined",
@@ -633,7 +634,8 @@ def test_workers_are_as_many_as_cores_and_send_arrays(tmp_path, bunny, monkeypat
 
 def test_eval_data_are_held_out_as_well(bunny, small, out, tmp_path):
     """A file of one's own, with random images of its own, and of the others."""
-    flags = "--eval-data", shapes.write_pairs(tmp_path / "more", 3, 1), "--reject", "random"
+    flags = "--eval-data", shapes.write_pairs(tmp_path / "more", 4, 1), "--reject", "random", "--skip-bad"
+    next(tmp_path.rglob("more/**/*.png")).unlink()
     pairs = train.read_pairs(train.parse_args(command(bunny, small, out, *flags)), None)
     assert [(len(of), len(of.pool)) for of in pairs] == [(7, 7), (3, 7 + 3)]
 
@@ -649,12 +651,14 @@ def test_speed_is_in_examples_and_memory_in_gib(run, out, monkeypatch):
     assert speeds == [(1, 3), (0.75, 3)]
 
 
-def test_a_run_on_the_cpu_starts_no_gpu(run, monkeypatch):
+def test_a_run_on_the_cpu_starts_no_gpu(tmp_path, bunny, monkeypatch):
     """--device cpu is what remains when the GPU is full: memory pinned for it would start it, and fail."""
+    pairs, processor = data.Pairs(as_examples(tmp_path)), train.load_processor(str(bunny))
     for module in torch.cuda, torch.accelerator:
         monkeypatch.setattr(module, "is_available", lambda: True)
     monkeypatch.setattr(data.Batch, "pin_memory", lambda batch: pytest.fail("pinned"))
-    assert run("--epochs", 1) == 0
+    args = train.parse_args("--model m --data d --layout plain --workers 0 --device cpu".split())
+    assert next(train.load_batches(pairs, [[(0, 0)]], mdpo.LogPs._fields, processor, args)).keys == [(0, 0)]
 
 
 def test_means_need_no_float64_of_the_device():
@@ -751,6 +755,7 @@ def test_held_out_metrics_are_shown_after_each_epoch_and_kept_with_its_adapter(r
     before, *after = (f"{record['eval/loss']:.4f}" for record in records)
     printed = capfd.readouterr().out
     assert printed.startswith("reading and checking ")
+    assert f"\ntraining on 5 examples, 2 held out, for 4 steps of 4 -> {out}\n" in printed
     shown = re.findall(r"epoch (.), held-out .*\n  loss +(\S+) +(\S+)\n", printed)
     assert shown == [("1", before, after[0]), ("2", before, after[1])]
     for folder, steps, now in (out / "epoch-1", 2, after[0]), (out, 4, after[1]):

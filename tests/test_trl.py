@@ -181,17 +181,19 @@ def test_templates_of_the_families_write_what_the_hubs_write(name, system):
 def test_options_of_the_loss_and_the_data_reach_them(bunny, drawn, tmp_path):
     """A flag that is read and not used trains something else. At the start all rewards are 0."""
     more = "--delta 1 --no-conditional --anchors chosen rejected --crop 0.5 0.6 --beta 0.2 --max_length 90"
-    more += " --dataloader_num_workers 1 --gradient_checkpointing False --limit 8"
+    more += " --dataloader_num_workers 1 --gradient_checkpointing False --limit 8 --layout plain"
     trainer = trl_mdpo.MDPOTrainer(*trl_mdpo.parse(flags(bunny, drawn, tmp_path, *more.split())))
     inputs = next(iter(trainer.get_train_dataloader()))
     assert not trainer.model.get_base_model().is_gradient_checkpointing
     assert trainer.get_train_dataloader().num_workers == 1
     held_out, _ = trainer.get_eval_dataloader()  # 2 + 1; with more than such a loss needs: for its metrics
     assert [*held_out["batch"].names] == ["chosen", "rejected", "image_rejected"]
-    assert [*inputs["batch"].names] == ["chosen", "rejected"] and trainer.loss.keywords["beta"] == 0.2
+    assert [*inputs["batch"].names] == ["chosen", "rejected"] and inputs["batch"].take is None
+    assert trainer.loss.keywords["beta"] == 0.2
     assert (len(trainer.pairs), len(trainer.held_out)) == (5, 3)
     assert (trainer.pairs.strategy, tuple(trainer.pairs.crop)) == ("crop", (0.5, 0.6))
     assert inputs["batch"].inputs["attention_mask"].sum(1).max() <= 90
+    assert not any(map(torch.is_tensor, inputs["batch"].inputs.values()))  # a worker's take shared memory
     expected = 0.693147 + 1.313262 + 0.313262  # DPO's ln 2; softplus(1) of y_w, softplus(-1) of y_l
     assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, abs=1e-5)
 
@@ -246,7 +248,7 @@ def test_processes_share_train_pys_plan(n, seed):
     *[(f"--{name} 1", name) for name in "sync_ref_model fp16 auto_find_batch_size data_seed".split()],
     ("--learning_rate fast", "invalid float value"),
     ("--data /none.json", "/none.json: no such file"),
-    ("--resume_from_checkpoint /none", "/none: holds no checkpoint"),
+    ("--resume_from_checkpoint /", "/: holds no checkpoint"),
     ("--eval_strategy epoch --eval-size 0", "--eval_strategy needs --eval-size"),
     ("--eval-size 12", "--eval-size 12 leaves none of 12"),
 ])  # fmt: skip
@@ -261,14 +263,14 @@ def test_processes_that_would_train_alone_are_refused(monkeypatch):
     """Under torchrun without a GPU each process was a world of its own, and trained the same run."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(BadInput, match="each of 2 processes would train alone: .*, add --use_cpu"):
+    with pytest.raises(BadInput, match="2 processes, . GPUs each: .* --use_cpu"):
         trl_mdpo.parse(["--model", "m", "--data", "d"])
 
 
 def test_one_process_for_several_gpus_is_refused(bunny, drawn, tmp_path, monkeypatch):
     """The Trainer would split each packed row among them, in the middle of an image."""
     monkeypatch.setattr(trl_mdpo.MDPOConfig, "n_gpu", 2)
-    with pytest.raises(BadInput, match="one process for 2 GPUs: start it by torchrun"):
+    with pytest.raises(BadInput, match="1 processes, 2 GPUs each: use torchrun"):
         trl_mdpo.parse(flags(bunny, drawn, tmp_path / "out"))
 
 
