@@ -210,6 +210,7 @@ WRONG_ARGUMENTS = {  # what the message must say: policy_logps, ref_logps, optio
     "policy_logps.rejected must be floats of shape (B,)": ((B2, torch.zeros(2, 1), B2), THREE, {}),
     "policy_logps.chosen must be floats of shape (B,)": ((torch.tensor(0.0), B2, B2), THREE, {}),
     "ref_logps.image_rejected must be floats of shape (B,)": (THREE, (B2, B2, torch.zeros(1)), {}),
+    "ref_logps.rejected must be floats of shape (B,)": (THREE, (B2, torch.zeros(3), B2), {}),
     "ref_logps.chosen must be floats": (THREE, (B2.long(), B2, B2), {}),
     "are the two swapped": (THREE, (B2.clone().requires_grad_(), B2, B2), {}),
     "the reference does not: are the two swapped": ((B2.clone().requires_grad_(),) * 3,) * 2 + ({},),
