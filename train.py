@@ -800,13 +800,12 @@ def check_layout(model, processor, pairs, layout, max_length):
             )
         plain = make(pairs)
         other = pack(make(pairs[::-1], share=True)) if layout == "packed" else make(pairs[::-1])
-        expected, found = (
-            torch.stack(response_logps(model, batch)).cpu() for batch in (plain, other)
-        )  # (3, B)
+        expected = torch.stack(response_logps(model, plain)).cpu()  # (3, B)
+        found = torch.stack(response_logps(model, other)).cpu().flip(1)  # in the same order
         if not expected.isfinite().all():
             raise BadInput("the log-probabilities are not finite: the weights may be damaged")
         n_tokens = (plain.labels >= 0).sum(1).view(expected.shape)
-        error = ((found.flip(1) - expected).abs() / n_tokens.sqrt()).max().item()
+        error = ((found - expected).abs() / n_tokens.sqrt()).max().item()
         if not error <= TOLERANCE:  # nan, too
             raise BadInput(
                 f"log-probabilities are {error:.2g} nats / sqrt(tokens) off, rounding: {TOLERANCE}"
