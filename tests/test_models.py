@@ -469,11 +469,11 @@ def test_each_family_trains_in_bf16_and_is_checked_in_float32(family, monkeypatc
     model = train.add_lora(model, 8, 16)
     layout = train.choose_layout(model, processor, SIZES)
     assert layout == ("plain" if folder.name == "gemma3" else "packed")
-    within = lambda error: monkeypatch.setattr("train.TOLERANCE", error)
-    within(1e-5)
+    tolerance = train.TOLERANCE
+    monkeypatch.setattr("train.TOLERANCE", tolerance / 5)
     train.check_layout(model, processor, SIZES, layout, 2048)
     if layout == "packed":
-        within(1e-3)
+        monkeypatch.setattr("train.TOLERANCE", 20 * tolerance)
         monkeypatch.setattr("mdpo.attention_blocks", a_key_forgotten)
         with pytest.raises(BadInput, match="packed rows: log-probabilities are"):
             train.check_layout(model, processor, SIZES, "packed", 2048)
