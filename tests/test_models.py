@@ -731,9 +731,9 @@ def test_lora_layers_compute_what_pefts_own_do(bunny, dtype, error):
 
 
 def test_one_wrong_row_of_six_is_enough(fresh, monkeypatch, capsys):
-    """Mistakes of packing are of single rows, the library's of a row's place in a batch: no model may train on
-    them. Who asked for packed rows does not get others. The check takes one pass of each layout: at
-    real size on a CPU, each costs as much as a training example."""
+    """Mistakes of packing are of single rows, the library's of a row's place in a batch: none may be trained
+    on. Who asked for packed rows does not get others. The check takes one pass of each layout: at real size
+    on a CPU, each costs as much as a training example."""
     both_off = False
 
     def one_off(model, batch):
