@@ -790,7 +790,10 @@ def choose_layout(model, processor, pairs, layout=None, max_length=2048):
 
 @torch.no_grad()
 def check_layout(model, processor, pairs, layout, max_length):
-    """Compare plain rows with those of this layout in reverse order, in float32. Raises BadInput."""
+    """Compare plain rows with those of this layout in reverse order, in float32. Raises BadInput.
+
+    In reverse, since a row's numbers must not depend on its place in the batch either.
+    """
     make = partial(make_batch, processor=processor, max_length=max_length)
     with about(f"{model.name_or_path}: cannot be trained in {layout} rows"), InFloat32():
         window = getattr(model.config.get_text_config(), "sliding_window", None) or max_length
