@@ -185,7 +185,7 @@ def call(function, inputs):
 
 
 def to_device(batch, device):
-    """The batch on the device. CUDA alone may read it later, from pinned memory, which it keeps till then."""
+    """The batch on the device. Only CUDA copies without waiting: it keeps pinned memory until it is read."""
     return batch.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
 

@@ -182,10 +182,10 @@ def evaluate(objective, held_out, processor, args):
 
 
 def means(metrics, **more):
-    """[{name: (B,)}, ...], and more of all examples -> {name: mean over them}. Waits once."""
+    """[{name: (B,)}, ...], and more values of all examples -> {name: mean over all}. Waits once."""
     values = {name: torch.cat([batch[name] for batch in metrics]) for name in metrics[0]} | more
-    means = torch.stack([*values.values()]).cpu().double().mean(1)  # Apple's GPU has no float64
-    return dict(zip(values, means.tolist()))
+    numbers = torch.stack([*values.values()]).cpu().double().mean(1)  # Apple's GPU has no float64
+    return dict(zip(values, numbers.tolist()))
 
 
 def plan_steps(n_examples, batch_size, micro_batch_size, epochs, seed):
@@ -239,7 +239,7 @@ def load_batches(pairs, micro_batches, names, processor, args):
         batch_sampler=micro_batches,
         collate_fn=partial(collate, make=make, layout=args.layout),
         num_workers=min(args.workers, os.cpu_count() or 1),
-        pin_memory="cuda" in (args.device or best_device()),  # pinning starts CUDA
+        pin_memory="cuda" in (args.device or best_device()),  # pinning memory starts CUDA
         worker_init_fn=ignore_signals,
     )
     try:
