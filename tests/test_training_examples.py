@@ -40,9 +40,8 @@ def test_families_print_their_table_alone(monkeypatch, capfd):
     monkeypatch.setattr(train, "best_device", lambda: pytest.fail("would take a GPU"))
     monkeypatch.setattr(families, "FAMILIES", {"gemma3": families.gemma3})
     assert run_command(families.run, []) == 0
-    printed = capfd.readouterr()
-    table = "family rows answers before and after gemma3 plain changed".split()
-    assert (printed.out.split(), printed.err) == (table, "")
+    printed, err = capfd.readouterr()
+    assert printed.split() == "family rows answers before and after gemma3 plain changed".split() and not err
     monkeypatch.setattr(families, "generate_answers", lambda *rest: "as it was")
     assert run_command(families.run, []) == 0 and capfd.readouterr().out.endswith(" same\n")
     monkeypatch.setattr(families, "write_family", lambda *given: "no model")
@@ -110,8 +109,8 @@ def tiny(monkeypatch):
     pairs = long, pair("picture of", "on in", "with small large near " * 3, noise(3), noise(4))
     numbered = lambda n: [pairs[i % 2]._replace(id=str(i)) for i in range(n)]
     monkeypatch.setattr(throughput, "make_pairs", numbered)
-    return SimpleNamespace(shape="tiny", device="cpu", dtype=torch.float32, items=4, rounds=1,
-                           micro_batch_size=2, trl=False)  # fmt: skip
+    sizes = {"items": 4, "rounds": 1, "micro_batch_size": 2}
+    return SimpleNamespace(shape="tiny", device="cpu", dtype=torch.float32, trl=False, **sizes)
 
 
 def timed(monkeypatch, *seconds):
@@ -151,15 +150,13 @@ def check_step(expected, peft_model, batch, losses):
     assert all(p.isfinite().all() for p in model.parameters())  # nan, where two models share how they attend
     did["LoRA"] = {type(module) for module in model.modules() if hasattr(module, "lora_A")}
     did["activation"] = type(mlp.activation_fn).__name__
-    n_tokens = n_logits = batch.labels.numel()
-    if batch.take is not None:
-        n_tokens, n_logits = len(batch.take), batch.predictors.numel()
-    assert did == expected | {"tokens": [n_tokens] * 2, "logits": [n_logits] * 2}
+    tokens, scored = (batch.labels,) * 2 if batch.take is None else (batch.take, batch.predictors)
+    assert did == expected | {"tokens": [tokens.numel()] * 2, "logits": [scored.numel()] * 2}
 
 
 def test_throughput_compares_like_with_like_at_identical_settings(tiny, monkeypatch):
-    """Settings called identical are the README's first claim. TRL's constructor would make the authors' rows
-    go back through the frozen tower, too. 2 examples in half a second are 4 a second, 30,000 take 7500 s."""
+    """The README's first claim. TRL's constructor would make the authors' rows go back through the frozen
+    tower, too. 2 examples in half a second are 4 a second, 30,000 take 7500 s."""
     stood_on = []
     rival = lambda model, *rest: stood_on.append(model) or (make_batch, throughput.authors_step)
     monkeypatch.setattr(throughput, "trl_rival", rival)
@@ -244,8 +241,7 @@ def test_throughput_stops_where_the_schemes_must_agree_and_do_not(name, tiny, mo
     assert not given
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_stepper_times_the_whole_of_a_training_step(on_gpu, monkeypatch):
+def test_stepper_times_the_whole_of_a_training_step(monkeypatch):
     """Losses take 2 s, the backward pass 5, the optimizer 13; a batch is made before, in 11. A GPU works
     later. AdamW moves the weight by 0.0001 where the gradient does not change: norms 1, 3 and 2 are cut."""
 
@@ -253,20 +249,19 @@ def test_stepper_times_the_whole_of_a_training_step(on_gpu, monkeypatch):
         is_cuda = True
 
     clock, waiting = [0], []
-    work = lambda seconds: (waiting if on_gpu else clock).append(seconds)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: clock.extend(waiting) or waiting.clear())
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: sum(clock)))
     model = torch.nn.Linear(1, 1, bias=False)
-    model.weight = (OnGPU if on_gpu else torch.nn.Parameter)(torch.zeros(1, 1))
+    model.weight = OnGPU(torch.zeros(1, 1))
 
     def losses(model, slope):
-        work(2)
+        waiting.append(2)
         loss = model.weight[0] * slope
-        loss.register_hook(lambda gradient: work(5))
+        loss.register_hook(lambda gradient: waiting.append(5))
         return [loss]
 
-    batches = (work(11) or slope for slope in (1.0, 3.0, 2.0))
-    after = register_optimizer_step_post_hook(lambda *given: work(13))
+    batches = (waiting.append(11) or slope for slope in (1.0, 3.0, 2.0))
+    after = register_optimizer_step_post_hook(lambda *given: waiting.append(13))
     assert [*throughput.train_on(model, batches, losses)] == [20, 20, 20]
     after.remove()
     assert model.weight.item() == pytest.approx(-0.0003, abs=1e-7) and model.weight.grad is None
@@ -291,9 +286,8 @@ def test_model_of_throughput_has_no_dropout_and_the_papers_lora(shape, rank, tin
     model, _ = throughput.make_model(shape, "cpu", torch.float32)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
-    adapted = {name: m for name, m in model.named_modules() if isinstance(m, train.LoraLinear)}
-    assert len(adapted) == 6 and all("language_model" in name for name in adapted)
-    assert {(m.scaling["default"], m.lora_A["default"].out_features) for m in adapted.values()} == {(2, rank)}
+    adapted = [m for m in model.modules() if isinstance(m, train.LoraLinear)]
+    assert {(m.scaling["default"], m.lora_A["default"].out_features) for m in adapted} == {(2, rank)}
 
 
 @pytest.mark.parametrize("name, items, expected", [
@@ -317,30 +311,13 @@ def test_memory_is_measured_of_the_scheme_that_is_named(name, items, expected, t
     check_step(expected, model, heaviest, losses)
 
 
-def test_memory_formula_predicts_the_peak_of_a_step(tiny, monkeypatch):
-    """Weights in bf16; of the adapter weights, AdamW's two numbers and a gradient, in float32; and, of a
-    large vocabulary, mostly logits in float32, their log-softmax and its gradient."""
-    model, processor = throughput.make_model("tiny", "meta", torch.bfloat16, checkpointing=False)
-    batch = throughput.packed_batch(throughput.make_pairs(1), processor)
-    peak = throughput.count_work(model, batch).peak
-    monkeypatch.setattr(throughput, "mdpo_step", lambda *given: torch.zeros(1, 1, requires_grad=True))
-    always = throughput.count_work(model, batch).peak
-    n_adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    n_frozen = sum(p.numel() for p in model.parameters()) - n_adapter
-    assert always == pytest.approx(2 * n_frozen + 16 * n_adapter, abs=64)
-    assert peak - always == pytest.approx(12 * 20_000 * batch.predictors.numel(), rel=0.15)
-
-
 QKV = [(1, 2, 8, 16)] * 3
 ATTENTION = 2 * 2 * 2 * 8 * 8 * 16  # two products, of two heads: 8 x 16 x 8 and 8 x 8 x 16
 
 
 @pytest.mark.parametrize("operation, shapes, counted", [
-    (torch.matmul, [(4, 8), (8, 16)], (2 * 4 * 8 * 16, 0, 1)),
-    (torch.Tensor.addmm_, [(4, 16), (4, 8), (8, 16)], (1024, 0, 1)),  # LoRA's, in place
-    (torch.add, [(4, 8), (4, 8)], (0, 2 * 3 * 32, 1)),
-    (lambda a, row: a + row.expand_as(a), [(4, 8), (1, 8)], (0, 2 * (32 + 8 + 32), 1)),
-    (torch.t, [(4, 8)], (0, 0, 0)),  # a view
+    (torch.Tensor.addmm_, [(4, 16), (4, 8), (8, 16)], (2 * 4 * 8 * 16, 0, 1)),  # LoRA's, in place
+    (lambda a, row: a + row.expand_as(a), [(4, 8), (1, 8)], (0, 2 * (32 + 8 + 32), 1)),  # and a view
     (throughput.attention_on_gpu, QKV, (ATTENTION, 0, 1)),
     (partial(throughput.attention_on_gpu, is_causal=True), QKV, (ATTENTION / 2, 0, 1)),
     (throughput.attention_on_gpu, [*QKV, (1, 1, 8, 8)], (ATTENTION, 0, 1)),  # under a mask
@@ -352,9 +329,12 @@ def test_what_an_operation_counts(operation, shapes, counted):
     assert (work.flops, work.traffic, work.launches) == counted
 
 
-def test_checkpointing_computes_the_layer_once_more(tiny):
-    """Of width 32 and an MLP of 64: a layer's products, LoRA's A of six and B of all but the last, which
-    nothing needs, and attention: causal in a row, whole where y_l's n tokens see a prefix."""
+def test_memory_formula_and_checkpointing_count_what_a_step_does(tiny, monkeypatch):
+    """Recomputed, of width 32 and an MLP of 64: a layer's products, LoRA's A of six and B of all but the
+    last, which nothing needs, and attention: causal in a row, whole where y_l's n tokens see a prefix.
+
+    The peak: weights in bf16; of the adapter, AdamW's two numbers and a gradient, too, in float32; and, of
+    a large vocabulary, mostly logits in float32, their log-softmax and its gradient."""
     model, processor = throughput.make_model("tiny", "meta", torch.bfloat16, checkpointing=False)
     batch = throughput.packed_batch(throughput.make_pairs(1), processor)
     without = throughput.count_work(model, batch)
@@ -365,7 +345,12 @@ def test_checkpointing_computes_the_layer_once_more(tiny):
     seen = [(n, n / 2 if owner == row else prefix + n) for row, (n, owner, prefix) in enumerate(batch.blocks)]
     attention = sum(4 * 32 * n * n_keys for n, n_keys in seen)
     assert again.flops - without.flops == 2 * len(batch.take) * (layer + lora) + attention
-    assert again.traffic > without.traffic and again.launches > without.launches
+    monkeypatch.setattr(throughput, "mdpo_step", lambda *given: torch.zeros(1, 1, requires_grad=True))
+    always = throughput.count_work(model, batch).peak
+    n_adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_frozen = sum(p.numel() for p in model.parameters()) - n_adapter
+    assert always == pytest.approx(2 * n_frozen + 16 * n_adapter, abs=64)
+    assert without.peak - always == pytest.approx(12 * 20_000 * batch.predictors.numel(), rel=0.15)
 
 
 def test_readme_hours_are_what_is_counted():
@@ -414,14 +399,9 @@ def test_memory_formula_prints_peaks_and_hours_of_the_slower_of_card_and_host(ti
     n_drawn, long = itertools.count(1), {1: 21, 3 * 97: 44}  # a question, counted twice, and the 97th y_l
     monkeypatch.setattr(throughput, "draw_length", lambda rng, mean: long.get(next(n_drawn) % 90_000, 3))
     monkeypatch.setattr(throughput, "packed_batch", lambda pairs, _: len(pairs[0].rejected.split()))
-
-    make_model = lambda shape, device, dtype, checkpointing: (checkpointing, "a processor")
-    monkeypatch.setattr(throughput, "make_model", make_model)
-
-    def count_work(checkpointing, longest):
-        launches, peak = 100_000 * checkpointing, 2**30 * longest
-        return SimpleNamespace(flops=475.2e12, traffic=1.92e12, launches=launches, peak=peak)
-
+    monkeypatch.setattr(throughput, "make_model", lambda *given: (given[-1], "a processor"))
+    work = partial(SimpleNamespace, flops=475.2e12, traffic=1.92e12)
+    count_work = lambda checkpointing, longest: work(launches=100_000 * checkpointing, peak=longest * 2**30)
     monkeypatch.setattr(throughput, "count_work", count_work)
     throughput.run(["--only", "memory-formula"])
     names = "shape", "checkpointing", "micro_batch_size", "peak_gib", "device_name", "dtype", "hours"
@@ -443,30 +423,22 @@ more = lambda beta, delta: {"conditional": 0.2 * softplus(-2 * beta), "anchor": 
     (variants.chip_loss, {}, lambda beta: {"joint": softplus(-5 * beta)}),
     (variants.opa_dpo_loss, {}, lambda beta: dpo(beta) | more(beta, 0)),
     (variants.opa_dpo_loss, {"delta": 0.25}, lambda beta: dpo(beta) | more(beta, 0.25)),
-    (variants.rpo_loss, OF_4_TOKENS, lambda beta: dpo(beta) | {"sft": 10 / 4}),
-    (variants.rpo_loss, OF_4_TOKENS | {"alpha": 2}, lambda beta: dpo(beta) | {"sft": 2 * 10 / 4}),
+    (variants.rpo_loss, OF_4_TOKENS, lambda beta: dpo(beta) | {"sft": 10.1 / 4}),
+    (variants.rpo_loss, OF_4_TOKENS | {"alpha": 2}, lambda beta: dpo(beta) | {"sft": 2 * 10.1 / 4}),
 ])  # fmt: skip
 def test_losses_of_the_variants_by_hand(loss, options, expected, beta):
     """A wrong sign or weight is another paper's loss. Rewards are 1, -2 and -1 times beta; log pi(y_w | m_w,
-    q) is -10, over 4 tokens. In the second example policy and reference are equal: a mean would show."""
-    policy = LogPs(*(torch.cat(each).requires_grad_() for each in zip(POLICY, REF)))
-    losses, metrics = loss(policy, LogPs(*(ref.repeat(2) for ref in REF)), **beta, **options)
+    q) is -10.1, which is no float32, over 4 tokens. The second example's rewards are 0: a mean would show."""
+    policy, ref = (LogPs(*(logp.double() - 0.1 for logp in logps)) for logps in (POLICY, REF))
+    policy = LogPs(*(torch.cat(each).requires_grad_() for each in zip(policy, ref)))
+    losses, metrics = loss(policy, LogPs(*(logp.repeat(2) for logp in ref)), **beta, **options)
     beta = beta.get("beta", 0.1)
     assert losses.shape == (2,) and losses.requires_grad
-    assert losses[0].item() == pytest.approx(sum(expected(beta).values()), abs=1e-6)
+    assert losses[0].item() == pytest.approx(sum(expected(beta).values()), abs=1e-12)
     terms = {name[5:]: value[0].item() for name, value in metrics.items() if name.startswith("loss/")}
-    assert terms == pytest.approx(expected(beta), abs=1e-6)
+    assert terms == pytest.approx(expected(beta), abs=1e-12)
     assert metrics["rewards/image_margins"].tolist() == pytest.approx([2 * beta, 0])
     assert not any(value.requires_grad for value in metrics.values())
-
-
-def test_rpo_needs_no_rejected_image():
-    """It is DPO and SFT. A tenth of a nat less is no float32, and must not become one."""
-    policy, ref = ([logp.double() - 0.1 for logp in logps[:2]] for logps in (POLICY, REF))
-    batch = SimpleNamespace(labels=torch.tensor([[0, 1], [-100, 0]]))
-    losses, metrics = variants.rpo_loss(policy, ref, 0.5, batch=batch)
-    assert losses.item() == pytest.approx(softplus(-1.5) + 10.1 / 2, abs=1e-12)
-    assert not any("image" in name for name in metrics)
 
 
 @pytest.mark.parametrize("level", [64, 128, 191])
@@ -494,7 +466,6 @@ def test_mask_hides_three_patches_in_ten():
         assert after in (before, bytes([grey]) * 24)
         n_hidden += after != before
     assert n_hidden == 173
-    assert variants.mask_patches(image, rng).tobytes() != masked.tobytes()
     image = noise(2, (100, 75))  # no multiple of 24
     changed = ImageChops.difference(image, variants.mask_patches(image, rng)).convert("L").tobytes()
     assert 1 - changed.count(0) / (100 * 75) == pytest.approx(0.3, abs=0.02)
