@@ -95,33 +95,20 @@ def written():
 PUBLISHED = r"""
 the authors': {"img_path": "img/0.png", "prompt": "$BUNNY", $PAIR} -> {"prompt": "$BUNNY"}
 an id with half of a character: {"id": "\ud800", $ASKED, $PAIR} -> {"id": "\ud800"}
-MMPR: {"id": 7, "image": ["img/0.png"], "question": "Q", $PAIR} -> {"id": "7"}
-MIA-DPO: {"image": ["img/1.png", "img/0.png"], "question": "1: <image-placeholder> 2: <image-placeholder> Q",
-    $PAIR} -> {"images": ["img/1.png", "img/0.png"], "prompt": "1: <image> 2: <image> Q"}
+MIA-DPO: {"id": 7, "image": ["img/1.png", "img/0.png"], "question": "<image-placeholder> <image-placeholder>
+    Q", $PAIR} -> {"id": "7", "images": ["img/1.png", "img/0.png"], "prompt": "<image> <image> Q"}
 SeVa: {"image_id": "img/0.png", "question": "Q", "chosen": "A", "reject": "B"} -> {}
-POVID: {"id": "c7", "image": "./img/0.png", "conversations": [{"from": "human", "value": "<image>\nQ"}, $GPT],
-    "rejected_conversations": [{"from": "human", "value": "<image>\nQ"}, $OTHER]} -> {"id": "c7", "prompt":
-    "<image>\nQ"}
-JSON in strings: {$IMG, "conversations": "[{\"from\": \"human\", \"value\": \"Q\"}, {\"from\": \"gpt\",
-    \"value\": \"A\"}]", "rejected_conversations": [$HUMAN, $OTHER]} -> {}
+POVID, JSON in a string: {"id": "c7", "image": "./img/0.png", "conversations": "[{\"from\": \"human\",
+    \"value\": \"<image>\\nQ\"}, {\"from\": \"gpt\", \"value\": \"A\"}]", "rejected_conversations": [{"from":
+    "human", "value": "<image>\nQ"}, $OTHER]} -> {"id": "c7", "prompt": "<image>\nQ"}
 RLHF-V: {"idx": 0, "image_path": "img/0.png", "origin_split": "{\"model\": \"muffin\"}", "text":
-    "{\"question\": \"Q\", \"chosen\": \"A\", \"rejected\": \"B\"}"} -> {"id": "0"}
-RLHF-V, whose text begins with an id: {$IMG, "text": "{\"id\": 5, \"question\": \"Q\", \"chosen\": \"A\",
-    \"rejected\": \"B\"}"} -> {"id": "5"}
-VLFeedback: {"id": "llava-7", "prompt": "Q", "completions": [{"response": "B", "annotations": {"Help":
-    {"Rating": "1"}}}, {"response": "A", "annotations": {"Help": {"Rating": "5"}}}]} -> {"id": "llava-7",
-    "images": ["llava-7.jpg"]}
+    "{\"chosen\": \"A\", \"question\": \"Q\", \"rejected\": \"B\"}"} -> {"id": "0"}
 VLFeedback as columns: {"id": "llava-7", "prompt": "Q", "completions": {"response": ["B", "A"], "annotations":
     {"Help": {"Rating": ["1", "5"]}}}} -> {"id": "llava-7", "images": ["llava-7.jpg"]}
-LLaMA-Factory: {$IMGS, "conversations": [{"from": "human", "value": "<image>Q"}], "chosen": $GPT, "rejected":
-    $OTHER} -> {"prompt": "<image>Q"}
-LLaMA-Factory, turns: {$IMGS, "messages": [$TURNS, $USER], "chosen": $A, "rejected": $B} -> {"prompt":
-    [$TURNS, $USER]}
-LLaMA-Factory, system: {$IMGS, "conversations": [$HUMAN], "system": "Be brief.", $PAIR} -> {"prompt":
-    [$SYSTEM, $USER]}
-Alpaca, input: {$IMGS, "instruction": "Say.", "input": "Q", $PAIR} -> {"prompt": "Say.\nQ"}
-Alpaca, history: {$IMGS, "instruction": "Q", "history": [["<image>Round?", "Yes."]], $PAIR} -> {"prompt":
-    [$TURNS, $USER]}
+LLaMA-Factory: {$IMGS, "conversations": [$HUMAN], "system": "Be brief.", "chosen": $GPT, "rejected": $OTHER}
+    -> {"prompt": [$SYSTEM, $USER]}
+Alpaca: {$IMGS, "instruction": "Say.", "input": "Q", "history": [["<image>Round?", "Yes."]], $PAIR} ->
+    {"prompt": [$TURNS, {"role": "user", "content": "Say.\nQ"}]}
 history of messages: {$ASKED, "history": [{"from": "human", "value": "<image>Round?"}, {"from": "gpt",
     "value": "Yes."}], $PAIR} -> {"prompt": [$TURNS, $USER]}
 a history that the conversation holds, too: {$IMG, "system": "Be brief.", "history": [["<image>Round?",
@@ -129,13 +116,10 @@ a history that the conversation holds, too: {$IMG, "system": "Be brief.", "histo
     $USER]}
 a question that was asked before: {$ASKED, "history": [["Q", "Yes."]], $PAIR} -> {"prompt": [$USER, {"role":
     "assistant", "content": "Yes."}, $USER]}
-ms-swift, turns: {"images": "img/0.png", "messages": [$SYSTEM, $TURNS, $USER, $A], "rejected_response": "B"}
-    -> {"prompt": [$SYSTEM, $TURNS, $USER]}
-ms-swift, rejected messages and image: {$IMGS, "messages": [$USER, $A], "rejected_messages": [$USER, $B],
-    "rejected_images": ["img/1.png"]} -> {"rejected_images": ["img/1.png"]}
+ms-swift: {"images": "img/0.png", "messages": [$SYSTEM, $TURNS, $USER, $A], "rejected_messages": [$SYSTEM,
+    $TURNS, $USER, $B], "rejected_images": ["img/1.png"]} -> {"prompt": [$SYSTEM, $TURNS, $USER],
+    "rejected_images": ["img/1.png"]}
 ms-swift's documentation, the image rejected: {$ASKED, "rejected_image": "img/0.png", $PAIR} -> {}
-own rejected image: {$ASKED, "rejected_image": "img/1.png", $PAIR} -> {"rejected_images": ["img/1.png"]}
-a rejected image of nothing: {$ASKED, "rejected_images": [""], $PAIR} -> {}
 STIC: {$IMG, "chosen": [$USER, $A], "rejected": [$USER, $B]} -> {}
 a prompt longer than the conversations: {$IMG, "prompt": [$TURNS, $USER], "chosen": [$USER, $A], "rejected":
     [$USER, $B]} -> {"prompt": [$TURNS, $USER]}
@@ -146,19 +130,15 @@ a data URI in a part: {"prompt": [{"role": "user", "content": [ {"type": "image_
     "data:image/png;base64,$BASE64"}}, $TEXT]}], $PAIR} -> {"prompt": [$SHOWN], "images": ["$RED_PATH"]}
 a prompt without the image that the conversation has: {"prompt": "Q", "rejected": "B", "chosen": [{"role":
     "user", "content": [{"type": "image", "image": "img/0.png"}, $TEXT]}, $A]} -> {"prompt": [$SHOWN]}
-base64: {"image": "$BASE64", "question": "Q", $PAIR} -> {"images": ["$RED_PATH"]}
 base64 in a list, and a list of nothing: {"images": [{"bytes": "$BASE64", "path": "x.png"}],
     "rejected_images": [null], "question": "Q", $PAIR} -> {"images": ["$RED_PATH"]}
-empty fields before an image: {"images": [], "image": {"bytes": null, "path": null}, "image_path":
-    "img/0.png", "question": "Q", $PAIR} -> {}
-RLAIF-V, bytes cut short beside a path: {"image": {"bytes": "/9j/4AAQ", "path": null}, "image_path":
-    "img/0.png", "question": "Q", $PAIR} -> {}
+empty fields and bytes cut short before an image: {"images": [], "image": {"bytes": "/9j/4AAQ", "path": null},
+    "image_path": "img/0.png", "question": "Q", $PAIR} -> {}
 a question beside a longer conversation: {$ASKED, "conversations": [$HUMAN, $GPT, {"from": "human", "value":
     "So?"}], $PAIR} -> {}
-texts under the names of lists of records: {$ASKED, $PAIR, "data": "coco", "train": "yes"} -> {}
 unused fields of any form: {$ASKED, $PAIR, "meta": {"from": "coco"}, "thumbnail": {"bytes": "AAAA"}, "note":
     "{\"question\": ", "hash": "/9j/$LONG", "messages": [{"from": "coco"}], "completions": [1], "text":
-    "$DEEP"} -> {}
+    "$DEEP", "data": "coco", "train": "yes"} -> {}
 conversations as columns: {$IMG, "conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}, "rejected":
     "B"} -> {}
 messages and their parts as columns: {"messages": {"role": ["user"], "content": [{"type": ["image", "text"],
@@ -170,7 +150,6 @@ an answer that is an object: {$ASKED, "chosen": "{\"question\": \"What?\"}", "re
 an answer that is a table: {$ASKED, "chosen": "[[\"red\", \"1\"]]", "rejected": "B"} -> {"chosen":
     "[[\"red\", \"1\"]]"}
 an answer in quotes: {$ASKED, "chosen": "\"It is red.\"", "rejected": "B"} -> {"chosen": "\"It is red.\""}
-an answer that is a number: {$ASKED, "chosen": "42", "rejected": "B"} -> {"chosen": "42"}
 a message as JSON: {$ASKED, "chosen": "{\"from\": \"gpt\", \"value\": \"A\"}", "rejected": "B"} -> {}
 """
 
@@ -198,15 +177,12 @@ no question: {$IMG, $PAIR} -> question or answer in the fields image, chosen, re
 only a system text: {$IMG, "messages": [$SYSTEM], $PAIR} -> user last
 a prompt of white space: {$ASKED, "prompt": "  ", $PAIR} -> no text
 equal answers: {$ASKED, "chosen": "A", "rejected": " A"} -> equal
-an answer by the user: {$ASKED, "chosen": $HUMAN, "rejected": "B"} -> must end in an assistant
 a rejected conversation that ends in a question: {$ASKED, "chosen": [$USER, $A], "rejected": [$USER, $USER]}
     -> must end in an assistant
 an answer with an image: {$ASKED, "chosen": "<ImageHere>A", "rejected": "B"} -> an assistant
 other turns before: {$IMG, "chosen": [$USER, $A], "rejected": [$SYSTEM, $B]} -> before their last turn
 a message without text: {$ASKED, "chosen": {"from": "gpt"}, "rejected": "B"} -> 'chosen': has no 'value'
 no image: {"question": "Q", $PAIR} -> an empty image
-the first image field is missing: {"image": "9.png", "path": "img/0.png", "question": "Q", $PAIR} -> no such
-    image '9.png'
 one of two missing beside another field: {"images": ["img/0.png", "img/9.png"], "image": "img/1.png",
     "question": "Q", $PAIR} -> no such image 'img/9.png'
 an image of nothing among others: {"images": [null, "img/1.png"], "question": "Q", $PAIR} -> an empty image
