@@ -213,10 +213,8 @@ def test_defaults_are_the_papers():
     (3, "", (32, 4, 3)),  # 8 micro-batches for 9 places
     (16, "", (32, 2, 1)),
     (64, "", (64, 1, 1)),
-    (2, "--per_device_train_batch_size 8", (32, 8, 2)),
     (8, "--per_device_train_batch_size 8", (64, 8, 1)),
     (2, "--gradient_accumulation_steps 3", (24, 4, 3)),
-    (2, "--per_device_train_batch_size 5 --gradient_accumulation_steps 1", (10, 5, 1)),
 ])  # fmt: skip
 def test_an_update_is_32_examples_on_any_number_of_processes(n, given, expected, monkeypatch):
     """With TRL's rule the batch grows with the GPUs, and the paper's learning rate no longer fits."""
@@ -243,9 +241,8 @@ def test_processes_share_train_pys_plan(n, seed):
 
 @pytest.mark.parametrize("argv, message", [
     ("--loss_type ipo --label_smoothing 0.1", "not used by mDPO in TRL: --loss_type --label_smoothing"),
-    ("--padding_free True", "--padding_free"),
     ("--lr 1e-3 --no-image", "--lr --no-image"),
-    *[(f"--{name} 1", name) for name in "sync_ref_model fp16 auto_find_batch_size data_seed".split()],
+    *[(f"--{name} 1", name) for name in "sync_ref_model fp16 padding_free data_seed".split()],
     ("--learning_rate fast", "invalid float value"),
     ("--data /none.json", "/none.json: no such file"),
     ("--resume_from_checkpoint /", "/: holds no checkpoint"),
@@ -259,19 +256,15 @@ def test_what_is_not_used_or_wrong_is_one_line(bunny, drawn, tmp_path, capsys, a
     assert message in printed[-1] and sum("error: " in line for line in printed) == 1
 
 
-def test_processes_that_would_train_alone_are_refused(monkeypatch):
-    """Under torchrun without a GPU each process was a world of its own, and trained the same run."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("n, n_gpus", [(2, 0), (1, 2)])
+def test_processes_without_a_gpu_or_with_several_are_refused(n, n_gpus, monkeypatch):
+    """Without one each was a world of its own, and trained the same run. Several would split each packed row
+    among them, in the middle of an image."""
+    monkeypatch.setenv("WORLD_SIZE", str(n))
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(BadInput, match="2 processes, . GPUs each: .* --use_cpu"):
+    monkeypatch.setattr(trl_mdpo.MDPOConfig, "n_gpu", n_gpus)
+    with pytest.raises(BadInput, match=f"{n} processes, {n_gpus} GPUs each: use torchrun, .* --use_cpu"):
         trl_mdpo.parse(["--model", "m", "--data", "d"])
-
-
-def test_one_process_for_several_gpus_is_refused(bunny, drawn, tmp_path, monkeypatch):
-    """The Trainer would split each packed row among them, in the middle of an image."""
-    monkeypatch.setattr(trl_mdpo.MDPOConfig, "n_gpu", 2)
-    with pytest.raises(BadInput, match="1 processes, 2 GPUs each: use torchrun"):
-        trl_mdpo.parse(flags(bunny, drawn, tmp_path / "out"))
 
 
 def test_the_model_card_is_true(runs):
@@ -282,17 +275,12 @@ def test_the_model_card_is_true(runs):
         assert "learning rate 0.01" in card and "LoRA rank 4, alpha 8" in card and "base_model" not in card
 
 
-def data_set(form="text", own=True):
-    """PAIRS as a `Dataset` of texts, messages or parts. own: with rejected images; else with `image`."""
-
-    def say(role, text):
-        if form == "parts":
-            return [message(role, *["IMAGE"] * (role == "user"), text)]
-        return text if form == "text" else [{"role": role, "content": text}]
-
+def data_set(form="texts", own=True):
+    """PAIRS as a `Dataset` of texts or messages. own: with rejected images; else with `image`."""
+    say = lambda role, *parts: [message(role, *parts)] if form == "messages" else parts[-1]
     rows = []
     for one in PAIRS:
-        row = {"prompt": say("user", one.question), "id": "a column that nothing needs"}
+        row = {"prompt": say("user", "IMAGE", one.question), "id": "a column that nothing needs"}
         row |= {name: say("assistant", getattr(one, name)) for name in ("chosen", "rejected")}
         shown = {"images": [*one.images], "rejected_images": [*one.images_rejected]}
         rows.append(row | (shown if own else {"image": one.images[0]}))
@@ -322,7 +310,7 @@ def test_each_step_is_mdpo_steps(wrap, family, tmp_path):
     model, processor = train.load_model(str(family[0]))
     ref_model = None if wrap else train.load_model(str(family[0]))[0]
     model.requires_grad_(False).get_decoder().requires_grad_(not wrap)  # an adapter, or all weights
-    trainer = in_trl(tmp_path, model, processor, data_set("parts"), wrap, beta=0.3)
+    trainer = in_trl(tmp_path, model, processor, data_set("messages"), wrap, beta=0.3)
     torch.manual_seed(0)
     for weight in trainer.model.parameters():  # as after some steps: it is not its reference any more
         weight.data += 0.02 * torch.randn_like(weight) * weight.requires_grad
@@ -365,10 +353,9 @@ def test_the_crop_is_drawn_once_a_visit_for_policy_and_reference(llava, tmp_path
 
 def test_accumulated_and_evaluated(llava, tmp_path):
     """Two micro-batches an update, evaluation, a loss of one's own: metrics keep TRL's names there."""
-    data = data_set("messages")
-    more = {"eval_dataset": data, "loss": partial(mdpo_loss, anchors=(), delta=0.5)}
+    more = {"eval_dataset": data_set(), "loss": partial(mdpo_loss, anchors=(), delta=0.5)}
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "eval_strategy": "epoch"}
-    trainer = in_trl(tmp_path, *train.load_model(str(llava)), data, True, more, learning_rate=1e-2, **options)
+    trainer = in_trl(tmp_path, *train.load_model(str(llava)), None, True, more, learning_rate=1e-2, **options)
     trainer.train()
     record, evaluation, _ = trainer.state.log_history
     assert record["loss"] == pytest.approx(LN_8 * 2 / 3, abs=1e-4) and "loss/anchor" not in record
