@@ -155,16 +155,15 @@ def check_step(expected, peft_model, batch, losses):
 
 
 def test_throughput_compares_like_with_like_at_identical_settings(tiny, monkeypatch):
-    """The README's first claim. TRL's constructor would make the authors' rows go back through the frozen
-    tower, too. 2 examples in half a second are 4 a second, 30,000 take 7500 s."""
+    """The README's first claim. TRL's constructor changes the model that it is given, and so has its own."""
     stood_on = []
     rival = lambda model, *rest: stood_on.append(model) or (make_batch, throughput.authors_step)
     monkeypatch.setattr(throughput, "trl_rival", rival)
     tiny.trl, given = True, timed(monkeypatch, FAST, SLOW, SLOW)
     found = throughput.compare(tiny, True)
     assert found["identical"] and {*found["speedup"]} == {"authors", "trl"}
-    assert found["examples_per_second"] == {"ours": 4, "authors": 1, "trl": 1}
-    assert found["hours_for_10k_x_3"] == pytest.approx(7500 / 3600)
+    assert found["examples_per_second"] == {"ours": 4, "authors": 1, "trl": 1}  # 2 in 0.5 s; in 2 s
+    assert found["hours_for_10k_x_3"] == pytest.approx(30_000 / 4 / 3600)
     models, batches, losses = zip(*given)
     assert stood_on == [models[2]] and len({*models}) == 3
     [*map(check_step, (OURS, AUTHORS, AUTHORS), models, map(next, batches), losses)]
@@ -188,8 +187,7 @@ def test_throughput_at_its_best_and_as_released(dtype, autocast, tiny, monkeypat
     (2, 3, (2, 1, 4), (6, 4, 16), (3, 4, 4), 1),  # each round's own
 ])  # fmt: skip
 def test_throughput_ratio_is_of_the_same_round(items, rounds, ours, theirs, found, rate, tiny, monkeypatch):
-    """Upside down, a README's "2 times as long" would be its opposite. Two steps before do not count. All see
-    the same examples, none twice, as in training."""
+    """Upside down, "2 times as long" would be its opposite. As in training, all see examples but once."""
     tiny.items, tiny.rounds, given = items, rounds, timed(monkeypatch, (100, 100, *ours), (100, 100, *theirs))
     measured = throughput.compare(tiny, True)
     assert measured["speedup"] == {"authors": dict(zip(("low", "median", "high"), found))}
@@ -199,13 +197,12 @@ def test_throughput_ratio_is_of_the_same_round(items, rounds, ours, theirs, foun
         assert seen == [str(i) for i in range(2 * (2 + len(ours)))]
 
 
-@pytest.mark.parametrize("shape", ["tiny", "llava"])
-def test_throughput_rivals_have_the_same_loss(shape, tiny, monkeypatch):
+def test_throughput_rivals_have_the_same_loss(tiny, monkeypatch):
     """A rival that computes something else is none. A CLIP has a token of the whole image, left out."""
     text = transformers.LlamaConfig(**dict(zip(throughput.TEXT, (32, 64, 1, 2, 600))))
     vision = transformers.CLIPVisionConfig(**dict(zip(tiny_bunny.VISION, (32, 64, 2, 2, 8, 32))))
     monkeypatch.setitem(throughput.SHAPES, "llava", (text, vision))
-    model, processor = throughput.make_model(shape, "cpu", torch.float32)
+    model, processor = throughput.make_model("llava", "cpu", torch.float32)
     torch.manual_seed(4)
     move(model)
     pairs = throughput.make_pairs(2)
