@@ -109,13 +109,11 @@ LLaMA-Factory: {$IMGS, "conversations": [$HUMAN], "system": "Be brief.", "chosen
     -> {"prompt": [$SYSTEM, $USER]}
 Alpaca: {$IMGS, "instruction": "Say.", "input": "Q", "history": [["<image>Round?", "Yes."]], $PAIR} ->
     {"prompt": [$TURNS, {"role": "user", "content": "Say.\nQ"}]}
-history of messages: {$ASKED, "history": [{"from": "human", "value": "<image>Round?"}, {"from": "gpt",
-    "value": "Yes."}], $PAIR} -> {"prompt": [$TURNS, $USER]}
 a history that the conversation holds, too: {$IMG, "system": "Be brief.", "history": [["<image>Round?",
     "Yes."]], "messages": [$TURNS, $USER, $A], "rejected_response": "B"} -> {"prompt": [$SYSTEM, $TURNS,
     $USER]}
-a question that was asked before: {$ASKED, "history": [["Q", "Yes."]], $PAIR} -> {"prompt": [$USER, {"role":
-    "assistant", "content": "Yes."}, $USER]}
+a question that was asked before, a history of messages: {$ASKED, "history": [$HUMAN, $GPT], $PAIR} ->
+    {"prompt": [$USER, $A, $USER]}
 ms-swift: {"images": "img/0.png", "messages": [$SYSTEM, $TURNS, $USER, $A], "rejected_messages": [$SYSTEM,
     $TURNS, $USER, $B], "rejected_images": ["img/1.png"]} -> {"prompt": [$SYSTEM, $TURNS, $USER],
     "rejected_images": ["img/1.png"]}

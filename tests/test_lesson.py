@@ -26,7 +26,6 @@ WITHOUT_A_SCREEN = """
 import os, sys
 from importlib.machinery import ModuleSpec
 from unittest.mock import MagicMock
-
 os.environ["MPLBACKEND"] = "Agg"
 try:
     import matplotlib
@@ -103,8 +102,7 @@ def test_the_conclusions_follow_from_the_numbers():
     """Outputs that are made anew, below sentences that no longer hold."""
     assert row("eq. 8")[0] == pytest.approx(3 * math.log(2), abs=1e-4)
     assert row("only y_w has the polite phrase: ")[0] > 80
-    left_dpo, left_mdpo = row("without the image is left: ")
-    assert left_dpo > 200 / 3 and left_mdpo > 200 / 3  # mDPO does not remove the shortcut
+    assert min(row("without the image is left: ")) > 200 / 3  # mDPO does not remove the shortcut, either
     for title in "m_w over m_l, a crop", "m_w over another image":
         dpo, mdpo, difference, error = row(title)
         assert mdpo - dpo == pytest.approx(difference, abs=0.0011) and difference > 2 * error, title
@@ -123,10 +121,8 @@ def test_the_conclusions_follow_from_the_numbers():
 
 def test_the_sixty_steps_are_the_demos():
     """The lesson trains on other data, or otherwise, than the run whose table the README shows."""
-    titles = {
-        "false_premise": "false premises refused", "hallucination_rate": "answers with a false claim",
-        "malformed": "answers that are no sentence", "length": "words of an answer",
-    }  # fmt: skip
+    titles = {"false_premise": "false premises refused", "hallucination_rate": "answers with a false claim",
+              "malformed": "answers that are no sentence", "length": "words of an answer"}  # fmt: skip
     for metric, title in titles.items():
         [line] = re.findall(rf"^  {metric} +([\d. ]+)", README, re.MULTILINE)
         assert numbers(line) == row(title), metric

@@ -205,7 +205,6 @@ STORE = {  # the hub's and the repositories' files, each by its own name, with t
     "RLAIF-V/eval/data/synonyms_refine.txt": "person",
     "RLAIF-V/eval/eval_gpt_obj_halbench.py": ARGUMENTS + OBJHAL,
 }
-PROGRAMS = dict.fromkeys(["hf", "git", "curl"], STAND_IN) | {"python": PYTHON}
 OURS = {"train.py": train.main, "examples/benchmarks.py": benchmarks.run}
 
 # At its end it asks for nothing. If a program raises, nobody replies, and `timeout` ends the script.
@@ -226,7 +225,7 @@ def bash(tmp_path, monkeypatch):
         write(Path("store", path), content)
     shutil.make_archive("store/merged_images", "zip", "store", "merged_images")
     shutil.make_archive("store/annotations_trainval2014", "zip", "store", "annotations")
-    for name, text in PROGRAMS.items():
+    for name, text in {"hf": STAND_IN, "git": STAND_IN, "curl": STAND_IN, "python": PYTHON}.items():
         os.chmod(write(Path("bin", name), text), 0o755)
     os.mkfifo("ask")
     os.mkfifo("reply")
