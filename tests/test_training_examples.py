@@ -129,27 +129,23 @@ AUTHORS = OURS | {"images": [6, 6], "attention": [(None, False)] * 3}  # three i
 def check_step(expected, peft_model, batch, losses):
     """One step, watched, has these settings, and not a pass, image, token or logit more."""
     model, did = peft_model.get_base_model(), defaultdict(list)
-    decoder, head, tower = model.get_decoder(), model.lm_head, model.model.vision_tower
-    attention, mlp = decoder.layers[0].self_attn, decoder.layers[0].mlp
+    decoder, layer = model.get_decoder(), model.get_decoder().layers[0]
 
-    def note(module, given, options):
-        if module is decoder:
-            did["tokens"].append(options["inputs_embeds"].shape[:2].numel())
-            did["gradient"].append(torch.is_grad_enabled())
-        elif module is attention:
-            autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-            did["attention"].append(("blocks" in options or options["attention_mask"], autocast))
-        elif module is head:
-            did["logits"].append(given[0][..., 0].numel())
-        else:
-            did["images"].append(len(given[0] if given else options["pixel_values"]))
-
-    for module in (decoder, attention, head, tower):
+    def watch(name, module, look):
+        note = lambda module, given, options: did[name].append(look(*given, **options))
         module.register_forward_pre_hook(note, with_kwargs=True)
+
+    autocast = lambda: torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+    watch("gradient", decoder, lambda **options: torch.is_grad_enabled())
+    watch("tokens", decoder, lambda inputs_embeds, **options: inputs_embeds[..., 0].numel())
+    blocks_or_mask = lambda attention_mask, **options: "blocks" in options or attention_mask
+    watch("attention", layer.self_attn, lambda **options: (blocks_or_mask(**options), autocast()))
+    watch("logits", model.lm_head, lambda states: states[..., 0].numel())
+    watch("images", model.model.vision_tower, lambda pixel_values, **options: len(pixel_values))
     [*TRAIN_ON(peft_model, [batch], losses)]
     assert all(p.isfinite().all() for p in model.parameters())  # nan, where two models share how they attend
     did["LoRA"] = {type(module) for module in model.modules() if hasattr(module, "lora_A")}
-    did["activation"] = type(mlp.activation_fn).__name__
+    did["activation"] = type(layer.mlp.activation_fn).__name__
     tokens, scored = (batch.labels,) * 2 if batch.take is None else (batch.take, batch.predictors)
     assert did == expected | {"tokens": [tokens.numel()] * 2, "logits": [scored.numel()] * 2}
 
@@ -631,7 +627,6 @@ def test_readme_step_is_mdpo_steps(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     shapes.write_pairs(tmp_path / "runs/demo-1/data", 4)
-
     # Else the adapter would do nothing yet, and the reference might have it.
     monkeypatch.setattr(torch.nn.init, "zeros_", partial(torch.nn.init.normal_, std=0.1))
     exec(code, scope := {})
