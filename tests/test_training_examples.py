@@ -143,7 +143,7 @@ def check_step(expected, peft_model, batch, losses):
     watch("logits", model.lm_head, lambda states: states[..., 0].numel())
     watch("images", model.model.vision_tower, lambda pixel_values, **options: len(pixel_values))
     [*TRAIN_ON(peft_model, [batch], losses)]
-    assert all(p.isfinite().all() for p in model.parameters())  # nan, where two models share how they attend
+    assert all(p.isfinite().all() for p in model.parameters())  # nothing was trained to nan
     did["LoRA"] = {type(module) for module in model.modules() if hasattr(module, "lora_A")}
     did["activation"] = type(layer.mlp.activation_fn).__name__
     tokens, scored = (batch.labels,) * 2 if batch.take is None else (batch.take, batch.predictors)
