@@ -55,19 +55,10 @@ def llavas(llava):
     return train.load_processor(str(llava))
 
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for p in m.content %}"
-    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if p.type == 'image' else p.text }}{% endfor %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
 @pytest.fixture(scope="session")
 def qwen(tmp_path_factory):
     """A processor of Qwen3-VL's kind, whose turns end in <|im_end|>."""
-    processor = train.load_processor(str(families.write_family("qwen3_vl", tmp_path_factory.mktemp("qwen"))))
-    processor.chat_template = CHATML
-    return processor
+    return train.load_processor(str(families.write_family("qwen3_vl", tmp_path_factory.mktemp("qwen"))))
 
 
 def read(folder, *records, **options):
@@ -467,10 +458,10 @@ def test_a_system_message_is_written_once_or_the_record_is_bad(folder, qwen):
     """Some templates have no place for it, and drop it in silence."""
     question, processor = read_one(folder, TURNS, processor=qwen).question, copy.copy(qwen)
     assert row_text(qwen, question, 2).count("Be brief.") == 1
-    twice = "m.role + '\n' + (m.content[0].text if m.role == 'system' else '') }}"
-    dropped = "{% for m in messages if m.role != 'system' %}"
-    for old, new in ("m.role + '\n' }}", twice), ("{% for m in messages %}", dropped):
-        processor.chat_template = CHATML.replace(old, new)
+    twice = "{% for message in [messages[0]] + messages %}"
+    dropped = "{% for message in messages if message.role != 'system' %}"
+    for loop in twice, dropped:
+        processor.chat_template = families.QWEN.replace("{% for message in messages %}", loop)
         assert "no place for a system text" in refusal(folder, TURNS, processor=processor)
 
 
@@ -519,11 +510,8 @@ def test_counts_are_of_what_they_say(folder, bunnys):
 
 def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, llavas):
     """The run would stop hours in, at the batch that holds the conversation. Texts do not matter to it."""
-    (processor := copy.copy(llavas)).chat_template = (
-        "{% for m in messages %}{% set first = loop.first %}[{{ m.role }}]{% for p in m.content %}"
-        "{% if p.type == 'image' and first %}<image>\n{% else %}{{ p.text | default('') }}{% endif %}"
-        "{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    of_the_first_turn, processor = "('<image>\n' if message == messages[0] else '')", copy.copy(llavas)
+    processor.chat_template = families.template(of_the_first_turn, "[{{ message.role }}]", "</s>", "[assistant]")
     first, answer = message("user", "IMAGE", 'Say: "text": "'), message("assistant", "\\")
     turns = [first, answer, message("user", "And", "IMAGE", "this?")]
     assert read(folder, authors(prompt=[first]), processor=processor)

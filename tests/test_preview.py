@@ -23,14 +23,10 @@ from test_mdpo import ROOT, authors, command, noise, write
 from tests.helpers import one_line_of
 
 RECORD = {"image": "a.png", "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
-THINKING = (  # writes reasoning into a block of its own, as Qwen3.5's template does
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-    "{% set text = m.content[0].text %}"
-    "{{ text if '</think>' in text else '<think>\n\n</think>\n\n' + text }}{% else %}{% for p in m.content %}"
-    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if p.type == 'image' else p.text }}"
-    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
-)
+THINKING = families.template(  # writes reasoning into a block of its own, as Qwen3.5's template does
+    "'<|vision_start|><|image_pad|><|vision_end|>'", *families.CHATML[:2], "<|im_start|>assistant\n<think>\n",
+    "part.text if message.role == 'user' or '</think>' in part.text else '<think>\n\n</think>\n\n' + part.text",
+)  # fmt: skip
 
 
 @pytest.fixture
