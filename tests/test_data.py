@@ -9,8 +9,6 @@ import os
 import random
 import re
 import struct
-import subprocess
-import sys
 import time
 import warnings
 import zlib
@@ -27,8 +25,8 @@ import data
 import mdpo
 import train
 from data import BadInput, Example, Pairs, make_batch, open_image, read_examples
-from examples import families, shapes
-from test_mdpo import MESSAGES, NO_PROMPT, ROOT, asked, authors, command, crop_by_hand, gradient, message
+from examples import families
+from test_mdpo import MESSAGES, NO_PROMPT, asked, authors, command, crop_by_hand, gradient, message
 from test_mdpo import noise, pair, write
 from tests.helpers import CHAT, DPO_NAMES, PLAIN, TURNS, VLFEEDBACK, check_file, completion, counted
 from tests.helpers import one_line_of
@@ -511,7 +509,9 @@ def test_counts_are_of_what_they_say(folder, bunnys):
 def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, llavas):
     """The run would stop hours in, at the batch that holds the conversation. Texts do not matter to it."""
     of_the_first_turn, processor = "('<image>\n' if message == messages[0] else '')", copy.copy(llavas)
-    processor.chat_template = families.template(of_the_first_turn, "[{{ message.role }}]", "</s>", "[assistant]")
+    processor.chat_template = families.template(
+        of_the_first_turn, "[{{ message.role }}]", "</s>", "[assistant]"
+    )
     first, answer = message("user", "IMAGE", 'Say: "text": "'), message("assistant", "\\")
     turns = [first, answer, message("user", "And", "IMAGE", "this?")]
     assert read(folder, authors(prompt=[first]), processor=processor)
@@ -812,50 +812,17 @@ def moco_by_hand(image, rng):
 ])  # fmt: skip
 @pytest.mark.parametrize("size", [(125, 100), (250, 12), (12, 250), (6, 6)])  # long: no room for all aspects
 def test_crop_is_even_in_area_and_place_and_moco_is_its_recipe(tmp_path, size, strategy, area):
-    """Table 3 rests on how much is kept and changed: another range, share or order is another method."""
+    """Table 3 rests on how much is kept and changed: another range, share or order is another method. Resuming
+    and DataLoader workers rest on it that seed, epoch and index alone decide."""
     gradient(*size, step=1).save(tmp_path / "a.png")
     options = {"crop": area} if area and area[1] != 0.2 else {}
-    pairs = Pairs(read(tmp_path, authors()), strategy, seed=5, **options)
-    for epoch in range(60):
-        rng, (image,), (rejected,) = random.Random(f"5 {epoch} 0"), *pairs[epoch, 0][3:5]
+    image, examples = open_image(tmp_path / "a.png"), read(tmp_path, *[authors()] * 3)
+    pairs = Pairs(examples, strategy, seed=5, **options)
+    for key in itertools.product(range(20), range(3)):
+        rng, drawn = random.Random("5 {} {}".format(*key)), pairs[key]
         expected = crop_by_hand(image, rng, *area) if area else moco_by_hand(image, rng)
-        assert rejected.mode == "RGB" and rejected.size == size
-        assert rejected.tobytes() == expected.tobytes()
-
-
-@pytest.mark.parametrize("strategy", data.STRATEGIES)
-def test_rejected_image_is_a_pure_function_of_seed_epoch_and_index(tmp_path, strategy):
-    """Resuming and DataLoader workers rest on it. Another seed, epoch or index draws anew."""
-    for number in range(30):
-        noise(number, (24, 24)).save(tmp_path / f"{number}.png")
-    one, *others = read(tmp_path, *(authors(img_path=f"{number}.png") for number in range(30)))
-    examples = [one] * 12 + others  # the same image at the first 12 indices
-
-    def draw(seed, epoch, index):
-        return Pairs(examples, strategy, seed=seed)[epoch, index].images_rejected[0].tobytes()
-
-    first = {key: draw(*key) for key in itertools.product((0, 1, 11), repeat=3)}
-    random.seed(1)
-    assert all(draw(*key) == first[key] for key in reversed(first))
-    # "random" has 29 images to choose from: 27 draws meet some of them twice.
-    assert len({*first.values()}) > (12 if strategy == "random" else 26)
-    drawn = Pairs(examples, strategy)[0]
-    assert drawn[:3] == one[:3] and drawn.images == (open_image(one.images[0]),)
-    assert drawn.key == (0, 0) and drawn.images_rejected[0].tobytes() == first[0, 0, 0]
-
-
-def test_rejected_images_are_the_same_in_another_process(tmp_path, capsys):
-    """A resumed run is another process: what hangs on Python's own hash would differ in it."""
-    script = f"""
-import zlib
-from data import *
-pairs = Pairs(read_examples({str(shapes.write_pairs(tmp_path, 4))!r}, log=len), "random")
-print(*(zlib.crc32(pairs[epoch, 2].images_rejected[0].tobytes()) for epoch in range(9)))
-"""
-    environment = os.environ | {"PYTHONHASHSEED": "1"}
-    said = subprocess.check_output([sys.executable, "-c", script], cwd=ROOT, env=environment, text=True)
-    exec(script, {})
-    assert said == capsys.readouterr().out
+        assert drawn == examples[key[1]]._replace(images=(image,), images_rejected=(expected,), key=key)
+    assert pairs[1] == pairs[0, 1]
 
 
 @pytest.mark.parametrize("record", [authors(), VLFEEDBACK, MESSAGES])
@@ -868,16 +835,6 @@ def test_a_record_may_bring_its_own_rejected_image(folder, record, capsys):
         assert "1 different images; 1 examples have their own rejected" in capsys.readouterr().out
         for strategy in data.STRATEGIES:
             assert Pairs(own, strategy)[3, 0].images_rejected == (open_image(folder / "b.png"),)
-
-
-def test_random_image_is_another_file_whatever_its_path(tmp_path, monkeypatch):
-    """Training and held-out data may name one folder in two ways: the image would be its own rejected one."""
-    path = shapes.write_pairs(tmp_path / "drawn", 3)
-    monkeypatch.chdir(tmp_path)
-    both = read_examples("drawn/silkie.json") + read_examples(str(path))
-    pool = Pairs(both[::-1], "random").pool
-    # Python's own order of a set is another in each process.
-    assert len(pool) == 3 and pool == sorted(pool)
 
 
 def coloured(folder, *examples):
@@ -893,11 +850,19 @@ def rejected_of(pairs, index, n):
     return ["".join(str(image.getpixel((4, 4))[0] // 20) for image in images) for images in drawn]
 
 
+def test_random_image_is_another_file_whatever_its_path(tmp_path, monkeypatch):
+    """Training and held-out data may name one folder in two ways: the image would be its own rejected one.
+    Python's own order of a set is another in each process: a resumed run would draw other images."""
+    monkeypatch.chdir(tmp_path)
+    pairs = Pairs(coloured(tmp_path, *"654321") + coloured(Path(), *"123"), "random")
+    assert pairs.pool == [str(tmp_path / f"{name}.png") for name in "123456"]
+
+
 def test_random_image_is_any_other_and_each_as_likely(tmp_path):
     """Table 3's row. A file that serves several questions is one image for all that, and never its own."""
     examples = coloured(tmp_path, *"1112222234")
     seen = rejected_of(Pairs(examples, "random"), 1, 600)
-    assert {*seen} == {*"234"}
+    assert {*seen} == {*"234"} and seen == rejected_of(Pairs(examples, "random"), 1, 600)
     assert all(165 < seen.count(name) < 235 for name in "234")  # 200, give or take 3 standard deviations
     two = coloured(tmp_path, "1", "2", "12")
     for too_few, pool in (examples[:3], None), (two, None), (two[2:], two[:1]):
