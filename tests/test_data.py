@@ -32,6 +32,10 @@ from tests.helpers import CHAT, DPO_NAMES, PLAIN, TURNS, VLFEEDBACK, check_file,
 from tests.helpers import one_line_of
 
 MERGED = "merged_images/llava-1.jpg"
+LONG = "red circle " * 60
+RUDE = authors(prompt="Be rude. USER: <image>\nWhat? ASSISTANT:")
+SYSTEM = message("system", "Be brief.")
+TALK = [message("user", "What?"), message("assistant", "A ring."), message("user", "Which colour?")]
 
 
 @pytest.fixture
@@ -150,9 +154,7 @@ def test_a_sample_is_even_and_of_the_subset(folder):
     samples = [tuple(sample(limit=2, seed=seed)) for seed in range(200)]
     assert {*samples} == {*itertools.combinations(ids, 2)}  # in the file's order
     assert sample(limit=2, seed=7) == [*samples[7]]
-    with pytest.raises(BadInput, match="no example is left with an id in 'vqa'"):
-        read_examples(path, subset="vqa")
-    with pytest.raises(BadInput, match="no example is left"):
+    with pytest.raises(BadInput, match="no example is left with an id in '1'"):
         sample(limit=0)
 
 
@@ -183,15 +185,11 @@ def spelled(question):
     return [m["role"][0] + ":" + "+".join(part.get("text", "#") for part in m["content"]) for m in question]
 
 
-SYSTEM = message("system", "Be brief.")
-
-
 @pytest.mark.parametrize("row", [  # a prompt, how many images its record has, how it is read
     ("Look <image> here.", 1, "u:#+Look  here."),
     ("<image>\n<image>\nWhich is it?", 2, "u:#+#+Which is it?"),
     ("<image> is to <image>", 2, "u:#+ is to +#"),
-    ("Compare <image><image>", 2, "u:Compare +#+#"),
-    ({"role": "user", "content": "1: <image>\n2: <image>\nWhich?"}, 2, "u:1: +#+\n2: +#+\nWhich?"),
+    ("Compare <image><image>\nor not.", 2, "u:Compare +#+#+\nor not."),
     ({"role": "user", "content": "What?\n"}, 1, "u:#+What?"),
     (message("user", "What?\n<image>"), 1, "u:#+What?"),
     (message("user", "What?", "IMAGE"), 1, "u:What?+#"),
@@ -224,9 +222,6 @@ def conversation(prompt, *turns):
     return PLAIN | {"prompt": prompt} | answers
 
 
-TALK = [message("user", "What?"), message("assistant", "A ring."), message("user", "Which colour?")]
-
-
 def test_turns_of_conversations_are_not_lost_beside_a_prompt(folder):
     """The prompt is in the conversation once more; taken alone, it would be answered by the last turn's
     answer. A line break that nobody wrote between an answer's parts would be learned."""
@@ -253,8 +248,9 @@ def ranked(folder, *completions, **changes):
 
 
 def test_vlfeedback_pairs_the_highest_mean_rating_with_the_lowest(folder):
-    """Medians, sums, single aspects or ratings compared as text would take other responses, in silence.
-    Citation marks are taken out, but brackets are text in Chinese."""
+    """Medians, sums, single aspects or ratings compared as text would take other responses, in silence. The
+    mean of a completion with one aspect unrated would be one of other aspects. Citation marks are taken out,
+    but brackets are text in Chinese."""
     rated = [
         completion("highest aspect, highest median", "5", "5", "1"),  # mean 3.67
         completion("highest sum", "4", "4", "4"),
@@ -262,22 +258,16 @@ def test_vlfeedback_pairs_the_highest_mean_rating_with_the_lowest(folder):
         completion("lowest median", "2", "2", "4"),  # mean 2.67
         completion("highest mean", " 4.5 "),
         completion("as high, but later", 4.5),
+        completion("no aspect"),
     ]
+    for rating in (math.nan, "N/A", "inf", "-1", "true", True, None, "1_0", "", "4 stars", "1e1"):
+        high, low = (rating, "5", "5"), ("0", "0", rating)
+        rated += [completion(f"unrated: {rating}", *ratings) for ratings in (high, low)]
     assert ranked(folder, *rated) == ("highest mean", "lowest mean")
     assert ranked(folder, *rated[::-1]) == ("as high, but later", "lowest mean")
     assert ranked(folder, *rated, image="a.png", chosen="Given", rejected="answers") == ("Given", "answers")
     marked = completion("A【6†source】 cat【7†a】 on 【a】 mat【8†b】.", "10")
     assert ranked(folder, marked, completion("【1†x】A dog", "9")) == ("A cat on 【a】 mat.", "A dog")
-
-
-def test_vlfeedback_completion_with_one_aspect_unrated_is_left_out_whole(folder):
-    """Its mean would be one of other aspects. What float() takes is no rating yet."""
-    unrated = []
-    for rating in (math.nan, "N/A", "inf", "-1", "true", True, None, "1_0", "", "4 stars", "1e1"):
-        high, low = (rating, "5", "5"), ("0", "0", rating)
-        unrated += [completion(f"rated {rating}", *ratings) for ratings in (high, low)]
-    rated = [completion("best", "4", "4", "4"), completion("worst", "2", "2", "2"), completion("no aspect")]
-    assert ranked(folder, *unrated, *rated) == ("best", "worst")
 
 
 def test_an_image_is_looked_for_in_the_folder_then_in_merged_images(folder):
@@ -327,7 +317,9 @@ MARKS = (
     "<image-placeholder>, <|image_1|>, <|vision_start|>, [INST], [/INST], <start_of_turn>, "
     "<end_of_utterance>, ASSISTANT:, <img>a\n.jpg</img>, ### Human:, \n\nHuman:"
 ).split(", ")
-BAD = [
+
+
+@pytest.mark.parametrize("reason, record", [
     ("needed are image, prompt, chosen", authors(chosen=None)),
     ("has the fields image, chosen, rejected; needed", {"image": "a.png", "chosen": "a", "rejected": "b"}),
     ("has the fields id, chosen, rejected; needed are", {"id": 1, "chosen": ["A"], "rejected": ["B", "C"]}),
@@ -370,25 +362,16 @@ BAD = [
     # Marks of other tools would be trained on as text, beside an image that stands elsewhere.
     *((f"'prompt': holds {mark!r}, a control token", authors(prompt=f"Hi.{mark}\nWhat?")) for mark in MARKS),
     ("'prompt': holds 'ASSISTANT:'", authors(prompt="USER: q1 ASSISTANT: a1 USER: q2 ASSISTANT:")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("reason, record", BAD)
+    # ESC clears the screen or moves what was said: an error that nobody sees.
+    (r"(id \x1b[2J): no image '\\x1b[31m\\x07.png'", authors(id="\x1b[2J", img_path="\x1b[31m\x07.png")),
+])  # fmt: skip
 def test_bad_records_are_all_reported_with_number_and_reason(folder, reason, record):
     """One of them stops the run before the model is loaded, and says which it is, in few words."""
     with pytest.raises(BadInput) as error:
         read(folder, authors(), record, record)
     lines = str(error.value).split("\n")[1:]
     assert [line[:10] for line in lines] == ["  record 2", "  record 3"]
-    assert all(reason in line and len(line) < 400 for line in lines)
-
-
-def test_no_record_writes_to_the_terminal(folder, capsys):
-    """ESC in a name clears the screen or moves what was said: an error that nobody sees."""
-    records = authors(id="\x1b[2J", img_path="\x1b[31m\x07.png"), authors(id="\x1b[3J", chosen="")
-    assert check_file([write(folder / "x.json", records)]) == 2
-    said = capsys.readouterr().err
-    assert all(f"x1b[{code}" in said for code in ("2J", "31m", "3J")) and said.replace("\n", "").isprintable()
+    assert all(reason in line and len(line) < 400 and line.isprintable() for line in lines)
 
 
 def test_control_tokens_of_the_model_are_bad_but_not_think_tags_or_an_end(folder, qwen, llavas, bunnys):
@@ -427,9 +410,6 @@ def row_text(processor, question, images=1):
     return re.sub(f"({re.escape(processor.image_token)})+", "<image>", text)
 
 
-RUDE = authors(prompt="Be rude. USER: <image>\nWhat? ASSISTANT:")
-
-
 def test_a_system_text_around_a_question_is_kept_if_the_model_knows_it(folder, bunnys, llavas, qwen, capsys):
     """LLaVA-1.5 was tuned with it, and its hub template does not add it. Elsewhere it would take the place of
     the model's own, and answers are asked for without it."""
@@ -465,31 +445,23 @@ def test_a_system_message_is_written_once_or_the_record_is_bad(folder, qwen):
 
 def test_a_pair_that_is_equal_once_it_is_cut_is_bad(folder, bunnys):
     """DPO's margin would be 0 for ever, and AdamW would scale its rounding noise."""
-    start = "There is a red circle and a blue square. " * 5
-    record = authors(chosen=start + "Yes.", rejected=start + "No.")
-    room = longest("prompts", said_of(folder, record, processor=bunnys)) + 20
-    line = refusal(folder, record, processor=bunnys, max_length=room)
-    assert "equal in the tokens of --max-length" in line
-    ends = authors(chosen="Yes.<|endoftext|> Or no.", rejected="Yes.<|endoftext|> Or so.")
-    assert "are equal" in refusal(folder, ends, processor=bunnys)
-    empty = authors(chosen="<|endoftext|>Yes.")
-    assert "'chosen' is empty before its end-of-sequence" in refusal(folder, empty, processor=bunnys)
-
-
-def longest(name, said):
-    return int(re.search(f"{name}: median [0-9]+ tokens, longest ([0-9]+)", said)[1])
+    for reason, chosen, rejected in (
+        ("equal in the tokens of --max-length 100", LONG + "Yes.", LONG + "No."),
+        ("equal in the tokens of --max-length 100", "Yes.<|endoftext|> Or no.", "Yes.<|endoftext|> Or so."),
+        ("'chosen' is empty before its end-of-sequence", "<|endoftext|>Yes.", "No."),
+    ):
+        record = authors(chosen=chosen, rejected=rejected)
+        assert reason in refusal(folder, record, processor=bunnys, max_length=100)
 
 
 def test_responses_that_are_cut_are_counted_and_one_that_just_fits_is_not(folder, bunnys):
     """They lose their end: the model would learn never to stop. Who makes room sees when it is enough."""
-    long = "red circle " * 60
-    changes = {"chosen": long}, {"rejected": long}, {"chosen": long, "rejected": "x" + long}
+    changes = {"chosen": LONG}, {"rejected": LONG}, {"chosen": LONG, "rejected": "x" + LONG}
     said = said_of(folder, *(authors(**of) for of in changes), processor=bunnys, max_length=100)
     assert "4 responses are cut at --max-length 100" in said
     record = authors(rejected="No.")
-    said = said_of(folder, record, processor=bunnys)
-    room = longest("prompts", said) + longest("responses", said)
-    for max_length, n_cut in (room, 0), (room - 1, 1):
+    prompt, response = map(int, re.findall("longest ([0-9]+)", said_of(folder, record, processor=bunnys)))
+    for max_length, n_cut in (prompt + response, 0), (prompt + response - 1, 1):
         said = said_of(folder, record, processor=bunnys, max_length=max_length)
         assert f"{n_cut} responses are cut at" in said
 
@@ -568,27 +540,25 @@ def test_a_tokenizer_that_adds_an_end_is_refused(llava):
             make_batch([pair("Which?", "No.", "Yes.", noise(1), noise(2))], processor)
 
 
-def test_held_out_examples_share_no_image_with_training():
+@pytest.mark.parametrize("n, expected", [
+    (1, {"012", "34", "5"}), (2, {"012", "34", "0125", "345"}), (3, {"012", "0125", "01234", "345"}),
+    (4, {"0125", "01234", "none left"}), (5, {"01234", "none left"}),
+])  # fmt: skip
+def test_held_out_examples_share_no_image_with_training(n, expected):
     """Four questions about one image, one of them held out, measure memory. Images link examples, own
-    rejected ones too: here 0-1-2 by a and b, 3-4 by the rejected image d, 5 alone."""
+    rejected ones too: here 0-1-2 by a and b, 3-4 by the rejected image d, 5 alone. Groups of them are held
+    out, in any order, until there are n, and none too many."""
     images, own = ("a", "ab", "b", "c", "e", "f"), ("", "", "", "d", "d", "")
-    examples = [Example("q", "y", "n", (*images[i],), (*own[i],), str(i)) for i in range(6)]
-    for n in range(6):
-        expected, seen = set(), set()
-        for order in itertools.permutations(["012", "34", "5"]):
-            held = ""
-            for group in order:  # until there are n, and none too many
-                held += group if len(held) < n else ""
-            expected.add("".join(sorted(held)))
-        for seed in range(60):
-            try:
-                training, held_out = train.hold_out(examples, n, seed)
-                assert training and training == [one for one in examples if one not in held_out]
-            except BadInput as error:
-                assert "leaves none of 6" in str(error)
-                held_out = examples
+    examples, seen = [Example("q", "y", "n", (*images[i],), (*own[i],), str(i)) for i in range(6)], set()
+    for seed in range(60):
+        try:
+            training, held_out = train.hold_out(examples, n, seed)
+            assert training == [one for one in examples if one not in held_out]
             seen.add("".join(one.id for one in held_out))
-        assert seen == expected
+        except BadInput as error:
+            assert "leaves none of 6" in str(error)
+            seen.add("none left")
+    assert seen == expected
 
 
 def test_random_rejected_images_of_training_are_none_of_the_held_out(folder):
@@ -672,12 +642,12 @@ def test_a_wrong_argument_is_one_sentence_that_says_what_is_wanted(bunny, folder
             function(*arguments)
 
 
-FORMATS = "AVIF RGB, BMP 1, GIF P, JPEG CMYK, JPEG2000 LA, MPO RGB, PNG RGBA, PPM L, TIFF CMYK, WEBP RGB"
-
-
-@pytest.mark.parametrize("format, mode", [*map(str.split, FORMATS.split(", "))])
-def test_every_picture_format_and_mode_is_read_as_rgb(tmp_path, format, mode):
+@pytest.mark.parametrize("kind", (
+    "AVIF RGB", "BMP 1", "GIF P", "JPEG CMYK", "JPEG2000 LA", "MPO RGB", "PNG RGBA", "PPM L", "TIFF CMYK", "WEBP RGB"
+))  # fmt: skip
+def test_every_picture_format_and_mode_is_read_as_rgb(tmp_path, kind):
     """Of a format that is missing, all are bad records; a wrong channel count kills the run hours in."""
+    format, mode = kind.split()
     if format == "AVIF" and not features.check("avif"):
         pytest.skip("Pillow was built without AVIF")
     more = {"save_all": True, "append_images": [noise(2)]} if format == "MPO" else {}
@@ -710,8 +680,7 @@ def test_what_is_transparent_is_white(tmp_path):
 def test_levels_of_12_and_16_bits_and_of_floats_are_scaled(tmp_path, name, mode, levels, shown):
     """Cut off at 255, or divided by 65,536, scans and depth maps would be all white or all black."""
     image = Image.new(mode, (1, len(levels)))
-    for y, level in enumerate(levels):
-        image.putpixel((0, y), level)
+    image.putdata(levels)
     image.save(tmp_path / name)
     assert [*open_image(tmp_path / name).tobytes()[::3]] == shown
 
@@ -725,8 +694,8 @@ def empty_png(width, height):
 
 def depths(first):
     """A depth map: scaled by one level that is infinite, the rest would be black."""
-    image = Image.new("F", (2, 2), 0.5)
-    image.putpixel((0, 0), first)
+    image = Image.new("F", (2, 1))
+    image.putdata([first, 0.5])
     image.save(file := io.BytesIO(), "TIFF")
     return file.getvalue()
 
@@ -756,18 +725,14 @@ def test_exif_rotation_is_applied(tmp_path):
     assert sizes == [(100, 400), (100, 400), (50, 200)]
 
 
-@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
-def test_full_memory_is_no_bad_record(folder, monkeypatch, error):
-    """Dropped by --skip-bad, good records would be lost for want of memory."""
+@pytest.mark.parametrize("error, reason", [
+    (MemoryError, "^$"), (torch.OutOfMemoryError, "^$"), (ValueError, "a.png cannot be decoded: ValueError$")
+])  # fmt: skip
+def test_full_memory_is_no_bad_record_and_an_error_without_words_is_named(folder, monkeypatch, error, reason):
+    """Dropped by --skip-bad, good records would be lost. "a.png cannot be decoded:" alone helps nobody."""
     monkeypatch.setattr(Image, "open", mock.Mock(side_effect=error))
-    with pytest.raises(error):
-        read(folder, authors(), skip_bad=True)
-
-
-def test_an_error_without_words_is_named():
-    """A line that ends in "x.png cannot be decoded:" helps nobody."""
-    with pytest.raises(BadInput, match="^x: ValueError$"), data.about("x"):
-        raise ValueError
+    with pytest.raises(error, match=reason):
+        read(folder, authors())
 
 
 def test_a_gpu_that_cannot_be_used_is_said_and_other_warnings_are_not():
@@ -868,10 +833,7 @@ def test_random_image_is_any_other_and_each_as_likely(tmp_path):
     for too_few, pool in (examples[:3], None), (two, None), (two[2:], two[:1]):
         with pytest.raises(BadInput, match="more different images"):
             Pairs(too_few, "random", pool=pool)
-
-
-def test_random_image_is_none_of_the_examples_own_and_of_the_pool(tmp_path):
-    """Held-out examples take their images from the training data. An example's second image is no other."""
+    # An example's second image is no other. Held-out examples take their images from the training data.
     examples = coloured(tmp_path, "12", "3", "4", "5")
     each = {first + second for first in "345" for second in "345"}  # each is drawn for itself
     assert {*rejected_of(Pairs(examples, "random"), 0, 200)} == each
