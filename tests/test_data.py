@@ -1,7 +1,6 @@
 """Protects that what is trained is what was meant: records, their images, and the rejected ones."""
 
 import copy
-import io
 import itertools
 import json
 import math
@@ -11,7 +10,6 @@ import re
 import struct
 import time
 import warnings
-import zlib
 from pathlib import Path
 from unittest import mock
 
@@ -248,9 +246,8 @@ def ranked(folder, *completions, **changes):
 
 
 def test_vlfeedback_pairs_the_highest_mean_rating_with_the_lowest(folder):
-    """Medians, sums, single aspects or ratings compared as text would take other responses, in silence. The
-    mean of a completion with one aspect unrated would be one of other aspects. Citation marks are taken out,
-    but brackets are text in Chinese."""
+    """Medians, sums, ratings as text, or means of some aspects would take other responses, in silence.
+    Citation marks are taken out, but brackets are text in Chinese."""
     rated = [
         completion("highest aspect, highest median", "5", "5", "1"),  # mean 3.67
         completion("highest sum", "4", "4", "4"),
@@ -315,13 +312,12 @@ def test_texts_that_explode_a_pattern_are_read_in_no_time(folder):
 MARKS = (
     "<ImageHere>, <Image>, <IMAGE>, [IMG], <start_of_image>, <image_0>, <image 1>, <image1>, <im_patch>, "
     "<image-placeholder>, <|image_1|>, <|vision_start|>, [INST], [/INST], <start_of_turn>, "
-    "<end_of_utterance>, ASSISTANT:, <img>a\n.jpg</img>, ### Human:, \n\nHuman:"
+    "<end_of_utterance>, <img>a\n.jpg</img>, ### Human:, \n\nHuman:"
 ).split(", ")
 
 
 @pytest.mark.parametrize("reason, record", [
     ("needed are image, prompt, chosen", authors(chosen=None)),
-    ("has the fields image, chosen, rejected; needed", {"image": "a.png", "chosen": "a", "rejected": "b"}),
     ("has the fields id, chosen, rejected; needed are", {"id": 1, "chosen": ["A"], "rejected": ["B", "C"]}),
     ("is [1], not an object with fields", [1]),
     ("'chosen': is 3, not text", authors(chosen=3)),
@@ -348,7 +344,6 @@ MARKS = (
     ("shows 2 images, the record has 1", TURNS | {"images": ["a.png"]}),
     # Images.
     ("has no image path", authors(img_path=None)),
-    ("no image 'c.png'", authors(img_path="c.png")),
     ("no image 'merged_images'", authors(img_path="merged_images")),
     ("convert.py makes files of embedded ones", authors(img_path="iVBOR" * 200)),
     ('an image is {"bytes": "/9j/", "path": null}', authors(img_path={"bytes": "/9j/", "path": None})),
@@ -480,10 +475,8 @@ def test_counts_are_of_what_they_say(folder, bunnys):
 
 def test_a_template_that_loses_an_image_is_found_when_the_data_are_read(folder, llavas):
     """The run would stop hours in, at the batch that holds the conversation. Texts do not matter to it."""
-    of_the_first_turn, processor = "('<image>\n' if message == messages[0] else '')", copy.copy(llavas)
-    processor.chat_template = families.template(
-        of_the_first_turn, "[{{ message.role }}]", "</s>", "[assistant]"
-    )
+    image, processor = "('<image>\n' if message == messages[0] else '')", copy.copy(llavas)
+    processor.chat_template = families.template(image, "[{{ message.role }}]", "</s>", "[assistant]")
     first, answer = message("user", "IMAGE", 'Say: "text": "'), message("assistant", "\\")
     turns = [first, answer, message("user", "And", "IMAGE", "this?")]
     assert read(folder, authors(prompt=[first]), processor=processor)
@@ -546,12 +539,11 @@ def test_a_tokenizer_that_adds_an_end_is_refused(llava):
 ])  # fmt: skip
 def test_held_out_examples_share_no_image_with_training(n, expected):
     """Four questions about one image, one of them held out, measure memory. Images link examples, own
-    rejected ones too: here 0-1-2 by a and b, 3-4 by the rejected image d, 5 alone. Groups of them are held
-    out, in any order, until there are n, and none too many."""
+    rejected ones too: here 0-1-2 by a and b, 3-4 by the rejected image d, 5 alone."""
     images, own = ("a", "ab", "b", "c", "e", "f"), ("", "", "", "d", "d", "")
     examples, seen = [Example("q", "y", "n", (*images[i],), (*own[i],), str(i)) for i in range(6)], set()
     for seed in range(60):
-        try:
+        try:  # whole groups, in any order, until there are n
             training, held_out = train.hold_out(examples, n, seed)
             assert training == [one for one in examples if one not in held_out]
             seen.add("".join(one.id for one in held_out))
@@ -563,13 +555,11 @@ def test_held_out_examples_share_no_image_with_training(n, expected):
 
 def test_random_rejected_images_of_training_are_none_of_the_held_out(folder):
     """Held-out images would be trained on."""
-    for i in range(8):
-        noise(i + 10).save(folder / f"{i}.png")
-    records = [authors(img_path=f"{i}.png") for i in range(8)]
-    args = arguments(folder, records, "--eval-size", "3", "--reject", "random")
+    records = [authors(img_path=name) for name in ("a.png", "b.png", "same.bmp", MERGED)]
+    args = arguments(folder, records, "--eval-size", "1", "--reject", "random")
     pairs, held_out = train.read_pairs(args, None)
-    assert not {*pairs.pool} & {image for example in held_out.examples for image in example.images}
-    assert len(pairs.pool) == 5 and len(held_out.pool) == 8
+    assert {*pairs.pool} == {*held_out.pool} - {*held_out.examples[0].images}
+    assert len(pairs.pool) == 3 and len(held_out.pool) == 4
 
 
 def ids_of(args):
@@ -659,12 +649,11 @@ def test_every_picture_format_and_mode_is_read_as_rgb(tmp_path, kind):
 
 def test_what_is_transparent_is_white(tmp_path):
     """Black ink on transparency, as formulas and charts have it, would become all black."""
-    image = Image.new("RGBA", (40, 30), (0, 0, 0, 0))
-    image.paste((0, 0, 0, 255), (10, 10, 20, 20))
+    image = Image.new("RGBA", (2, 1))
+    image.putdata([(0, 0, 0, 0), (0, 0, 0, 255)])
     for form in image, image.convert("LA"), image.quantize(2):
         form.save(tmp_path / "a.png")
-        opened = open_image(tmp_path / "a.png")
-        assert (opened.getpixel((0, 0)), opened.getpixel((15, 15))) == ((255,) * 3, (0,) * 3), form.mode
+        assert [*open_image(tmp_path / "a.png").tobytes()] == [255] * 3 + [0] * 3, form.mode
 
 
 @pytest.mark.parametrize("name, mode, levels, shown", [
@@ -685,28 +674,20 @@ def test_levels_of_12_and_16_bits_and_of_floats_are_scaled(tmp_path, name, mode,
     assert [*open_image(tmp_path / name).tobytes()[::3]] == shown
 
 
-def empty_png(width, height):
-    """It says how large it is, and holds no pixels."""
-    parts = [b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0), b"IDAT" + b"x\x9c"]
-    parts = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in parts]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def depths(first):
-    """A depth map: scaled by one level that is infinite, the rest would be black."""
-    image = Image.new("F", (2, 1))
-    image.putdata([first, 0.5])
-    image.save(file := io.BytesIO(), "TIFF")
-    return file.getvalue()
+def empty(width, height):
+    """A PGM file that says how large it is, and holds no pixels."""
+    return f"P5 {width} {height} 255\n".encode()
 
 
 @pytest.mark.parametrize("reason, content", [
-    ("10001 x 10000 pixels: .*, or more than 100 million pixels", empty_png(10_001, 10_000)),
-    ("1 x 51 pixels: sides differ", empty_png(1, 51)),
-    ("5001 x 100 pixels: sides differ", empty_png(5001, 100)),
-    ("truncated|broken", empty_png(10_000, 10_000)),
-    ("truncated|broken", empty_png(50, 1)),
-    *(("levels are not finite", depths(level)) for level in (math.nan, math.inf, -math.inf)),
+    ("10001 x 10000 pixels: .*, or more than 100 million pixels", empty(10_001, 10_000)),
+    ("1 x 51 pixels: sides differ", empty(1, 51)),
+    ("5001 x 100 pixels: sides differ", empty(5001, 100)),
+    ("truncated", empty(10_000, 10_000)),
+    ("truncated", empty(50, 1)),
+    # A depth map, as a PFM file: scaled by one level that is infinite, the rest would be black.
+    *(("levels are not finite", b"Pf 2 1 -1.0\n" + struct.pack("<2f", level, 0.5))
+      for level in (math.nan, math.inf, -math.inf)),
     # It is a program, and Pillow would start Ghostscript to run it.
     ("EPS is none of", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
 ])  # fmt: skip
