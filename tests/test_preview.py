@@ -30,9 +30,8 @@ THINKING = families.template(  # writes reasoning into a block of its own, as Qw
 
 
 @pytest.fixture
-def show(folder, request, monkeypatch, capsys):
+def show(folder, request, monkeypatch, capsys, run):
     """A function: a model's name, records, flags of train.py and of preview.py, status -> what is printed."""
-    monkeypatch.chdir(folder)
     monkeypatch.setattr("train.load_model", None)  # nothing that is shown needs weights
 
     def shown(name, records, flags="", status=0):
@@ -40,19 +39,20 @@ def show(folder, request, monkeypatch, capsys):
         model = families.write_family(name, folder / name) if made else request.getfixturevalue(name)
         if name == "qwen3_vl":
             write(model / "chat_template.jinja", THINKING)
-        line = f"--model {model} --data {write(folder / 'x.json', records)} {flags}"
-        capsys.readouterr()
-        assert run_command(preview.run, line.split()) == status
-        return "".join(capsys.readouterr())
+        capsys.readouterr()  # of writing it
+        return run(preview, f"--model {model} --data {write(folder / 'x.json', records)} {flags}", status)
 
     return shown
 
 
 REASONED = RECORD | {name: f"<think>\nFur.\n</think>\n\n{RECORD[name]}" for name in ("chosen", "rejected")}
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-SHOWN = "<|vision_start|><image> x 2<|vision_end|>"
-ASK = f"<|im_start|>user\n{SHOWN}What is it?<|im_end|>\n<|im_start|>assistant"
-ROWS = [  # model, record -> the row of y_w, by hand, and what a model that is asked has in its place
+ASK = (
+    "<|im_start|>user\n<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant"
+)
+
+
+@pytest.mark.parametrize("model, record, row, asked", [  # y_w's row by hand, what a model has that is asked
     # 32 pixels in patches of 8: 4 x 4 image tokens. Bunny's template and the authors' prompt agree.
     ("bunny", authors(), " USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.<|endoftext|>]", ""),
     ("llava", RECORD, "\n<s> USER: <image> x 16\nWhat is it? ASSISTANT:[ A cat.</s>]", ""),
@@ -64,10 +64,7 @@ ROWS = [  # model, record -> the row of y_w, by hand, and what a model that is a
      r"<think>\n', these rows have '|>assistant\n<think>\n\n</think>\n\n'"),
     ("llava_onevision", RECORD, "\nWhat is it?<|im_end|><|im_start|>assistant \n[A cat.<|im_end|>]",
      r"assistant\n', these rows have '|im_start|>assistant \n'"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("model, record, row, asked", ROWS)
+])  # fmt: skip
 def test_rows_are_shown_as_the_model_is_given_them(model, record, row, asked, show):
     """A wrong template, a second think block, a lost end or a scored prompt is seen here, or by nobody."""
     printed = show(model, [record] * 2)
@@ -85,14 +82,13 @@ def test_a_rejected_image_of_another_size_has_a_row_of_its_own(show):
     assert "<image> x 6<|vision_end|>What is it?" in row and "[A cat.<|im_end|>]" in row
 
 
-OF_M_L = ["", "--no-conditional --anchors image_rejected"]
-
-
-@pytest.mark.parametrize("flags", [*OF_M_L, "--no-image", "--no-conditional"])
-def test_only_rows_that_are_trained_are_shown(flags, show):
+@pytest.mark.parametrize("flags, has_m_l", [
+    ("", True), ("--no-conditional --anchors image_rejected", True), ("--no-image", False), ("--no-conditional", False)
+])  # fmt: skip
+def test_only_rows_that_are_trained_are_shown(flags, has_m_l, show):
     """DPO has no row of a rejected image. Someone who left a flag out sees it by this."""
     printed = show("bunny", [authors()], flags)
-    assert ("y_w with m_l" in printed) == ("m_l of this run: none" not in printed) == (flags in OF_M_L)
+    assert ("y_w with m_l" in printed) == ("m_l of this run: none" not in printed) == has_m_l
     assert ("<image> x 16" in printed) == (flags != "--no-image")
 
 
@@ -115,7 +111,7 @@ def test_data_do_not_command_the_terminal_where_what_is_scored_is_green(show, mo
     assert f"ASSISTANT:\033[32m{text}<|endoftext|>\033[0m" in show("bunny", records)
 
 
-def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, capsys):
+def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, run):
     """Other rows say nothing about the run, whose loss notes here what it sees of 5 examples but one."""
     argv = command(bunny, small, tmp_path / "out", *"--epochs 1 --seed 4 --limit 5 --eval-size 1".split())
     seen = []
@@ -125,34 +121,28 @@ def test_examples_are_the_runs_first_in_its_own_order(bunny, small, tmp_path, ca
         return mdpo_loss(*logps, **options)
 
     def shown(*argv):
-        assert run_command(preview.run, [*argv]) == 0
-        out = capsys.readouterr().out
+        out = run(preview, " ".join(argv))
         assert "example 1 of 4," in out and ("x.png: 2 examples" in out) == ("--to" in argv)
         return [line.split()[-1] for line in out.splitlines() if line.startswith("---")]
 
-    first = shown(*argv)  # three are shown unasked
-    first_two = shown(*argv, "--rows", "2", "--to", str(tmp_path / "x.png"))
+    first, first_two = shown(*argv), shown(*argv, *"--rows 2 --to x.png".split())  # three are shown unasked
     assert train.main(argv, loss) == 0 and len(seen) == 4 and (first, first_two) == (seen[:3], seen[:2])
-    assert shown("--resume", str(tmp_path / "out"), "--rows", "99") == seen
+    assert shown("--resume", "out", "--rows", "99") == seen
 
 
-NO_PREVIEW = """
---row 2 -> --row
---crop 0.5 0.2 -> --crop: its minimum is above its maximum
---data none.json -> no such file
---to mine.png -> mine.png: already exists
---to gone.png -> gone.png: already exists
---to x.odd -> unknown file extension: .odd
---to no/x.png -> cannot be written to
-"""
-
-
-@pytest.mark.parametrize("line", NO_PREVIEW.strip().splitlines())
-def test_a_preview_refuses_what_train_py_refuses_and_keeps_files(line, show):
+@pytest.mark.parametrize("flags, message", [
+    ("--row 2", "--row"),
+    ("--crop 0.5 0.2", "--crop: its minimum is above its maximum"),
+    ("--data none.json", "no such file"),
+    ("--to mine.png", "mine.png: already exists"),
+    ("--to gone.png", "gone.png: already exists"),
+    ("--to x.odd", "unknown file extension: .odd"),
+    ("--to no/x.png", "cannot be written to"),
+])  # fmt: skip
+def test_a_preview_refuses_what_train_py_refuses_and_keeps_files(flags, message, show):
     """A mistyped flag must not show rows of other settings, nor a picture replace one of the user's."""
     Path("mine.png").write_text("mine")
     Path("gone.png").symlink_to("nowhere")
-    flags, message = line.split(" -> ")
     assert message in show("bunny", [authors()], flags, 2)
     assert Path("mine.png").read_text() == "mine" and not Path("nowhere").exists()
 
@@ -170,8 +160,8 @@ def test_each_strategy_is_drawn_under_its_title(monkeypatch, tmp_path):
         monkeypatch.setitem(data.STRATEGIES, strategy, partial(make, colour))
     for colour in "red", "white", "cyan":
         Image.new("RGB", (64, 48), colour).save(f"{colour}.png")
-    images = (("white.png",), ()), (("red.png", "cyan.png"), ("cyan.png", "red.png"))
-    examples = [data.Example("", "", "", *of_one) for of_one in images]
+    images = ("red.png", "cyan.png"), ("cyan.png", "red.png")
+    examples = [data.Example("", "", "", ("white.png",)), data.Example("", "", "", *images)]
     args = SimpleNamespace(seed=7, max_pixels=12)
     sheet = preview.contact_sheet(args, data.Pairs(examples, **vars(args)), [(0, 1)])
     colours = map(ImageColor.getrgb, ["red", "cyan", "lime", "blue", "yellow", "purple"])
@@ -184,28 +174,23 @@ def draw_figure(argv):
     curve = {"chosen_curve": [0.0, 1.0], "image_accuracy_curve": [0.0, 1.0], "grounding": 1.0}
     names = ["base", *miniature.QUICK]
     miniature.draw({"0": dict.fromkeys(names, curve)}, Path(argv[-1]))
-    labels = curves.load_pyplot().gcf().axes[2].get_xticklabels()
-    assert [label.get_text() for label in labels] == names
-    assert {label.get_ha() for label in labels} == {"right"}  # none ends under another's bar
+    labels = curves.load_pyplot().gcf().axes[2].get_xticklabels()  # none ends under another's bar
+    assert [(label.get_text(), label.get_ha()) for label in labels] == [(name, "right") for name in names]
     return 0
 
 
-WRITERS = {  # what is written: the command, and its flags
-    "preview.png": (preview.run, "--model {} --data {}"),
-    "words.html": (words.run, "--model {} --data {} --device cpu --limit 2"),
-    "curves.png": (curves.run, "run"),
-    "figure.png": (draw_figure, ""),
-    "amber.json": (benchmarks.run, "amber --images . --questions q.json --model {}"),
-    "page.html": (compare.run, "--benchmark amber --images . --data q.json --adapter 1.json 2.json"),
-}
-
-
-@pytest.mark.parametrize("name", WRITERS)
-def test_half_a_page_never_stays_and_a_figure_is_replaced(name, bunny, small, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("run, flags, name", [
+    (preview.run, "--model {} --data {}", "preview.png"),
+    (words.run, "--model {} --data {} --device cpu --limit 2", "words.html"),
+    (curves.run, "run", "curves.png"),
+    (draw_figure, "", "figure.png"),
+    (benchmarks.run, "amber --images . --questions q.json --model {}", "amber.json"),
+    (compare.run, "--benchmark amber --images . --data q.json --adapter 1.json 2.json", "page.html"),
+])  # fmt: skip
+def test_half_a_page_never_stays(run, flags, name, bunny, small, tmp_path, monkeypatch, capsys):
     """A full disk left half a page under a name that is then taken, or a figure in place of the good one."""
     limits = pytest.importorskip("resource")
     limit = limits.getrlimit(limits.RLIMIT_FSIZE)
-    run, flags = WRITERS[name]
     argv = [*flags.format(bunny, small).split(), "--to", name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("examples.curves.read_log", lambda run: [{"step": 1, "loss": 1.5}])
@@ -229,11 +214,10 @@ def test_half_a_page_never_stays_and_a_figure_is_replaced(name, bunny, small, tm
     assert run_command(run, argv) == 0 and {*files()} == {*before, name} and files() != before
 
 
-def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(tmp_path, monkeypatch):
+def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(run, monkeypatch):
     """Hours ended before results were written, a folder of the user's went, or worlds shared their runs."""
     made, pool = [], nullcontext(SimpleNamespace(map=map))
     make = lambda path, *rest: made.append(rest[-1]) or path.mkdir()
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("examples.tiny_bunny.write_base", make)
     monkeypatch.setattr("examples.shapes.write_pairs", make)
     monkeypatch.setattr("examples.miniature.ProcessPoolExecutor", lambda *rest: pool)
@@ -242,7 +226,7 @@ def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(tmp_path, m
     for flags, out in ("", "runs/miniature/small"), ("--world large --out mine", "mine/large"):
         folder = Path(out, "seed-7")
         write(folder / "unfinished" / "notes.txt", "mine")
-        assert run_command(miniature.run, f"--seeds 7 --quick {flags}".split()) == 0
+        run(miniature, f"--seeds 7 --quick {flags}")
         assert {*os.listdir(folder)} >= {"unfinished", "model", "data", "held_out", "log.txt"}
         assert os.listdir(folder / "unfinished") == ["notes.txt"]
         summary = json.loads(Path(out, "results.json").read_text())["summary"]
