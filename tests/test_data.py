@@ -630,12 +630,12 @@ def test_a_wrong_argument_is_one_sentence_that_says_what_is_wanted(bunny, folder
             function(*arguments)
 
 
-@pytest.mark.parametrize("kind", (
-    "AVIF RGB", "BMP 1", "GIF P", "JPEG CMYK", "JPEG2000 LA", "MPO RGB", "PNG RGBA", "PPM L", "TIFF CMYK", "WEBP RGB"
-))  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", "AVIF-RGB BMP-1 GIF-P JPEG-CMYK JPEG2000-LA MPO-RGB PNG-RGBA PPM-L TIFF-CMYK WEBP-RGB".split()
+)
 def test_every_picture_format_and_mode_is_read_as_rgb(tmp_path, kind):
     """Of a format that is missing, all are bad records; a wrong channel count kills the run hours in."""
-    format, mode = kind.split()
+    format, mode = kind.split("-")
     if format == "AVIF" and not features.check("avif"):
         pytest.skip("Pillow was built without AVIF")
     more = {"save_all": True, "append_images": [noise(2)]} if format == "MPO" else {}
@@ -756,8 +756,8 @@ def moco_by_hand(image, rng):
 ])  # fmt: skip
 @pytest.mark.parametrize("size", [(125, 100), (250, 12), (12, 250), (6, 6)])  # long: no room for all aspects
 def test_crop_is_even_in_area_and_place_and_moco_is_its_recipe(tmp_path, size, strategy, area):
-    """Table 3 rests on how much is kept and changed: another range, share or order is another method. Resuming
-    and DataLoader workers rest on it that seed, epoch and index alone decide."""
+    """Table 3 rests on how much is kept and changed: another range, share or order is another method. That
+    seed, epoch and index alone decide is what resumed runs and DataLoader workers rest on."""
     gradient(*size, step=1).save(tmp_path / "a.png")
     options = {"crop": area} if area and area[1] != 0.2 else {}
     image, examples = open_image(tmp_path / "a.png"), read(tmp_path, *[authors()] * 3)

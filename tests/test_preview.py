@@ -23,9 +23,13 @@ from test_mdpo import ROOT, authors, command, noise, write
 from tests.helpers import one_line_of
 
 RECORD = {"image": "a.png", "question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
+REASONED = RECORD | {name: f"<think>\nFur.\n</think>\n\n{RECORD[name]}" for name in ("chosen", "rejected")}
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+SHOWN = "<|vision_start|><image> x 2<|vision_end|>"
+ASK = f"<|im_start|>user\n{SHOWN}What is it?<|im_end|>\n<|im_start|>assistant"
 THINKING = families.template(  # writes reasoning into a block of its own, as Qwen3.5's template does
     "'<|vision_start|><|image_pad|><|vision_end|>'", *families.CHATML[:2], "<|im_start|>assistant\n<think>\n",
-    "part.text if message.role == 'user' or '</think>' in part.text else '<think>\n\n</think>\n\n' + part.text",
+    "('' if message.role == 'user' or '</think>' in part.text else '<think>\n\n</think>\n\n') + part.text",
 )  # fmt: skip
 
 
@@ -43,13 +47,6 @@ def show(folder, request, monkeypatch, capsys, run):
         return run(preview, f"--model {model} --data {write(folder / 'x.json', records)} {flags}", status)
 
     return shown
-
-
-REASONED = RECORD | {name: f"<think>\nFur.\n</think>\n\n{RECORD[name]}" for name in ("chosen", "rejected")}
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-ASK = (
-    "<|im_start|>user\n<|vision_start|><image> x 2<|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant"
-)
 
 
 @pytest.mark.parametrize("model, record, row, asked", [  # y_w's row by hand, what a model has that is asked
@@ -83,7 +80,8 @@ def test_a_rejected_image_of_another_size_has_a_row_of_its_own(show):
 
 
 @pytest.mark.parametrize("flags, has_m_l", [
-    ("", True), ("--no-conditional --anchors image_rejected", True), ("--no-image", False), ("--no-conditional", False)
+    ("", True), ("--no-conditional --anchors image_rejected", True),
+    ("--no-image", False), ("--no-conditional", False),
 ])  # fmt: skip
 def test_only_rows_that_are_trained_are_shown(flags, has_m_l, show):
     """DPO has no row of a rejected image. Someone who left a flag out sees it by this."""
