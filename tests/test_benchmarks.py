@@ -86,24 +86,18 @@ WRONG = r"""
 amber {"image": null} -> 2 of 3 questions can be asked | question 2 of amber: 'image' is null
 mmhal {"question": " "} -> question 2 of mmhal: 'question' is " ", not text
 pope {"text": ["Is it?"]} -> 'text' is ["Is it?"], not text
-amber {"query": "What \ud800?"} -> surrogates not allowed
-amber {"query": "What is <image>?"} -> '<image>'
 amber {"query": "What\t\t\t\t\t\t\t\t\t"} -> image token
 pope {"text": "Is it?<|endoftext|>"} -> '<|endoftext|>'
-amber {"id": "1"} -> 'id' is "1", not one of 1 to 1004
 amber {"id": 1.0} -> 'id' is 1.0, not one of 1 to 1004
 amber {"id": 1005} -> 'id' is 1005, not one of 1 to 1004
 amber-discriminative {"id": 1004} -> 'id' is 1004, not one of 1005 to 15220
 amber {"image": "b.png"} -> no image 'b.png'
-mmhal {"image_src": "https://x.org/1/b.png"} -> no image 'b.png'
 amber {"image": "items"} -> question 2 of amber: 'image': image
 objhal {"image": "AAAAA"} -> 'image': Invalid base64
-objhal {"image": "file:///etc/hostname"} -> 'image': its image is an address, file:///
 amber {"image": "https://x.org/a.png"} -> its image is an address, https://x.org/a.png: download
 pope {"label": "MISSING"} -> items: no annotations for these questions: has no 'label'
 pope {"label": "Yes"} -> "Yes" is neither "yes" nor "no"
 amber-discriminative {"id": 1102} -> notes.json: no annotations for these questions: has no 1102
-amber-discriminative {"id": 1103} -> ["sky"] is neither "yes" nor "no"
 """
 
 
@@ -111,7 +105,7 @@ amber-discriminative {"id": 1103} -> ["sky"] is neither "yes" nor "no"
 def test_what_cannot_be_asked_or_scored_is_named_before_the_model_is_read(case, ask):
     """An internal error after an hour of answers, or an empty answer that counts as free of hallucination."""
     name, wrong, reason = re.fullmatch("(.+?) (.+) -> (.+)", case).groups()
-    write(Path("notes.json"), [{"id": 1101, "truth": "yes"}, {"id": 1103, "truth": ["sky"]}])
+    write(Path("notes.json"), [{"id": 1101, "truth": "yes"}])
     good, _ = form(name, 1)
     bad = {key: value for key, value in (good | json.loads(wrong)).items() if value != "MISSING"}
     flags = "--annotations notes.json" * (name == "amber-discriminative")
