@@ -94,10 +94,12 @@ amber-discriminative {"id": 1004} -> 'id' is 1004, not one of 1005 to 15220
 amber {"image": "b.png"} -> no image 'b.png'
 amber {"image": "items"} -> question 2 of amber: 'image': image
 objhal {"image": "AAAAA"} -> 'image': Invalid base64
+objhal {"image": "file:///etc/hostname"} -> 'image': its image is an address, file:///
 amber {"image": "https://x.org/a.png"} -> its image is an address, https://x.org/a.png: download
 pope {"label": "MISSING"} -> items: no annotations for these questions: has no 'label'
 pope {"label": "Yes"} -> "Yes" is neither "yes" nor "no"
 amber-discriminative {"id": 1102} -> notes.json: no annotations for these questions: has no 1102
+amber-discriminative {"id": 1103} -> ["sky"] is neither "yes" nor "no"
 """
 
 
@@ -105,7 +107,7 @@ amber-discriminative {"id": 1102} -> notes.json: no annotations for these questi
 def test_what_cannot_be_asked_or_scored_is_named_before_the_model_is_read(case, ask):
     """An internal error after an hour of answers, or an empty answer that counts as free of hallucination."""
     name, wrong, reason = re.fullmatch("(.+?) (.+) -> (.+)", case).groups()
-    write(Path("notes.json"), [{"id": 1101, "truth": "yes"}])
+    write(Path("notes.json"), [{"id": 1101, "truth": "yes"}, {"id": 1103, "truth": ["sky"]}])
     good, _ = form(name, 1)
     bad = {key: value for key, value in (good | json.loads(wrong)).items() if value != "MISSING"}
     flags = "--annotations notes.json" * (name == "amber-discriminative")

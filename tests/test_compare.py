@@ -46,8 +46,9 @@ def stub(monkeypatch):
     speaking_as = lambda model, number: nullcontext(setattr(model, "on", number))
 
     def say(model, processor, questions, limit, batch_size=8, system=""):
-        how = f"{limit} {batch_size} {system}"
-        return [f"{model.on}: {text} {len(images)} {how}" for images, text in questions]
+        return [
+            f"{model.on}: {text} {len(images)} {limit} {batch_size} {system}" for images, text in questions
+        ]
 
     monkeypatch.setattr(answer, "load_tuned", model.load)
     monkeypatch.setattr(answer, "read_adapter", Mock())
@@ -269,8 +270,7 @@ def test_page_of_base_and_adapters_and_of_an_earlier_pages_answers(stub, run, mo
         (shown,), (path,) = item["images"], example.images
         assert content["pictures"][shown].convert("RGB").tobytes() == open_image(path).tobytes()
     Path(path).unlink()  # its question is left out
-    error = run(compare, f"{line} {theirs} b --to 4.html", 2)
-    assert "holds 6 answers to 5 questions" in error
+    assert "holds 6 answers to 5 questions" in run(compare, f"{line} {theirs} b --to 4.html", 2)
 
 
 def benchmark(name):
@@ -347,9 +347,9 @@ def test_what_differs_is_marked():
 NASTY = "</script><script>document.title='x'</script><img src=x onerror=\"document.title='x'\"> DATA &amp;"
 
 
-def make(texts, said, blind=False):
-    """What a page of questions about one picture and of {name: answers} holds."""
-    questions = [Example(text, "", "", ("1.png",), id=str(i)) for i, text in enumerate(texts)]
+def make(texts, said, blind=False, images=("1.png",)):
+    """What a page of questions about the same images and of {name: answers} holds."""
+    questions = [Example(text, "", "", images, id=str(i)) for i, text in enumerate(texts)]
     return content_of(write(Path("page.html"), compare.make_page(questions, said, blind)))
 
 
@@ -368,10 +368,8 @@ def test_no_text_can_end_the_script_that_holds_it():
 def test_large_images_are_made_smaller_and_one_image_is_kept_once():
     """Photographs of 5 MB make a page that no phone opens; 14,000 questions about 1,000 images as well."""
     Image.new("RGB", (3000, 1500)).save("large.png")
-    questions = [Example("Why?", "", "", images) for images in (("large.png",), ("large.png", "1.png"))]
-    page = compare.make_page(questions, dict.fromkeys("ab", "xy"))
-    content = content_of(write(Path("page.html"), page))
-    assert [item["images"] for item in content["items"]] == [[0], [0, 1]]
+    content = make(["Why?", "Who?"], dict.fromkeys("ab", "xy"), images=("large.png", "1.png"))
+    assert [item["images"] for item in content["items"]] == [[0, 1]] * 2
     shown, _ = content["pictures"]
     assert shown.size == (512, 256) and shown.format == "JPEG"
 

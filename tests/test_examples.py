@@ -4,7 +4,6 @@ import base64
 import contextlib
 import importlib
 import io
-import itertools
 import json
 import math
 import random
@@ -324,12 +323,11 @@ def test_packed_questions_of_the_base_model_are_blind_to_each_other(bunny, monke
         assert p.grad is None and torch.equal(p, alone.get_parameter(name)) == ("vision_tower" in name)
 
 
-@pytest.mark.usefixtures("on_the_cpu")
-def test_miniature_study_runs_goes_on_restarts_and_shows_the_robust_sign(tmp_path, monkeypatch):
+def test_miniature_study_runs_goes_on_restarts_and_shows_the_robust_sign(tmp_path, monkeypatch, on_the_cpu):
     """It trains for hours, and goes on where it was stopped. The one sign that no seed flips: mDPO tells
     images apart better than DPO, whose loss never sees a second. A base that does not look is not used."""
-    flags = "--epochs 1 --lr 3e-3 --batch-size 16 --micro-batch-size 16 --eval-size 64 --limit 192"
-    monkeypatch.setattr("examples.miniature.COMMON", f"{miniature.COMMON} {flags}")
+    flags = " --epochs 1 --lr 3e-3 --batch-size 16 --micro-batch-size 16 --eval-size 64 --limit 192"
+    monkeypatch.setattr("examples.miniature.COMMON", miniature.COMMON + flags)
     monkeypatch.setattr("examples.miniature.PAIRS", 192 - miniature.HELD_OUT)
     monkeypatch.setattr("examples.miniature.SCENES", 10)
     write_pairs, log, steps = shapes.write_pairs, train.log, []
@@ -648,7 +646,7 @@ def test_numbers_of_the_words_are_those_of_the_librarys_own_call(bunny, adapted)
     several = pair(turns, "A 猫, é.", "No.", *two)  # images, and tokens of a character
     for one in PAIRS[0], several, pair(*PAIRS[1][:3]):
         rows, sides = words.rows_of(model, processor, one, 2048), {"base": None, "tuned": 0}
-        titles = itertools.product(("chosen", "rejected"), sides)
+        titles = [(name, side) for name in ("chosen", "rejected") for side in sides]
         for (name, side), (title, found) in zip(titles, rows, strict=True):
             with answering.speaking_as(model, sides[side]):
                 shown = one, one._replace(images=one.images_rejected)
@@ -716,7 +714,7 @@ def test_a_base_is_trained_and_loads(tmp_path, monkeypatch):
 
 
 def test_evaluation_reads_its_file_as_the_run_did(tmp_path, monkeypatch):
-    """Else what was trained on has no room, or what was not has. Of 560 x 560 pixels are 400 tokens."""
+    """Else what was trained on has no room, or what was not has. Of full size an image has 9 tokens, not 4."""
     monkeypatch.chdir(tmp_path)
     noise(1, (560, 560)).save("a.png")
     record = {"image": "a.png", "chosen": "A cat.", "rejected": "A dog."}
