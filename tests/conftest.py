@@ -1,18 +1,8 @@
 """Fixtures that several files share, and those of test_mdpo.py."""
 
 # Before torch: it sets the number of threads.
-from test_mdpo import (  # noqa: F401, I001
-    bunny,
-    finished,
-    folder,
-    llava,
-    loaded,
-    move,
-    signals_are_heard,
-    six_epochs,
-    small,
-    with_lora,
-)
+from test_mdpo import bunny, finished, folder, llava, loaded, move  # noqa: F401, I001
+from test_mdpo import signals_are_heard, six_epochs, small, with_lora  # noqa: F401
 
 import shlex
 
@@ -54,8 +44,7 @@ def family(request, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def adapted(bunny, tmp_path_factory):  # noqa: F811
-    """An adapter of random weights, in a run's folder: it changes every answer's log-probability by more than
-    a nat."""
+    """An adapter of random weights, in a run's folder: it moves every answer's log-probability by nats."""
     model, _ = with_lora(bunny)
     torch.manual_seed(3)
     move(model, std=0.2)

@@ -1,10 +1,8 @@
 """Helpers that several files of this folder share."""
 
-import contextlib
 import pkgutil
 import re
-
-import pytest
+from unittest.mock import patch
 
 import data
 import train
@@ -20,7 +18,6 @@ def check_file(argv):
 
 DPO_NAMES = ("chosen", "rejected")  # no log-probability of m_l
 
-
 PARTS = "{% for p in m.content %}{% if p.type == 'image' %}IMAGE{% else %}{{ p.text }}{% endif %}{% endfor %}"
 CHAT = (  # a chat template, once IMAGE and END stand for a model's own
     "{% for m in messages %}[{{ m.role }}]" + PARTS + "END{% endfor %}"
@@ -31,11 +28,7 @@ CHAT = (  # a chat template, once IMAGE and END stand for a model's own
 def outputs_of(module):
     """A list that grows by the output of each call of a module."""
     seen = []
-
-    def note(module, inputs, output):
-        seen.append(output)
-
-    module.register_forward_hook(note)
+    module.register_forward_hook(lambda module, inputs, output: seen.append(output))
     return seen
 
 
@@ -73,8 +66,6 @@ VLFEEDBACK = {
         completion("Never.", "N/A", "5", "5"),
     ],
 }
-
-
 PLAIN = {"image": "a.png", "question": "<image>\nWhat is it?", "chosen": " A cat.\n", "rejected": "A dog."}
 TURNS = {  # a system text, an earlier turn, two images
     "images": ["a.png", "merged_images/llava-1.jpg"],
@@ -96,18 +87,15 @@ def as_examples(folder, n=4):
 ARGUMENTS = train.FILES | train.METHOD | train.SYSTEM
 
 
-@contextlib.contextmanager
 def preceded(name, do):
-    """Inside, the function of this name calls do(*its arguments) first."""
+    """-> a context: inside, the function of this name calls do(*its arguments) first."""
     function = pkgutil.resolve_name(name)
 
     def both(*args, **options):
         do(*args, **options)
         return function(*args, **options)
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(name, both)
-        yield
+    return patch(name, both)
 
 
 def counted(monkeypatch, module, name):
