@@ -1,4 +1,4 @@
-"""The READMEs' numbers are the code's, the paper's, or a sum's. Who rewords one's sentence rewords its pattern."""
+"""The READMEs' numbers are those of code, paper or a sum. Who rewords a sentence rewords its pattern here."""
 
 import inspect
 import math

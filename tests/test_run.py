@@ -69,6 +69,10 @@ def stopped(run):
 
 STOPPED = 128 + signal.SIGTERM
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+UNREAD = Mock(side_effect=BrokenPipeError)  # a function of a stream that nobody reads any more
+GONE = BadInput("image gone.png cannot be decoded")
+PLAN = train.plan_steps(7, 4, 2, 2, seed=0)  # of `finished`
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def ended(function, *arguments):
@@ -103,9 +107,6 @@ def checkpoint_of(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
-assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
-
-
 def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}  # no broken links
 
@@ -134,8 +135,7 @@ def test_a_stopped_run_can_be_looked_at(bunny, stopped, out):
 @pytest.mark.parametrize("step", [1, 2, 12])
 @pytest.mark.parametrize("file", ["half", "checkpoint.pt", "adapter_model.safetensors"])
 def test_resume_after_sigkill_inside_a_checkpoint_is_exact(six_epochs, out, file, step):
-    """Of its files some are new then, some old, half there or not at all; the log is ahead. The kill comes
-    before the rename of `file` in the checkpoint of `step`, or once half of checkpoint.pt is written."""
+    """Some files are new, some old or half there if it comes before `file` is renamed in checkpoint `step`."""
     seen = []
 
     def die_in_time(source, target):
@@ -209,8 +209,7 @@ def test_workers_hear_no_signal_and_a_second_one_to_the_whole_group_stops_at_onc
 
 
 def test_a_run_that_ended_changes_no_more(finished, copied, monkeypatch, capsys):
-    """Resumed, it must not train again. A broken log, which people and curves read, is written anew. Half a
-    file that a kill left replaces no good one, nor stays for ever; the user's folder x.tmp does."""
+    """Resumed, it must neither train again, nor keep a broken log or half a file that a kill left behind."""
     began = (copied / "args.json").read_bytes()
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     assert json.loads(began)["versions"] == versions and json.loads(began)["system"] == train.BUNNY_SYSTEM
@@ -273,12 +272,6 @@ def test_every_flag_that_decides_the_result_is_the_runs_own(finished):
         train.refuse_others({}, {"old_flag": 1})
 
 
-def test_defaults_are_those_that_the_readme_speaks_of():
-    """Its memory and hours are of micro-batches of 4, the authors' of 2,048 tokens."""
-    args = train.parse_args("--model m --data d --crop 0.1 0.1".split())  # a crop of one size is a crop
-    assert (args.max_length, args.micro_batch_size, args.workers) == (2048, 4, 4) and args.crop == [0.1, 0.1]
-
-
 def test_a_run_knows_its_base_weights(bunny):
     """With other numbers the second half would have another reference. The dtype does not matter."""
     model, _ = train.load_model(str(bunny))
@@ -308,10 +301,6 @@ def moved_away(path):
     path.symlink_to("not there")
 
 
-def with_code(path):
-    torch.save({"code": os.system}, path)
-
-
 DAMAGES = {  # what the line must say: a file of the run, and its bytes or what becomes of it
     "cannot be resumed: not valid JSON": ("args.json", b'{"model": '),
     "cannot be resumed: has no": ("args.json", b"{}"),
@@ -319,7 +308,10 @@ DAMAGES = {  # what the line must say: a file of the run, and its bytes or what 
     "peft cannot load the adapters of this model": ("checkpoint.pt", of_another_model),
     "checkpoint.pt: cannot be resumed from: is damaged": ("checkpoint.pt", changed),
     "checkpoint.pt: cannot be resumed from: File is not": ("checkpoint.pt", b"half"),
-    "checkpoint.pt: cannot be resumed from: Weights only": ("checkpoint.pt", with_code),
+    "checkpoint.pt: cannot be resumed from: Weights only": (
+        "checkpoint.pt",
+        functools.partial(torch.save, os.system),
+    ),
     "checkpoint.pt: cannot be resumed from: [Errno 2] No such": ("checkpoint.pt", Path.unlink),
     "checkpoint.pt: cannot be resumed from: [Errno 2]": ("checkpoint.pt", moved_away),
 }
@@ -356,9 +348,6 @@ def lost(run, capsys):
     return lost
 
 
-PLAN = train.plan_steps(7, 4, 2, 2, seed=0)  # of `finished`
-
-
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_worker_that_dies_is_one_line(finished, lost, out, ahead):
     """Short of memory, the kernel kills it as the main process waits or, if it is ahead, in a step."""
@@ -371,9 +360,6 @@ def test_a_worker_that_dies_is_one_line(finished, lost, out, ahead):
     line = lost(PLAN[2][0][0], die, "--workers", 1)
     assert "DataLoader worker" in line and "--workers 0" in line
     goes_on_to(finished, out)
-
-
-GONE = BadInput("image gone.png cannot be decoded")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -469,7 +455,7 @@ BAD_INPUTS = {  # flags, in which T/ is the test's folder: what the message must
     "--eval-size 7": "leaves none of 7",
     "--max-length 20": "would drop 7 bad records",
     "--crop 0.5 0.2": "--crop: its minimum is above its maximum",
-    "--crop 0.2 0.5 --reject moco": "--crop does nothing with another --reject",
+    "--crop 0.1 0.1 --reject moco": "--crop does nothing with another --reject",
     "--anchors none chosen": "--anchors none cannot be combined",
     "--anchors chosen none": "--anchors none cannot be combined",  # it would be taken back in silence
     "--anchors cropped": "invalid choice",
@@ -564,9 +550,8 @@ def test_what_changes_speed_does_not_change_the_update(finished, run, out, monke
 
 @pytest.mark.parametrize("flags, calls", [([], 2), (["--no-checkpointing"], 1)])
 def test_activations_are_recomputed_unless_told_otherwise(run, flags, calls):
-    """Without it a real model does not fit. 5 examples are 3 micro-batches of 2 layers: each runs for the
-    policy, and again. The 2 held out keep no graph. In training mode a tower with batch norm differs, and a
-    router adds noise: only a layer is in it, which would not be recomputed."""
+    """Without it a real model does not fit. A tower with batch norm differs in training mode, and a router
+    adds noise: only a layer is in it, which would not be recomputed."""
     with_graph, in_training = [], []
     language = "transformers.models.phi.modeling_phi.PhiMLP.forward"
     vision = "transformers.models.siglip.modeling_siglip.SiglipMLP.forward"
@@ -574,7 +559,7 @@ def test_activations_are_recomputed_unless_told_otherwise(run, flags, calls):
     notes = [preceded(name, lambda mlp, x: in_training.append(mlp.training)) for name in (language, vision)]
     with note_graph, notes[0], notes[1]:
         assert run("--epochs", 1, "--eval-size", 2, *flags) == 0
-    assert sum(with_graph) == 3 * 2 * calls
+    assert sum(with_graph) == 3 * 2 * calls  # micro-batches, layers; the 2 held out keep no graph
     assert in_training and not any(in_training)
 
 
@@ -645,12 +630,18 @@ def test_many_steps_are_planned_at_once():
 
 
 def test_help_shows_every_default(monkeypatch, capsys):
-    """A 0 is a value as others are; what has none is left without."""
+    """The README's memory and hours are of these. A 0 is a value as others are; what has none is without."""
     monkeypatch.setenv("COLUMNS", "9999")
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     shown = capsys.readouterr().out
-    assert "with the others (default: 0)\n" in shown and "(authors' config) (default: 2048)\n" in shown
+    for end in (
+        "the others (default: 0)",
+        "config) (default: 2048)",
+        "result (default: 4)",
+        "batches (default: 4)",
+    ):
+        assert f"{end}\n" in shown
     assert not re.search(r"default: (None|False|\[\])", shown)
 
 
@@ -661,9 +652,6 @@ def test_output_that_closes_is_no_traceback_and_one_that_nobody_reads_no_success
     script = f"{sys.executable} {ROOT / 'data.py'} {write(folder / 'x.json', [authors()])} {output}"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True)
     assert done.returncode == status and done.stderr == ""
-
-
-UNREAD = Mock(side_effect=BrokenPipeError)
 
 
 @pytest.mark.parametrize("stderr", [SimpleNamespace(write=UNREAD, flush=UNREAD, isatty=bool), None])
