@@ -1,5 +1,6 @@
 """Helpers that several files of this folder share."""
 
+import contextlib
 import pkgutil
 import re
 from unittest.mock import patch
@@ -87,15 +88,17 @@ def as_examples(folder, n=4):
 ARGUMENTS = train.FILES | train.METHOD | train.SYSTEM
 
 
+@contextlib.contextmanager
 def preceded(name, do):
-    """-> a context: inside, the function of this name calls do(*its arguments) first."""
+    """Inside, the function of this name calls do(*its arguments) first."""
     function = pkgutil.resolve_name(name)
 
     def both(*args, **options):
         do(*args, **options)
         return function(*args, **options)
 
-    return patch(name, both)
+    with patch(name, both):
+        yield
 
 
 def counted(monkeypatch, module, name):
