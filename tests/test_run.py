@@ -134,7 +134,7 @@ def test_a_stopped_run_can_be_looked_at(bunny, stopped, out):
 @pytest.mark.parametrize("step", [1, 2, 12])
 @pytest.mark.parametrize("file", ["half", "checkpoint.pt", "adapter_model.safetensors"])
 def test_resume_after_sigkill_inside_a_checkpoint_is_exact(six_epochs, out, file, step):
-    """Some files are new, some old, some half there: `file` is not yet renamed in the checkpoint of `step`."""
+    """Some files are new, some old, some half there: `file` is not renamed yet in the checkpoint `step`."""
     seen = []
 
     def die_in_time(source, target):
