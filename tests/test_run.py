@@ -571,12 +571,12 @@ def test_no_image_run_needs_no_images(run, mine, out):
 def test_workers_are_as_many_as_cores_send_arrays_and_start_no_gpu(tmp_path, bunny, monkeypatch):
     """Each takes a process's memory; a tensor takes shared memory, of which a container has 64 MB. --device
     cpu is what remains when the GPU is full: memory pinned for it would start it, and fail."""
+    pairs, processor = data.Pairs(as_examples(tmp_path)), train.load_processor(str(bunny))
+    args = train.parse_args("--model m --data d --layout plain --device cpu".split())
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     for module in torch.cuda, torch.accelerator:
         monkeypatch.setattr(module, "is_available", lambda: True)
     monkeypatch.setattr(data.Batch, "pin_memory", lambda batch: pytest.fail("pinned"))
-    pairs, processor = data.Pairs(as_examples(tmp_path)), train.load_processor(str(bunny))
-    args = train.parse_args("--model m --data d --layout plain --device cpu".split())
     batches = train.load_batches(pairs, [[(0, 0)], [(0, 1)]], mdpo.LogPs._fields, processor, args)
     next(batches)
     assert len(multiprocessing.active_children()) == 2
