@@ -641,7 +641,8 @@ def test_output_that_closes_is_no_traceback_and_one_that_nobody_reads_no_success
     """`| head -1` is how people look at a long report, and a script that goes on would take half of it for
     the whole; schedulers close the output of commands."""
     script = f"{sys.executable} {ROOT / 'data.py'} {write(folder / 'x.json', [authors()])} {output}"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True)
+    script = f"unset PYTHONUNBUFFERED; set -o pipefail; {script}"  # with it, nothing is left to be written
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.returncode == status and done.stderr == ""
 
 
