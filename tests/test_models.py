@@ -166,23 +166,18 @@ def with_template(folder, template):
     return processor
 
 
-BARE = (  # parts one after the other, with no word of its own
-    "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% if p.type == 'image' %}IMAGE{% endif %}"
-    "{% endfor %}{% endfor %}"
-)
+BARE = "{% for m in messages %}" + PARTS + "{% endfor %}"  # not a word of its own
 PLACED = CHAT.replace("END", "{{ eos_token }}")
 # An answer without a think block gets an empty one, and reasoning of earlier turns is dropped, as Qwen3 does.
 THINKING = PLACED.replace(
     PARTS,
-    "{% set text %}" + PARTS + "{% endset %}{% if m.role != 'assistant' %}{{ text }}{% else %}"
-    "{% set parts = text.split('</think>') %}{% if loop.last %}"
-    "<think>{{ parts[0].split('<think>')[1] if parts | length > 1 }}</think>{% endif %}"
-    "{{ parts[-1] | trim }}{% endif %}",
+    "{% set text %}" + PARTS + "{% endset %}{% set thought, _, said = text.rpartition('</think>') %}"
+    "{% if m.role == 'assistant' and loop.last %}<think>{{ thought[7:] }}</think>{% endif %}{{ said }}",
 )
 ENDS_TURNS = CHAT.replace("END", "<end>\n")  # as Gemma, whose end-of-sequence is another token
 PRINTS = PLACED.replace(PARTS, "{{ m.content }}")
-JOINS = PRINTS.replace("{{ m.content }}", "{{ m.content + '' }}")  # a list and a text: an error
-ASKS = "{% if m.content is not string %}{{ raise_exception('text, please') }}{% endif %}"
+JOINS = PLACED.replace(PARTS, "{{ m.content + '' }}")  # a list and a text: an error
+ASKS = PLACED.replace(PARTS, "{{ m.content if m.content is string else raise_exception('text, please') }}")
 # Text is taken as text, and parts are walked over, but those of an assistant are printed.
 IS_TEXT = "{% if m.content is string or m.role == 'assistant' %}"
 TEXT_OR_PARTS = PLACED.replace(PARTS, IS_TEXT + "{{ m.content }}{% else %}" + PARTS + "{% endif %}")
@@ -192,7 +187,7 @@ SYSTEM_LAST = (  # as Pixtral: the system text stands before the last message, i
     "{{ messages[0].content[0].text }} {% endif %}" + PLACED.partition("%}")[2]
 )
 THOUGHT = "<think>A ring?</think>Yes."
-ASKED_AGAIN = [message("user", "Is it?"), message("assistant", THOUGHT), message("user", "And it?")]
+ASKED_AGAIN = [message("user", "Is it?"), message("assistant", THOUGHT), message("user", "Now?")]
 CONVERSATION = [
     message("system", "Be brief."),
     message("user", " Hello. "),
@@ -200,45 +195,35 @@ CONVERSATION = [
     message("user", "IMAGE", "What is it? "),
 ]
 PRINTED = "Is it {'type': 'text', 'text': 'x'}?"
-THOUGHT_EARLIER = "[user]Is it?EOS[assistant]Yes.EOS[user]And it?EOS[assistant]<think></think>"
 OF_TEXT = "[user]Which?EOS[assistant]|No.EOS|Yes.EOS"
 OF_IMAGE = "[user]IMAGEWhich?EOS[assistant]|No.EOS|Yes.EOS"
-# (template; what both rows begin with|y_w|y_l; what is asked and answered, if it is not Which?, No. and Yes.)
-# With IMAGE in it, the pair has images.
+# The template; what both rows begin with|y_w|y_l: with IMAGE in it, the pair has images; what is asked and
+# answered, if it is not Which?, No. and Yes.
 WRITTEN = {
     "what opens the assistant's turn is the prompt's, generation prompt or not": (
         PLACED.replace("[{{ m.role }}]", "{{ m.role }}: ").partition("{% if add")[0],
         "user: Which?EOSassistant:| No.EOS| Yes.EOS"),
     "what follows the end is never generated": (
-        PLACED.replace("]", "]\n").replace("eos_token }}", "eos_token }}\n"),
-        "[user]\nWhich?EOS\n[assistant]\n|No.EOS|Yes.EOS", "Which?", "No.", "Yes.EOS Or no."),
-    "answers are trimmed": (
-        PLACED.replace("p.text", "p.text | trim"), OF_TEXT, "Which?", " No.\n", "\nYes. "),
-    "the end of a turn is scored once, and no end-of-sequence, which is never reached": (
-        ENDS_TURNS, "[user]IMAGEWhich?<end>\n[assistant]|No.<end>|Yes.<end>"),
-    "an end-of-sequence inside ends the response, and the turn": (
-        ENDS_TURNS, "[user]Which?<end>\n[assistant]|No.EOS|Yes.<end>", "Which?", "No.EOS Or yes.", "Yes."),
-    "a plain answer gets the template's empty think block": (
-        THINKING, "[user]IMAGEWhich?EOS[assistant]<think></think>|No.EOS|Yes.EOS"),
+        CHAT.replace("END", "{{ eos_token }}\n"), "[user]Which?EOS\n[assistant]|No.EOS|Yes.EOS"),
+    "trimmed answers": (PLACED.replace("p.text", "p.text | trim"), OF_TEXT, "Which?", " No.\n", "\nYes. "),
+    "the end of a turn is scored once, and an end-of-sequence inside ends the response": (
+        ENDS_TURNS, "[user]IMAGEWhich?<end>\n[assistant]|No.EOS|Yes.<end>", "Which?", "No.EOS Or yes."),
+    "a plain answer gets an empty think block, reasoning of an earlier turn is dropped": (
+        THINKING, "[user]Is it?EOS[assistant]Yes.EOS[user]Now?EOS[assistant]<think></think>|No.EOS|Yes.EOS",
+        ASKED_AGAIN),
     "an answer keeps the think block that it brings": (
         THINKING, "[user]IMAGEWhich?EOS[assistant]<think>|A ring?</think>Yes.EOS|</think>No.EOS",
         "Which?", THOUGHT, "No."),
-    "reasoning of an earlier turn is dropped": (
-        THINKING, f"{THOUGHT_EARLIER}|No.EOS|Yes.EOS", ASKED_AGAIN, "No.", "Yes."),
     "messages that are printed are given as text": (PRINTS, OF_TEXT),
-    "messages that are joined are given as text": (
-        JOINS, OF_TEXT, [message("user", "Whi", "ch?")], "No.", "Yes."),
-    "messages whose parts are refused are given as text": (
-        PLACED.replace(PARTS, ASKS + "{{ m.content }}"), OF_TEXT),
+    "messages that are joined are given as text": (JOINS, OF_TEXT, [message("user", "Whi", "ch?")]),
+    "messages whose parts are refused are given as text": (ASKS, OF_TEXT),
     "messages with an image are given as parts": (TEXT_OR_PARTS, OF_IMAGE),
-    "a question about a printed part is a question": (
-        PLACED, f"[user]IMAGE{PRINTED}EOS[assistant]|A {{'type': 'text'}}.EOS|Yes.EOS",
-        PRINTED, "A {'type': 'text'}.", "Yes."),
+    "a text about a printed part is a text": (
+        PLACED, f"[user]IMAGE{PRINTED}EOS[assistant]|{PRINTED}EOS|Yes.EOS", PRINTED, PRINTED),
     "where a system text would be refused, a question without it is good": (SYSTEM_LAST, OF_IMAGE),
     "earlier answers of Bunny end as the last one does": (
-        train.BUNNY_TEMPLATE,
-        "Be brief. USER:  Hello.  ASSISTANT: HiEOSUSER: IMAGE\nWhat is it?  ASSISTANT:| No.EOS| OK.EOS",
-        CONVERSATION, "No.", "OK."),
+        train.BUNNY_TEMPLATE, "Be brief. USER:  Hello.  ASSISTANT: HiEOS"
+        "USER: IMAGE\nWhat is it?  ASSISTANT:| No.EOS| Yes.EOS", CONVERSATION),
     # "answers" is one token: tokenised apart, the model would be scored on text that it never produces. The
     # boundary moves back to the last token that all three texts share.
     "tokens merge across the boundary": (BARE, "IMAGEa red| answersEOS| answxEOS", "a red answ", "ers", "x"),
@@ -254,7 +239,7 @@ def test_what_a_template_writes_is_what_is_scored(bunny, case):
     template, expected, *texts = WRITTEN[case]
     prefix, *responses = expected.split("|")
     processor = with_template(bunny, template)
-    question, *answers = texts or ("Which?", "No.", "Yes.")
+    question, *answers = [*texts, *("Which?", "No.", "Yes.")[len(texts) :]]
     answers = [answer.replace("EOS", processor.tokenizer.eos_token) for answer in answers]
     images = (noise(1), noise(2)) if "IMAGE" in prefix else ()
     assert written(processor, pair(question, *answers, *images)) == [f"{prefix}|{y}" for y in responses]
