@@ -38,23 +38,24 @@ def fresh(bunny):
     return train.load_model(str(bunny))
 
 
-def test_each_image_of_a_step_is_encoded_once(bunny, small, tmp_path):
-    """Vision towers are a third of a step: policy and reference share an encoding of an example's images."""
+def test_each_image_of_a_step_is_encoded_once_by_the_inner_model(bunny, small, tmp_path, monkeypatch):
+    """Vision towers are a third of a step: policy and reference share an encoding of an example's images.
+    Some families' outer class, such as Janus's, has no way to do it."""
+    monkeypatch.delattr(transformers.LlavaForConditionalGeneration, "get_image_features")
     sizes = []
     with preceded(TOWER, lambda tower, pixel_values, **options: sizes.append(len(pixel_values))):
         assert train.main(command(bunny, small, tmp_path / "out", "--epochs", 1)) == 0
     assert sizes[-4:] == [4, 4, 4, 2]  # micro-batches of 2, 2, 2 and 1 examples, after the check of the rows
 
 
-PRECISIONS = [  # of the policy and the reference, and a step that the latter resolves at 3
-    (torch.bfloat16, torch.bfloat16, 2**-6),
-    (torch.float16, torch.float32, 2**-13),
-]
-
-
-@pytest.mark.parametrize("policy_dtype, ref_dtype, step", PRECISIONS)
+# A step is one that the reference's type resolves at 3.
+@pytest.mark.parametrize(
+    "policy_dtype, ref_dtype, step",
+    [(torch.bfloat16, torch.bfloat16, 2**-6), (torch.float16, torch.float32, 2**-13)],
+)
 def test_half_precision_is_raised_to_float32(policy_dtype, ref_dtype, step):
-    """Steps are 4 nats wide at -1000 in bf16: -1000 + 3 + 1/64 is -996 there. float64 stays so."""
+    """Steps are 4 nats wide at -1000 in bf16: -1000 + 3 + 1/64 is -996 there. A log-softmax is off by
+    hundredths of a nat a token. float64 stays so."""
     policy = LogPs(*torch.tensor([[-1000], [-1004], [-1000]], dtype=policy_dtype))
     ref = LogPs(*torch.tensor([[-3 - step], [-3], [-3]], dtype=ref_dtype))
     losses, metrics = mdpo_loss(policy, ref, beta=1.0)
@@ -62,6 +63,9 @@ def test_half_precision_is_raised_to_float32(policy_dtype, ref_dtype, step):
     assert metrics["rewards/chosen"].item() == -997 + step and metrics["rewards/margins"].item() == 4 + step
     losses, _ = mdpo_loss([logp.double() for logp in POLICY], REF, beta=0.5)
     assert losses.item() == pytest.approx(DPO + CONDITIONAL + ANCHOR, abs=1e-15)
+    logits = torch.randn(1, 8, 10, generator=torch.manual_seed(0)).to(policy_dtype)
+    scored = lambda logits: response_logps(SimpleNamespace, pack(worked_example()), {"logits": logits})
+    assert scored(logits) == scored(logits.float())
 
 
 ODD_TEXTS = [  # (question, chosen, rejected)
@@ -69,7 +73,6 @@ ODD_TEXTS = [  # (question, chosen, rejected)
     ("USER: Hi ASSISTANT: no", "No. USER: and now? ASSISTANT: Yes.", "ASSISTANT:"),  # as the template
     ("\n\nWhat is it?\n", "\nA red circle.\n\n", "\n\n"),
     ("What is it?", "A red circle.EOS It is red.", "A blue square.EOS"),
-    ("?", "a", "b"),
     ("What is it?", "A red", "A red circle"),  # one begins as the other
     ("What is \ue000 in \ue000 it?", "A \ue000 circle.", "\ue000"),  # private use
     ("What  is   it?", "  A  red    circle. ", " A  red    square. "),
@@ -91,18 +94,6 @@ def test_a_sequence_has_one_bos(llava):
     assert is_bos[:, 0].all() and is_bos.sum() == 9
 
 
-def test_logits_are_raised_to_float32():
-    """A log-softmax in bf16 is off by hundredths of a nat a token."""
-    logits = torch.randn(1, 8, 10, generator=torch.manual_seed(0)).bfloat16()
-    model = lambda logits: SimpleNamespace(logits=logits)
-    half, full = (
-        response_logps(model, pack(worked_example()), {"logits": of}) for of in (logits, logits.float())
-    )
-    assert half == full
-
-
-# Of each token, a line, which ones it sees. Rows 0 and 1 have prefixes of 2 tokens and 1. Row 2 is a response
-# of 2 tokens to the prefix of row 0, row 3 one of 1 token to that of row 1.
 SEEN = """
     x..|..|..|.
     xx.|..|..|.
@@ -116,7 +107,8 @@ SEEN = """
 
 
 def test_attention_of_a_packed_row_is_attention_under_its_mask():
-    """Values and gradients against one dense mask. No response sees another. Two heads share a key."""
+    """Values and gradients against one dense mask, in which each line is what a token sees. No response sees
+    another. Two heads share a key."""
     blocks = [(3, 0, 2), (2, 1, 1), (2, 0, 2), (1, 1, 1)]  # (tokens, whose prefix, its length)
     dense = torch.tensor([[mark == "x" for mark in line] for line in SEEN.replace("|", "").split()])
     torch.manual_seed(0)
@@ -131,9 +123,7 @@ def test_attention_of_a_packed_row_is_attention_under_its_mask():
 
 
 def test_packed_rows_set_their_attention_which_is_sdpa_for_all_else(fresh):
-    """Plain rows and generation must not know that it was ever replaced. Under any other kind, each token
-    would see other sequences and images, in silence: so packed rows are nan. A model with a kind of its own,
-    such as one with sinks, keeps it: plain rows without them train another model than what answers."""
+    """Plain rows and generation must not know that it was ever replaced."""
     model, processor = fresh
     batch = make_batch(PAIRS, processor)
     texts = ["There is a red circle.", "There"]  # the second is padded, and must not see that
@@ -143,10 +133,6 @@ def test_packed_rows_set_their_attention_which_is_sdpa_for_all_else(fresh):
     before = of_all_else()
     same(torch.cat(response_logps(model, pack(batch))), before[0])
     same(of_all_else(), before)
-    model.set_attn_implementation("eager")
-    assert not torch.cat(response_logps(model, pack(batch))).isfinite().any()
-    same(of_all_else(), before)
-    assert model.get_decoder().config._attn_implementation == "eager"
 
 
 def written(processor, one):
@@ -246,10 +232,9 @@ def test_what_a_template_writes_is_what_is_scored(bunny, case):
 
 
 IN_ANOTHER_WAY = "writes the question in another way when a response follows"
-SYSTEM_AND_QUESTION = [message("system", "Be brief."), message("user", "IMAGE", "Which?")]
 REFUSED = {  # (template, number of images, question, what the message says)
     "an image would be printed": (PRINTS, 1, "Which?", "the chat template does not take these messages"),
-    "a system text is dropped": (SYSTEM_LAST, 1, SYSTEM_AND_QUESTION, IN_ANOTHER_WAY),
+    "a system text is dropped": (SYSTEM_LAST, 1, CONVERSATION, IN_ANOTHER_WAY),
     "the text before the image changes": ("{{ messages | length }}" + PLACED, 1, "Which?", IN_ANOTHER_WAY),
     "the end depends on the answer": (
         CHAT.replace("END", "{{ m.content[0].text | length }}"), 0, "Which?", IN_ANOTHER_WAY),
@@ -278,17 +263,15 @@ def adds(monkeypatch, processor, name, at=...):
     monkeypatch.setattr(type(processor), "__call__", with_more)
 
 
-@LAYOUTS
-def test_token_types_go_on_as_text_in_the_responses(fresh, monkeypatch, layout):
+def test_token_types_go_on_as_text_in_the_responses(fresh, monkeypatch):
     """Gemma 3 and others let text see what only an image may if types are shifted or lost."""
     model, processor = fresh
     adds(monkeypatch, processor, "types")
-    batch = laid_out(PAIRS, processor, layout)
+    batch = laid_out(PAIRS, processor)
     expected = 7 * ((batch.labels >= 0).cumsum(1) == 0)  # 0 in a response, and in padding as well
     assert torch.equal(batch.inputs["types"], expected)
-    if layout == "packed":
-        expected = expected.flatten()[batch.take][None]
-    assert torch.equal(mdpo.forward_inputs(model, batch)["types"], expected)
+    taken = expected.flatten()[batch.take][None]
+    assert torch.equal(mdpo.forward_inputs(model, batch)["types"], taken)
 
 
 @pytest.mark.parametrize("name, at", [("types", (..., None)), ("labels", ...)])
@@ -319,7 +302,7 @@ def test_a_batch_is_what_its_docstring_says(loaded):
 
 @LAYOUTS
 def test_all_inputs_of_the_model_are_on_its_device_and_as_its_layers_want_them(fresh, layout):
-    """One that stays behind stops the first step on a GPU; at another dtype some vision towers (Aria's) stop.
+    """One that stays behind stops the first step on a GPU; another dtype stops some vision towers (Aria's).
     Rows of a mask begin at multiples of 16 numbers, or CUDA's kernels copy it in each layer."""
     batch, pixels = laid_out(PAIRS[:1], fresh[1], layout), []
     with preceded(TOWER, lambda tower, pixel_values, **options: pixels.append(pixel_values)):
@@ -341,8 +324,7 @@ OTHER_SIZES = [  # rejected images of one's own, and the last as large as the im
 
 @pytest.mark.parametrize("family", ["llava_next"], indirect=True)
 def test_a_response_is_cut_alike_for_all_images_of_its_pair(family):
-    """CoPO would compare 3 tokens of y_w with 9 of it, where a rejected image of one's own takes more tokens.
-    The pair beside it has a room of its own."""
+    """CoPO would compare 3 tokens of y_w with 9 of it, where a rejected image takes more tokens."""
     _, _, processor = family
     full = make_batch(OTHER_SIZES, processor)
     assert prefix_length(full, 1) > prefix_length(full) + 9
@@ -357,24 +339,18 @@ def test_a_response_is_cut_alike_for_all_images_of_its_pair(family):
 
 
 @LAYOUTS
-def test_a_forward_pass_keeps_no_cache_no_padding_and_no_logits_of_prompts(loaded, layout):
-    """All are memory: keys and values of every layer, and a vocabulary for each token of an image."""
-    model, processor = loaded
-    batch = laid_out(PAIRS[:1], processor, layout)
-    output = model(**mdpo.forward_inputs(model, batch))
+def test_a_forward_pass_keeps_no_cache_no_padding_no_logits_of_prompts_and_no_embeddings(bunny, layout):
+    """All are memory: keys and values of every layer, a vocabulary for each token of an image. Embeddings
+    that want a gradient cost a backward pass through nothing."""
+    model, processor = with_lora(bunny)
+    batch, embeddings = laid_out(PAIRS[:1], processor, layout), outputs_of(model.get_input_embeddings())
+    output = model.eval()(**mdpo.forward_inputs(model, batch))  # checkpointing would keep no cache by itself
     shape = 3, batch.labels.shape[1] - prefix_length(batch) + 1  # the token before the first, too
     if layout == "packed":
         assert batch.inputs["attention_mask"].flatten()[batch.take].all()
         shape = 1, (batch.labels >= 0).sum()
     assert output.logits.shape[:2] == shape and output.past_key_values is None
-
-
-def test_gradients_begin_at_the_adapter(bunny):
-    """An embedding whose output wants a gradient costs a backward pass through nothing."""
-    model, processor = with_lora(bunny)
-    seen = outputs_of(model.get_input_embeddings())
-    response_logps(model, make_batch(PAIRS, processor))
-    assert seen and not any(output.requires_grad for output in seen)
+    assert not embeddings[0].requires_grad
 
 
 def test_all_tensors_of_a_batch_are_pinned(loaded, monkeypatch):
@@ -395,7 +371,6 @@ def test_five_images_of_which_three_differ_stay_five_in_several_turns(folder, lo
     one = Pairs(read_examples(path, processor=processor))[0]
     for images, n in (one.images, 3), (one.images_rejected, 5):
         assert len({image.tobytes() for image in images}) == n
-
     (bare,) = read_examples(path, with_images=False)
     shown, text = (re.sub(r"\s", "", written(processor, of)[0]) for of in (one, bare))
     assert re.search(r"Bebrief\.(USER:)?IMAGEWhatisit\?ASSISTANT:Acat\..*(IMAGE){4}", shown)
@@ -404,8 +379,7 @@ def test_five_images_of_which_three_differ_stay_five_in_several_turns(folder, lo
 
 TWO_IMAGES = pair(*PAIRS[0][:3], [noise(1), noise(7, (50, 30))], [noise(2), noise(8, (50, 30))])
 FAMILY_PAIRS = {
-    "different sizes": SIZES,
-    "own rejected images of another size": OTHER_SIZES,  # tiles of m_w and m_l are padded apart
+    "different sizes": OTHER_SIZES,  # tiles of m_w and m_l are padded apart
     "turns": [PAIRS[0]._replace(question=CONVERSATION), PAIRS[1]],
     "no image": [pair(*one[:3]) for one in PAIRS],
     "none, one and two images": [pair(*PAIRS[0][:3]), SIZES[1], TWO_IMAGES],
@@ -452,11 +426,10 @@ def test_each_family_trains_in_bf16_and_is_checked_in_float32(family, monkeypatc
     model, processor = train.load_model(str(folder), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
     model = train.add_lora(model, 8, 16)
-    layout = train.choose_layout(model, processor, SIZES)
-    assert layout == ("plain" if folder.name == "gemma3" else "packed")
     tolerance = train.TOLERANCE
     monkeypatch.setattr("train.TOLERANCE", tolerance / 5)
-    train.check_layout(model, processor, SIZES, layout, 2048)
+    layout = train.choose_layout(model, processor, SIZES)
+    assert layout == ("plain" if folder.name == "gemma3" else "packed")
     if layout == "packed":
         monkeypatch.setattr("train.TOLERANCE", 20 * tolerance)
         monkeypatch.setattr("mdpo.attention_blocks", a_key_forgotten)
@@ -486,11 +459,8 @@ def test_positions_in_space_start_anew_in_each_row(family):
     positions = mdpo.forward_inputs(model, batch)["position_ids"][:, 0]  # (3, N)
     assert not torch.equal(*positions[1:])  # height and width: else this shows nothing
     parts = positions.split([n for n, *_ in batch.blocks], dim=1)
-    for part, (n, owner, prefix) in zip(parts, batch.blocks):
-        first = parts[owner]
-        assert first[:, 0].max() == 0
-        if part is not first:  # a response alone, of text: it goes on behind the prefix
-            assert torch.equal(part, first[:, prefix, None] + torch.arange(n))
+    for row, (part, (_, owner, _)) in enumerate(zip(parts, batch.blocks)):
+        assert owner != row or part[:, 0].max() == 0
 
 
 def chosen(loaded, *options):
@@ -502,11 +472,12 @@ def chosen(loaded, *options):
 
 
 def test_nan_never_passes_the_check(fresh):
-    """nan is not above a tolerance: packed rows that are not finite, as where a model keeps its own
-    attention, would pass. Of a download that broke off few words may be nan: a run would stop hours in."""
+    """nan is not above a tolerance: packed rows would pass in a model that keeps attention of its own, where
+    each token sees other images. Of a download that broke off few words may be nan: a run would stop late."""
     model, processor = fresh
     model.set_attn_implementation("eager")
     assert chosen(fresh) == "plain" and "packed rows: log-probabilities are nan" in chosen(fresh, "packed")
+    assert model.get_decoder().config._attn_implementation == "eager"  # plain rows keep theirs, such as sinks
     *others, row = make_batch(PAIRS[:2], processor, DPO_NAMES).inputs["input_ids"].tolist()
     model.get_input_embeddings().weight.data[[*{*row}.difference(*others)]] = math.nan
     for layout in None, "packed", "plain":
@@ -530,42 +501,23 @@ def test_plain_rows_are_there_for_models_that_packed_rows_stop(fresh, monkeypatc
     assert chosen(fresh) == chosen(fresh, "plain") == "plain"
 
 
-def test_images_are_encoded_by_the_inner_model(fresh, monkeypatch):
-    """Some families' outer class, such as Janus's, has no way to do it."""
-    monkeypatch.delattr(type(fresh[0]), "get_image_features")
-    assert chosen(fresh) == "packed"
-
-
 def policy_of(model, flags):
     """(arguments, model) as training makes them."""
     args = train.parse_args(f"--model {model} --data d --lora-rank 2 {flags}".split())
     return args, train.load_policy(args, train.load_processor(str(model)), PAIRS[:2])
 
 
-WINDOWS = [  # how far layers see, the run's arguments, its layout
-    (None, "", "packed"),
-    (2048, "", "packed"),
-    (2047, "", "plain"),
-    (400, "--max-length 400", "packed"),
-    (2048, "--layout plain", "plain"),
-    (2047, "--layout plain", "plain"),
-]
-
-
-@pytest.mark.parametrize("window, flags, layout", WINDOWS)
-def test_packed_rows_are_not_for_layers_that_see_less_far(llava, window, flags, layout, capsys):
+@pytest.mark.parametrize(
+    "window, flags",  # how far layers see
+    [(2048, ""), (2047, ""), (400, "--max-length 400"), (2047, "--layout plain")],
+)
+def test_packed_rows_are_not_for_layers_that_see_less_far(llava, window, flags, capsys):
     """A packed row's attention knows no window. Who asked for plain rows need not be told their price."""
     shorten = lambda model, *rest: setattr(model.config.text_config, "sliding_window", window)
     with preceded("train.choose_layout", shorten):
-        assert policy_of(llava, flags)[0].layout == layout
+        assert policy_of(llava, flags)[0].layout == ("plain" if window == 2047 else "packed")
     said = "window of 2047 tokens is shorter than --max-length 2048" in capsys.readouterr().out
-    assert said == (layout == "plain" and not flags)
-
-
-def test_another_seed_is_another_adapter(bunny):
-    """Runs of several seeds that all begin alike make the result look surer than it is."""
-    models = [policy_of(bunny, f"--seed {seed}")[1] for seed in (0, 1)]
-    assert not torch.equal(*(next(p for p in model.parameters() if p.requires_grad) for model in models))
+    assert said == (window == 2047 and not flags)
 
 
 @pytest.mark.parametrize("device", ["", "cuda:1", "cpu"])
@@ -582,13 +534,12 @@ def test_a_gpu_is_used_where_there_is_one(llava, monkeypatch, capsys, device):
     assert dtype == (torch.float32 if device == "cpu" else torch.bfloat16)
 
 
-CUSTOM = {"model_type": "weird", "auto_map": {"AutoConfig": "conf.W"}}
 CONFIG, PROCESSOR, TEMPLATE = "config.json", "processor_config.json", "chat_template.jinja"
 CANNOT_BE_TRAINED = {  # the reason: a model whose folder is copied, or none; a file; what is changed in it
     "cannot be loaded: Unrecognized processing class": (None, CONFIG, {"model_type": "llama"}),
     "is an encoder-decoder": (None, CONFIG, {"model_type": "florence2"}),
     "is an adapter: merge it first, by python examples/merge.py": (None, "adapter_config.json", {}),
-    "needs code of its own, which is not run here": (None, CONFIG, CUSTOM),
+    "needs code of its own, which is not run here": (None, CONFIG, {"model_type": "weird", "auto_map": {}}),
     "has no token of nine tabs": ("bunny", CONFIG, {"vocab_size": 20}),
     "its processor has no patch_size": ("llava", PROCESSOR, {"patch_size": None}),
     "its processor has no image token": ("llava", PROCESSOR, {"processor_class": "GitProcessor"}),
@@ -624,8 +575,7 @@ def test_code_of_a_model_that_the_library_knows_is_not_needed_and_not_run(llava,
     names = {"AutoConfig": "own.C", "AutoModelForImageTextToText": "own.M", "AutoProcessor": "own.P"}
     folder = changed_model(llava, tmp_path / "model", CONFIG, {"auto_map": names})
     write(tmp_path / "model" / "own.py", f"open({str(tmp_path / 'ran')!r}, 'w')\nC = M = P = None\n")
-    model, _ = train.load_model(folder)
-    assert isinstance(model, transformers.LlavaForConditionalGeneration) and not (tmp_path / "ran").exists()
+    assert train.load_model(folder) and not (tmp_path / "ran").exists()
 
 
 def test_null_in_bunnys_config_is_no_value(bunny, tmp_path):
@@ -633,21 +583,19 @@ def test_null_in_bunnys_config_is_no_value(bunny, tmp_path):
     assert train.load_model(changed_model(bunny, tmp_path / "model", CONFIG, {"embd_pdrop": None}))
 
 
-BUNNYS_NAMES = {
-    "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
-    "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
-    "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
-    "model.language_model.": "model.",
-}
-
-
 def test_every_bunny_weight_lands_in_its_place(bunny, tmp_path):
     """A tensor left out would be random, and the run worthless. Small checkpoints have no index of shards."""
+    renames = {
+        "model.vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+        "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+        "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+        "model.language_model.": "model.",
+    }
     theirs = {name: of for file in bunny.glob("*.safetensors") for name, of in load_file(file).items()}
-    folder = shutil.copytree(bunny, tmp_path / "b", ignore=shutil.ignore_patterns("*.safetensors*"))
-    save_file(theirs, folder / "model.safetensors")
-    ours = train.load_model(str(folder))[0].state_dict()
-    for name, bunnys in BUNNYS_NAMES.items():
+    folder = changed_model(bunny, tmp_path / "model", "model.safetensors.index.json", None)
+    save_file(theirs, Path(folder, "model.safetensors"))
+    ours = train.load_model(folder)[0].state_dict()
+    for name, bunnys in renames.items():
         ours = {key.replace(name, bunnys): tensor for key, tensor in ours.items()}
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, check_dtype=False)
 
@@ -689,16 +637,15 @@ def test_every_rate_of_dropout_is_0_and_weights_are_frozen(loaded):
 
 def test_pickled_weights_are_not_loaded(llava, tmp_path):
     """Unpickling runs whatever code the file holds."""
-    shutil.copytree(llava, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(load_file(llava / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
+    folder = changed_model(llava, tmp_path / "model", "model.safetensors", None)
+    torch.save(load_file(llava / "model.safetensors"), Path(folder, "pytorch_model.bin"))
     with pytest.raises(BadInput):
-        train.load_model(str(tmp_path / "pickled"))
+        train.load_model(folder)
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_lora_layers_compute_what_pefts_own_do(bunny, dtype, error):
-    """The adapter is saved for peft to load: another forward pass would be another model there. By default
-    its rank and alpha are the paper's."""
+    """The adapter is saved for peft to load: another forward pass would be another model there."""
     results = []
     for kind in train.LoraLinear, peft.tuners.lora.Linear:
         model = train.add_lora(train.load_model(str(bunny), dtype=dtype)[0], layer=kind)  # seeds torch
@@ -712,13 +659,12 @@ def test_lora_layers_compute_what_pefts_own_do(bunny, dtype, error):
         results.append([y, layer(x), *gradients])
     for ours, theirs in zip(*results):
         assert ours.dtype == theirs.dtype and (ours - theirs).norm() < error * theirs.norm()
-    assert (layer.r["default"], layer.lora_alpha["default"]) == (64, 128)
+    assert (layer.r["default"], layer.lora_alpha["default"]) == (64, 128)  # the paper's
 
 
 def test_one_wrong_row_of_six_is_enough(fresh, monkeypatch, capsys):
-    """Mistakes of packing are of single rows, the library's of a row's place in a batch: none may be trained
-    on. Who asked for packed rows does not get others. The check takes one pass of each layout: at real size
-    on a CPU, each costs as much as a training example."""
+    """Mistakes of packing are of single rows, the library's of a row's place in a batch. Who asked for packed
+    rows does not get others. The check takes one pass of each layout: each costs as much as an example."""
     both_off = False
 
     def one_off(model, batch):
