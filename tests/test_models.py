@@ -129,10 +129,9 @@ def test_packed_rows_set_their_attention_which_is_sdpa_for_all_else(fresh):
     texts = ["There is a red circle.", "There"]  # the second is padded, and must not see that
     inputs = processor(text=texts, return_tensors="pt", padding=True, padding_side="left")
     of_all_else = lambda: [torch.cat(response_logps(model, batch)), model(**inputs).logits[:, -1]]
-    same = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
     before = of_all_else()
-    same(torch.cat(response_logps(model, pack(batch))), before[0])
-    same(of_all_else(), before)
+    packed = torch.cat(response_logps(model, pack(batch)))
+    torch.testing.assert_close([packed, *of_all_else()], [before[0], *before], rtol=0, atol=1e-5)
 
 
 def written(processor, one):
