@@ -771,8 +771,9 @@ def test_resume_after_sigkill_is_exact(six_epochs, tmp_path, monkeypatch, seed):
 
 
 def test_model_and_data_are_required(capsys):
-    """Who starts the script without reading needs the two names, and the demo's."""
+    """Who starts the script without reading needs the two names: one of them says nothing of the other."""
     assert train.main(["--resume", str(ROOT / "nowhere")]) == 2
     assert "nowhere: cannot be resumed: [Errno 2]" in capsys.readouterr().err
-    assert train.main([]) == 2
-    assert "error: --model and --data are required (--help lists" in capsys.readouterr().err
+    for given in ([], ["--model", "m"], ["--data", "d"]):
+        assert train.main(given) == 2
+        assert "error: --model and --data are required (--help lists" in capsys.readouterr().err
