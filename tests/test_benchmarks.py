@@ -88,6 +88,7 @@ mmhal {"question": " "} -> question 2 of mmhal: 'question' is " ", not text
 pope {"text": ["Is it?"]} -> 'text' is ["Is it?"], not text
 amber {"query": "What\t\t\t\t\t\t\t\t\t"} -> image token
 pope {"text": "Is it?<|endoftext|>"} -> '<|endoftext|>'
+amber {"id": "1"} -> 'id' is "1", not one of 1 to 1004
 amber {"id": 1.0} -> 'id' is 1.0, not one of 1 to 1004
 amber {"id": 1005} -> 'id' is 1005, not one of 1 to 1004
 amber-discriminative {"id": 1004} -> 'id' is 1004, not one of 1005 to 15220
@@ -117,14 +118,17 @@ def test_what_cannot_be_asked_or_scored_is_named_before_the_model_is_read(case, 
     assert not ask.calls and not Path("to.partial").exists()
 
 
-def test_what_is_no_question_is_named_by_its_line(ask):
-    """One of 14,216 lines is broken: which one? Lines with nothing in them count as well."""
+def test_what_is_no_question_is_named_by_its_line(ask, llava):
+    """One of 14,216 lines is broken: which one? Lines with nothing in them count as well. A text with a token
+    of the model's own would be cut, or read as a turn."""
     for items, place in ('[{"id": 1}, 5]', 2), ('{"id": 1}\n\n{"id": ', 3), ('["x"]', 1):
         error = f"items: cannot be read: line or item {place} is no JSON object"
         assert error in ask("amber", items, status=2) and not ask.calls
     many = ask("amber", [{"id": 1}] * 25, status=2)
     assert "0 of 25 questions can be asked" in many and many.count("\n") == 21  # the first twenty are listed
     assert "items: 0 of 0 questions can be asked" in ask("amber", "[]", status=2) and not ask.calls
+    ends = [form("amber", 1, text="Is it</s>?")[0]]
+    assert "question 1 of amber: 'prompt'" in ask("amber", ends, f"--model {llava}", 2) and not ask.calls
 
 
 @pytest.mark.parametrize("address", ["https://x.org/9/1.png", "file:///1.png"])

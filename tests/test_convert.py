@@ -97,12 +97,16 @@ the authors': {"img_path": "img/0.png", "prompt": "$BUNNY", $PAIR} -> {"prompt":
 an id with half of a character: {"id": "\ud800", $ASKED, $PAIR} -> {"id": "\ud800"}
 MIA-DPO: {"id": 7, "image": ["img/1.png", "img/0.png"], "question": "<image-placeholder> <image-placeholder>
     Q", $PAIR} -> {"id": "7", "images": ["img/1.png", "img/0.png"], "prompt": "<image> <image> Q"}
-SeVa: {"image_id": "img/0.png", "question": "Q", "chosen": "A", "reject": "B"} -> {}
+SeVa: {"question_id": 5, "image_id": "img/0.png", "question": "Q", "chosen": "A", "reject": "B"} -> {"id":
+    "5"}
 POVID, JSON in a string: {"id": "c7", "image": "./img/0.png", "conversations": "[{\"from\": \"human\",
     \"value\": \"<image>\\nQ\"}, {\"from\": \"gpt\", \"value\": \"A\"}]", "rejected_conversations": [{"from":
     "human", "value": "<image>\nQ"}, $OTHER]} -> {"id": "c7", "prompt": "<image>\nQ"}
 RLHF-V: {"idx": 0, "image_path": "img/0.png", "origin_split": "{\"model\": \"muffin\"}", "text":
     "{\"chosen\": \"A\", \"question\": \"Q\", \"rejected\": \"B\"}"} -> {"id": "0"}
+VLFeedback: {"id": "llava-7", "prompt": "Q", "completions": [{"response": "B", "annotations": {"Help":
+    {"Rating": "1"}}}, {"response": "A", "annotations": {"Help": {"Rating": "5"}}}]} -> {"id": "llava-7",
+    "images": ["llava-7.jpg"]}
 VLFeedback as columns: {"id": "llava-7", "prompt": "Q", "completions": {"response": ["B", "A"], "annotations":
     {"Help": {"Rating": ["1", "5"]}}}} -> {"id": "llava-7", "images": ["llava-7.jpg"]}
 LLaMA-Factory: {$IMGS, "conversations": [$HUMAN], "system": "Be brief.", "chosen": $GPT, "rejected": $OTHER}
@@ -112,21 +116,21 @@ Alpaca: {$IMGS, "instruction": "Say.", "input": "Q", "history": [["<image>Round?
 a history that the conversation holds, too: {$IMG, "system": "Be brief.", "history": [["<image>Round?",
     "Yes."]], "messages": [$TURNS, $USER, $A], "rejected_response": "B"} -> {"prompt": [$SYSTEM, $TURNS,
     $USER]}
-a question that was asked before, a history of messages: {$ASKED, "history": [$HUMAN, $GPT], $PAIR} ->
-    {"prompt": [$USER, $A, $USER]}
+a question that was asked before, a history of messages, ms-swift's response: {$IMG, "query": "Q", "history":
+    [$HUMAN, $GPT], "response": "A", "rejected_response": "B"} -> {"prompt": [$USER, $A, $USER]}
 ms-swift: {"images": "img/0.png", "messages": [$SYSTEM, $TURNS, $USER, $A], "rejected_messages": [$SYSTEM,
     $TURNS, $USER, $B], "rejected_images": ["img/1.png"]} -> {"prompt": [$SYSTEM, $TURNS, $USER],
     "rejected_images": ["img/1.png"]}
 ms-swift's documentation, the image rejected: {$ASKED, "rejected_image": "img/0.png", $PAIR} -> {}
 STIC: {$IMG, "chosen": [$USER, $A], "rejected": [$USER, $B]} -> {}
-a prompt longer than the conversations: {$IMG, "prompt": [$TURNS, $USER], "chosen": [$USER, $A], "rejected":
-    [$USER, $B]} -> {"prompt": [$TURNS, $USER]}
+a prompt longer than the conversations: {$IMG, "prompt": [$TURNS, $USER], "chosen_conversations": [$USER, $A],
+    "rejected": [$USER, $B]} -> {"prompt": [$TURNS, $USER]}
 TRL: {$IMGS, "prompt": [{"role": "user", "content": [{"type": "image", "text": null}, $TEXT]}], "chosen":
     [{"role": "assistant", "content": [{"type": "text", "text": "A"}]}], "rejected": [$B]} -> {"prompt":
     [$SHOWN]}
 a data URI in a part: {"prompt": [{"role": "user", "content": [ {"type": "image_url", "image_url": {"url":
     "data:image/png;base64,$BASE64"}}, $TEXT]}], $PAIR} -> {"prompt": [$SHOWN], "images": ["$RED_PATH"]}
-a prompt without the image that the conversation has: {"prompt": "Q", "rejected": "B", "chosen": [{"role":
+a prompt without the image that the turns have: {"prompt": "Q", "rejected": "B", "chosen_messages": [{"role":
     "user", "content": [{"type": "image", "image": "img/0.png"}, $TEXT]}, $A]} -> {"prompt": [$SHOWN]}
 base64 in a list, and a list of nothing: {"images": [{"bytes": "$BASE64", "path": "x.png"}],
     "rejected_images": [null], "question": "Q", $PAIR} -> {"images": ["$RED_PATH"]}
@@ -147,8 +151,9 @@ an answer that is an object: {$ASKED, "chosen": "{\"question\": \"What?\"}", "re
     "{\"question\": \"What?\"}"}
 an answer that is a table: {$ASKED, "chosen": "[[\"red\", \"1\"]]", "rejected": "B"} -> {"chosen":
     "[[\"red\", \"1\"]]"}
-an answer in quotes: {$ASKED, "chosen": "\"It is red.\"", "rejected": "B"} -> {"chosen": "\"It is red.\""}
-a message as JSON: {$ASKED, "chosen": "{\"from\": \"gpt\", \"value\": \"A\"}", "rejected": "B"} -> {}
+an answer in quotes, and one that is a number: {$ASKED, "chosen": "\"It is red.\"", "rejected": "42"} ->
+    {"chosen": "\"It is red.\"", "rejected": "42"}
+a message as JSON: {$ASKED, "chosen_response": "{\"from\": \"gpt\", \"value\": \"A\"}", "rejected": "B"} -> {}
 """
 
 

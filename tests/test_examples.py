@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -215,9 +216,11 @@ def test_pairs_are_what_the_study_says(world, cells, most):
     expected = {"describe, True": 0.25, "colour, True": 0.3, "colour, False": 0.2}
     expected |= {"is there, True": 0.125, "is there, False": 0.125}
     assert kinds == pytest.approx(expected, abs=0.025)
-    there = ["ring" in shapes.scene_for(("colour", "ring"), rng) for _ in range(300)]  # as in the questions
-    means = [statistics.mean(of) for of in (sizes, habits, wrong, there)]
-    assert means == pytest.approx([(1 + most) / 2, 0.25 + 0.75 / 6, 0.3, 0.6], abs=0.07)
+    others = [shapes.scene_for(("colour", "ring"), rng) for _ in range(300)]  # as the scenes of the questions
+    there = ["ring" in scene for scene in others]
+    usual = [colour == shapes.HABIT[shape] for scene in others for shape, (colour, _) in scene.items()]
+    means = [statistics.mean(of) for of in (sizes, habits, wrong, there, usual)]
+    assert means == pytest.approx([(1 + most) / 2, 0.25 + 0.75 / 6, 0.3, 0.6, 0.25 + 0.75 / 6], abs=0.07)
 
 
 MIDDLE = SimpleNamespace(uniform=lambda low, high: (low + high) / 2)  # no jitter: a radius of 6.6 pixels
@@ -358,6 +361,19 @@ def test_miniature_study_runs_goes_on_restarts_and_shows_the_robust_sign(tmp_pat
     assert base["malformed"] < 0.05 and base["yes_no_auc"] > miniature.MIN_BASE_AUC == 0.75
 
 
+def test_a_run_of_the_study_has_its_own_seed_exam_and_pairs(tmp_path, monkeypatch):
+    """No error says that five seeds are one, or that a margin is one of pairs that were trained."""
+    trained, exam, held_out = Mock(return_value=0), Mock(), Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr("train.main", trained)
+    monkeypatch.setattr("examples.shapes.make_exam", exam)
+    monkeypatch.setattr("examples.miniature.load_tuned", lambda *given: (None, None))
+    monkeypatch.setattr("examples.miniature.read_examples", held_out)
+    with pytest.raises(KeyboardInterrupt):
+        miniature.run_method(tmp_path, 7, "mDPO", shapes.LARGE)
+    assert "--seed 7 " in " ".join(*trained.call_args.args) and exam.call_args.args == (200, 7, shapes.LARGE)
+    assert held_out.call_args.args == (f"{tmp_path}/seed-7/held_out/silkie.json",)
+
+
 def test_numbers_of_the_study_by_hand(tmp_path):
     """-0.3 at beta 0.1 is -3 nats. Of 1 and 2 the mean is 1.5 and the variance (0.25 + 0.25) / (2 - 1)."""
     record = '{"eval/loss": 1, "eval/rewards/chosen": %s, "eval/rewards/image_accuracies": %s}\n'
@@ -368,8 +384,8 @@ def test_numbers_of_the_study_by_hand(tmp_path):
     assert summary == {"x": {"a": pytest.approx([1.5, 0.5**0.5])}}
 
 
-STUDY = json.loads((ROOT / "examples" / "miniature.json").read_text())["seeds"]
-LARGE = json.loads((ROOT / "examples" / "miniature_large.json").read_text())["seeds"]
+RAN = [json.loads((ROOT / "examples" / f"miniature{world}.json").read_text()) for world in ("", "_large")]
+STUDY, LARGE = (ran["seeds"] for ran in RAN)
 SUMMARY, LARGE_SUMMARY = map(miniature.summarize, (STUDY, LARGE))
 
 
@@ -440,6 +456,7 @@ def test_methods_of_the_study_are_the_readmes():
     methods, image_too = miniature.METHODS, rows["all three"].replace(" rejected", "")  # as the README says
     assert len(ran) == 8 and {name: methods[of] for name, of in ran.items()} == {n: rows[n] for n in ran}
     assert methods["anchors y_w, m_l"] == image_too and methods["mDPO"] == ""
+    assert all(ran["methods"] == methods and ran["common"] in miniature.COMMON for ran in RAN)
 
 
 @pytest.mark.parametrize("name", ["bunny", "llava", *families.FAMILIES])

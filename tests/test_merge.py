@@ -125,6 +125,8 @@ def test_weights_that_are_not_read_back_are_noticed():
 
 @pytest.mark.parametrize("function, instead, says", [
     ("examples.merge.save_processor", FULL_DISK, "No space left"),
+    ("examples.merge.load_processor", FULL_DISK, "No space left"),
+    ("transformers.AutoModelForImageTextToText.from_pretrained", FULL_DISK, "No space left"),
     ("examples.merge.different_weights", Mock(side_effect=KeyboardInterrupt), ""),
     ("examples.merge.different_weights", lambda *models: ["x"], "1 weights are not read back, such as x"),
     ("pathlib.Path.rename", FULL_DISK, "No space left"),  # for the name, which it gets as a whole

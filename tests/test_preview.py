@@ -215,7 +215,7 @@ def test_half_a_page_never_stays(run, flags, name, bunny, small, tmp_path, monke
 def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(run, monkeypatch):
     """Hours ended before results were written, a folder of the user's went, or worlds shared their runs."""
     made, pool = [], nullcontext(SimpleNamespace(map=map))
-    make = lambda path, *rest: made.append(rest[-1]) or path.mkdir()
+    make = lambda path, *rest: made.append(rest[-2:]) or path.mkdir()
     monkeypatch.setattr("examples.tiny_bunny.write_base", make)
     monkeypatch.setattr("examples.shapes.write_pairs", make)
     monkeypatch.setattr("examples.miniature.ProcessPoolExecutor", lambda *rest: pool)
@@ -229,7 +229,7 @@ def test_a_study_needs_no_git_and_keeps_folders_that_are_not_its_own(run, monkey
         assert os.listdir(folder / "unfinished") == ["notes.txt"]
         summary = json.loads(Path(out, "results.json").read_text())["summary"]
         assert summary["mDPO"]["grounding"] == [0.5, 0.0]
-    assert made == [shapes.SMALL] * 3 + [shapes.LARGE] * 3
+    assert made == [(seed, world) for world in (shapes.SMALL, shapes.LARGE) for seed in (7, 7, "held out 7")]
 
 
 def test_minimal_takes_a_new_folder_alone(tmp_path):

@@ -215,6 +215,7 @@ def test_defaults_are_the_papers():
     (64, "", (64, 1, 1)),
     (8, "--per_device_train_batch_size 8", (64, 8, 1)),
     (2, "--gradient_accumulation_steps 3", (24, 4, 3)),
+    (2, "--gradient_accumulation_steps 1", (8, 4, 1)),
 ])  # fmt: skip
 def test_an_update_is_32_examples_on_any_number_of_processes(n, given, expected, monkeypatch):
     """With TRL's rule the batch grows with the GPUs, and the paper's learning rate no longer fits."""
@@ -240,7 +241,7 @@ def test_processes_share_train_pys_plan():
 
 @pytest.mark.parametrize("argv, message", [
     ("--loss_type ipo --label_smoothing 0.1", "not used by mDPO in TRL: --loss_type --label_smoothing"),
-    ("--lr 1e-3 --no-image", "--lr --no-image"),
+    ("--lr 1e-3 --no-image --auto_find_batch_size 1", "--auto_find_batch_size --lr --no-image"),
     *[(f"--{name} 1", name) for name in "sync_ref_model fp16 padding_free data_seed".split()],
     ("--learning_rate fast", "invalid float value"),
     ("--data /none.json", "/none.json: no such file"),
@@ -345,6 +346,7 @@ def test_the_crop_is_drawn_once_a_visit_for_policy_and_reference(llava, tmp_path
     turns = [message("user", "What?"), message("assistant", "this")]  # the answer is the last one
     assert trl_own.to_pair(ROW | {"chosen": turns}).chosen == first.chosen
     assert trl_own.to_pair(ROW | {"images": noise(5).convert("L")}).images[0].mode == "RGB"
+    assert len(trl_own.to_pair(ROW | {"images": [noise(5)] * 2}).images) == 2
     loss, found = first_step(in_trl(tmp_path, *train.load_model(str(llava)), data_set(own=False), wrap=True))
     assert loss.item() == pytest.approx(LN_8, abs=1e-4)
     assert abs(found["logps/chosen"] - found["logps/image_rejected"]) > 1e-3
