@@ -163,7 +163,7 @@ def answer_as(files, name_or_path, questions, max_new_tokens, batch_size=8, devi
     within = lambda folder, *kinds: [digest(path) for kind in kinds for path in sorted(Path(folder).glob(kind))]
     for name, path in files.items():
         belongs = content_of(questions) | {"max_new_tokens": max_new_tokens, "system": system}
-        belongs["model"] = within(name_or_path, "*.safetensors", "*.json") or name_or_path
+        belongs["model"] = within(name_or_path, "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model") or name_or_path
         belongs["adapter"] = name and within(name, "adapter_*")
         said[name] = resume(Path(path), belongs, questions)
         to_come = split(questions[len(said[name]) :], batch_size)

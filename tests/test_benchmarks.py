@@ -175,6 +175,9 @@ def test_flags_and_system_text_reach_the_model_and_the_partial_file(ask, adapted
     """Answers of another length, without the system text or half of them another's count as this model's."""
     shutil.copytree(adapted, "run")
     shutil.copytree(bunny, "model")
+    texts = ["model/chat_template.jinja", "model/merges.txt", "model/tokenizer.model"]
+    for file in texts:
+        write(Path(file), "")
     items, args = [form("amber", n, text=f"Who {n}?")[0] for n in (1, 2, 3)], Path("run/args.json")
     flags = "--model model --max-new-tokens 7 --batch-size 2 --device cpu"
 
@@ -192,6 +195,7 @@ def test_flags_and_system_text_reach_the_model_and_the_partial_file(ask, adapted
     for file, what in {
         "3.png": "images", "model/config.json": "model", "model/model-00002-of-00002.safetensors": "model",
         "run/adapter_config.json": "adapter", "run/adapter_model.safetensors": "adapter",
+        **dict.fromkeys(texts, "model"),
     }.items():  # fmt: skip
         content = Path(file).read_bytes()
         Path(file).write_bytes(content + b" ")  # under the same name
