@@ -207,6 +207,8 @@ WRONG_ARGUMENTS = [  # policy_logps, ref_logps, options, what the message must s
     (TWO, THREE, OF_DPO, "policy_logps.image_rejected must be floats of shape (B,)"),
     (TWO, TWO, {"anchors": ()}, "policy_logps.image_rejected must be floats"),
     (TWO, TWO, OF_DPO | {"anchors": ("image_rejected",)}, "policy_logps.image_rejected must be floats"),
+    (torch.zeros(3, 2), THREE, {}, "must be a LogPs or a tuple of its tensors each"),
+    (THREE, torch.zeros(3, 2), {}, "must be a LogPs or a tuple of its tensors each"),
     (THREE, THREE, {"anchors": ("cropped",)}, "anchors must be a tuple or set of names"),
     (THREE, THREE, {"anchors": ""}, "anchors must be a tuple or set of names"),
     (THREE, THREE, {"beta": 0}, "beta must be above 0 and finite, got 0"),

@@ -287,6 +287,8 @@ def test_an_image_is_looked_for_in_the_folder_then_in_merged_images(folder):
     assert "no image 'far/../a.png'" in refusal(folder, PLAIN | {"image": "far/../a.png"})
     for image in (str(merged), "llava-1.jpg", None):
         assert found(image=image, image_dir=merged.parent) == merged
+    (folder.parent / "sub" / "merged_images").symlink_to(merged.parent)
+    assert found(image_dir=folder.parent / "sub") == folder.parent / "sub" / MERGED
 
 
 def test_no_image_needs_no_images_and_no_pool(folder):
@@ -310,8 +312,8 @@ def test_texts_that_explode_a_pattern_are_read_in_no_time(folder):
 
 MARKS = (
     "<ImageHere>, <Image>, <IMAGE>, [IMG], <start_of_image>, <image_0>, <image 1>, <image1>, <im_patch>, "
-    "<image-placeholder>, <|image_1|>, <|vision_start|>, [INST], [/INST], <start_of_turn>, "
-    "<end_of_utterance>, <img>a\n.jpg</img>, ### Human:, \n\nHuman:"
+    "<im_start>, <image-placeholder>, <|image_1|>, <|vision_start|>, [INST], [/INST], <start_of_turn>, "
+    "<end_of_turn>, <end_of_utterance>, <img>a\n.jpg</img>, ### Human:, ###Assistant:, \n\nHuman:"
 ).split(", ")
 
 

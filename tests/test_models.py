@@ -530,6 +530,7 @@ def test_a_gpu_is_used_where_there_is_one(llava, monkeypatch, capsys, device):
     monkeypatch.setattr("train.best_device", lambda: "cuda")
     monkeypatch.setattr(transformers.PreTrainedModel, "to", to)
     dtype = policy_of(llava, device and f"--device {device}")[1].get_base_model().dtype
+    assert "loading" not in capsys.readouterr().out  # `to` was called, and has read it
     assert dtype == (torch.float32 if device == "cpu" else torch.bfloat16)
 
 

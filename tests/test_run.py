@@ -149,6 +149,7 @@ def test_resume_after_sigkill_inside_a_checkpoint_is_exact(six_epochs, out, file
     with preceded("torch.save", save), preceded("os.replace", die_in_time):
         assert ended(train.main, six_epochs[0](out)) == -signal.SIGKILL
     goes_on_exactly(six_epochs, out)
+    assert not [*out.glob("*.tmp")]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -236,14 +237,14 @@ def test_a_run_goes_on_with_its_own_data_from_any_folder(
     be asked of the hub. Training must neither see --eval-data nor change by them."""
     (tmp_path / "model").symlink_to(bunny)
     monkeypatch.chdir(tmp_path)
-    flags = "--model model --data data/silkie.json --eval-data data/silkie.json"
+    flags = "--model model --data data/silkie.json --eval-data data/silkie.json --images data"
     assert stopped(2, *flags.split()) == STOPPED
-    other = write(mine.parent / "other.json", mine.read_text().replace("There is", "This is"))
-    for flag in "--data", "--eval-data":
-        line = one_line_of(capsys, resume(out, flag, other))
-        assert line.endswith("it began with other values of data files")
     moved = out.rename(tmp_path / "moved")
     monkeypatch.chdir(moved)
+    other = write(mine.parent / "other.json", mine.read_text().replace("There is", "This is"))
+    for flag in "--data", "--eval-data":
+        line = one_line_of(capsys, resume("../moved", flag, other))
+        assert line.endswith("it began with other values of data files")
     assert resume("../moved", "--data", small, "--micro-batch-size", 4) == 0
     torch.testing.assert_close(adapter(moved), adapter(finished), rtol=1e-5, atol=1e-5)
     assert steps_of(moved) == [0, 1, 2, 3, 4] and not out.exists()
@@ -420,9 +421,10 @@ def test_weights_that_became_infinite_are_not_saved(run, out, capsys):
 @pytest.mark.parametrize("error, said", [
     (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
     (torch.OutOfMemoryError("CUDA"), "out of GPU memory; what saves some: --device cpu"),
+    (MemoryError(), "MemoryError"),
 ])  # fmt: skip
 def test_whose_fault_an_error_is_says_its_line(capsys, monkeypatch, error, said):
-    """Whose disk is full need not report it to us. Out of GPU memory, a run names its own flags."""
+    """Whose disk or memory is full need not report it to us. Out of GPU memory, a run names its own flags."""
     broken = Mock(side_effect=error)
     assert data.run_command(broken, []) == 2 and capsys.readouterr().err == f"error: {said}\n"
     monkeypatch.setattr("train.parse_args", broken)
@@ -577,10 +579,11 @@ def test_workers_are_as_many_as_cores_send_arrays_and_start_no_gpu(tmp_path, bun
     for module in torch.cuda, torch.accelerator:
         monkeypatch.setattr(module, "is_available", lambda: True)
     monkeypatch.setattr(data.Batch, "pin_memory", lambda batch: pytest.fail("pinned"))
-    batches = train.load_batches(pairs, [[(0, 0)], [(0, 1)]], mdpo.LogPs._fields, processor, args)
-    next(batches)
-    assert len(multiprocessing.active_children()) == 2
-    batches.close()
+    for args.workers, n in (4, 2), (0, 0):
+        batches = train.load_batches(pairs, [[(0, 0)], [(0, 1)]], mdpo.LogPs._fields, processor, args)
+        next(batches)
+        assert len(multiprocessing.active_children()) == n
+        batches.close()
     sent = train.collate([pairs[0]], functools.partial(make_batch, processor=processor), "packed")
     assert not any(map(torch.is_tensor, [*vars(sent).values(), *sent.inputs.values()]))
 
