@@ -654,7 +654,7 @@ def test_output_of_any_kind_ends_no_run(run, monkeypatch, stderr):
     """`| tee log`, and tee is gone; 2>&-; a notebook: steps would be lost for want of a progress bar."""
     monkeypatch.setattr(sys, "stderr", stderr)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert run("--epochs", 1) == 0
+    assert run("--epochs", 1, "--limit", 1) == 0  # one example is enough
 
 
 def test_a_log_file_takes_any_name_at_once_and_a_bar_every_ten_seconds(tmp_path):
