@@ -192,6 +192,8 @@ def spelled(question):
     (message("user", "What?\n<image>"), 1, "u:#+What?"),
     (message("user", "What?", "IMAGE"), 1, "u:What?+#"),
     (message("user", "IMAGE", " What?\n", "Why?"), 1, "u:#+ What?\n+Why?"),
+    ({"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "A"}]}, 1,
+     "u:#+A"),
     # Code is no mark of an image.
     ("a<image_size>2, <image_t> v;, x <| f |> y, <img src=a>, [img]", 1,
      "u:#+a<image_size>2, <image_t> v;, x <| f |> y, <img src=a>, [img]"),
@@ -201,7 +203,7 @@ def spelled(question):
     # The template of Bunny, which the authors' data is written in.
     ("USER: <image>\nWhat is it?\nASSISTANT:", 1, "u:#+What is it?"),
     ("What does USER: mean?", 1, "u:#+What does USER: mean?"),
-    ("<s>USER:<image>What is it? ASSISTANT: ", 1, "u:#+What is it?"),
+    ("<s> USER:<image>What is it? ASSISTANT: ", 1, "u:#+What is it?"),
     ("<s>Be brief. USER: What?\nAnd why?\n<image> ASSISTANT:", 1, "s:Be brief.", "u:#+What?\nAnd why?"),
     ("Be brief. USER: Who speaks after USER: here? ASSISTANT:", 1, "s:Be brief.",
      "u:#+Who speaks after USER: here?"),
@@ -414,7 +416,7 @@ def test_a_system_text_around_a_question_is_kept_if_the_model_knows_it(folder, b
         assert row_text(processor, question).count(f"{train.BUNNY_SYSTEM} USER: <image>") == 1
     # To Bunny, whose template writes it by itself, the same row.
     assert row_text(bunnys, question) == row_text(bunnys, question[1:])
-    assert len(read_one(folder, authors(), processor=qwen).question) == 1
+    assert [len(one.question) for one in read(folder, PLAIN, authors(), processor=qwen)] == [1, 1]
     assert "left out 1 system texts around USER: ... ASSISTANT:" in capsys.readouterr().out
     assert "Be rude. USER: <image>" in row_text(llavas, read_one(folder, RUDE, processor=llavas).question)
 
@@ -465,10 +467,10 @@ def test_responses_that_are_cut_are_counted_and_one_that_just_fits_is_not(folder
 def test_counts_are_of_what_they_say(folder, bunnys):
     """Medians, not means; bad records are not left out for their ids; both answers' ends count, each."""
     eos = bunnys.tokenizer.eos_token
-    good = [authors(id=n, chosen="A" + " cat" * n + eos, rejected=f"A{eos} dog.") for n in (1, 10, 100)]
+    good = [authors(id=n, chosen="A" + " cat" * 8 * n + eos, rejected=f"A{eos} dog.") for n in (1, 10, 100)]
     others = authors(id="1 too", chosen=""), authors(id="other")
     said = said_of(folder, *good, *others, processor=bunnys, subset="1", skip_bad=True)
-    assert "left out 1 records" in said and "6 responses end at an end-of-sequence inside" in said
+    assert "left out 1 records" in said and "at --max-length 2048\n  6 responses end at an end" in said
     batch = make_batch([*Pairs(read(folder, *good))], bunnys, DPO_NAMES)
     lengths = sorted((batch.labels >= 0).sum(1).tolist())
     assert f"responses: median {(lengths[2] + lengths[3]) / 2:.0f} tokens, longest {lengths[-1]}" in said
@@ -601,11 +603,14 @@ def test_flags_that_do_nothing_are_refused(folder):
 def test_a_cpu_trains_a_large_model_only_if_it_is_asked_to(bunny, folder, capsys, monkeypatch):
     """Under an old driver torch sees no GPU: a 3B model would train for weeks, and say nothing."""
     argv = command(bunny, write(folder / "x.json", [authors()] * 4), folder / "out", "--epochs", 1)
+    n_parameters = 501_000_000
     for kind in torch.nn.Module, train.transformers.PreTrainedModel:
-        monkeypatch.setattr(kind, "num_parameters", lambda self: 501_000_000, raising=False)
+        monkeypatch.setattr(kind, "num_parameters", lambda self: n_parameters, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     undecided = [word for word in argv if word not in ("--device", "cpu")]
     assert "--device cpu" in one_line_of(capsys, train.main(undecided)) and train.main(argv) == 0
+    n_parameters = 500_000_000
+    assert train.main([*undecided, "--out", str(folder / "small")]) == 0
 
 
 def test_torchrun_of_train_py_is_refused(monkeypatch):
@@ -775,7 +780,7 @@ def test_crop_is_even_in_area_and_place_and_moco_is_its_recipe(tmp_path, size, s
 def test_a_record_may_bring_its_own_rejected_image(folder, record, capsys):
     """It takes the place of the strategy, in every format."""
     # The worse context differs in the second image alone.
-    assert read(folder, authors(img_path=["a.png"] * 2, prompt="?", rejected_images=["a.png", "b.png"]))
+    assert read(folder, authors(img_path=["a.png"] * 2, prompt="?", rejected_images=["a.png", MERGED]))
     for field in ({"rejected_image": "b.png"}, {"rejected_images": ["b.png"]}):
         own = read(folder, record | field)
         assert "1 different images; 1 examples have their own rejected" in capsys.readouterr().out

@@ -539,7 +539,7 @@ CANNOT_BE_TRAINED = {  # the reason: a model whose folder is copied, or none; a 
     "cannot be loaded: Unrecognized processing class": (None, CONFIG, {"model_type": "llama"}),
     "is an encoder-decoder": (None, CONFIG, {"model_type": "florence2"}),
     "is an adapter: merge it first, by python examples/merge.py": (None, "adapter_config.json", {}),
-    "needs code of its own, which is not run here": (None, CONFIG, {"model_type": "weird", "auto_map": {}}),
+    "needs code of its own, which is not run here": (None, CONFIG, {"model_type": "bunny-x", "auto_map": {}}),
     "has no token of nine tabs": ("bunny", CONFIG, {"vocab_size": 20}),
     "its processor has no patch_size": ("llava", PROCESSOR, {"patch_size": None}),
     "its processor has no image token": ("llava", PROCESSOR, {"processor_class": "GitProcessor"}),
@@ -598,6 +598,12 @@ def test_every_bunny_weight_lands_in_its_place(bunny, tmp_path):
     for name, bunnys in renames.items():
         ours = {key.replace(name, bunnys): tensor for key, tensor in ours.items()}
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, check_dtype=False)
+    Path(folder, "model.safetensors").unlink()  # sizes of the tower are read from whichever shard has it
+    shards = {name: f"{'vision_tower' in name}.safetensors" for name in theirs}
+    for shard in {*shards.values()}:
+        save_file({name: theirs[name] for name in shards if shards[name] == shard}, Path(folder, shard))
+    write(Path(folder, "model.safetensors.index.json"), {"metadata": {}, "weight_map": shards})
+    assert train.load_model(folder)
 
 
 @pytest.mark.parametrize("size", [(48, 32), (20, 50)])
@@ -651,6 +657,7 @@ def test_lora_layers_compute_what_pefts_own_do(bunny, dtype, error):
         model = train.add_lora(train.load_model(str(bunny), dtype=dtype)[0], layer=kind)  # seeds torch
         move(model)
         layer = next(module for module in model.modules() if type(module) is kind)
+        torch.nn.init.normal_(layer.base_layer.bias)  # Phi's begins at 0
         x = torch.randn(2, 5, layer.in_features, dtype=dtype, requires_grad=True)
         weights = [p for p in layer.parameters() if p.requires_grad]
         y = layer(x)

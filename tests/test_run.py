@@ -388,7 +388,7 @@ def test_nan_stops_the_run_and_saves_what_was_before_one_that_is_not_finite(run,
         seen.append(batch)
         losses, metrics = mdpo.mdpo_loss(policy_logps, *rest, **options)
         if len(seen) > 2:
-            losses = losses + (math.nan if wrong == "loss" else (0 * policy_logps[0]).sqrt())
+            losses = losses + (math.inf if wrong == "loss" else (0 * policy_logps[0]).sqrt())
         return losses, metrics
 
     line = one_line_of(capsys, run(loss=functools.partial(broken)))  # an object, which has no name
@@ -412,7 +412,7 @@ def test_a_disk_that_is_full_is_one_line_and_the_checkpoint_stays_whole(finished
 
 def test_weights_that_became_infinite_are_not_saved(run, out, capsys):
     """The loss of the last step is finite; its update is looked at by nobody else."""
-    overflow = lambda optimizer: optimizer.param_groups[0]["params"][0].data[0, :1].fill_(math.inf)
+    overflow = lambda optimizer: optimizer.param_groups[0]["params"][-1].data[0, :1].fill_(math.inf)
     with preceded("torch.optim.AdamW.step", overflow):
         assert "made a weight infinite" in one_line_of(capsys, run("--epochs", 1, "--batch-size", 8))
     assert not (out / "adapter_model.safetensors").exists()
@@ -634,8 +634,9 @@ def test_help_shows_every_default(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     shown = capsys.readouterr().out
-    assert "the others (default: 0)\n" in shown and "config) (default: 2048)\n" in shown
-    assert "the result (default: 4)\n" in shown and "prepare batches (default: 4)\n" in shown
+    ends = "the others (default: 0)", "config) (default: 2048)", "step (paper 4.1) (default: 32)"
+    ends += "the result (default: 4)", "batches (default: 4)", "a cosine to 0 (paper 4.1) (default: 0.1)"
+    assert not [end for end in ends if f"{end}\n" not in shown]
     assert not re.search(r"default: (None|False|\[\])", shown)
 
 
