@@ -195,7 +195,7 @@ def test_differences_are_taken_example_by_example(stub, run, monkeypatch):
     out = run(evaluate, f"{line} a b --answers said")
     assert stub.load.call_args.args == (str(BASE), ["a", "b"], "cpu")
     shown = re.sub("\n  margin, (no|other).*", "", out)
-    assert BETTER in re.sub(r"\n  (.*?)  +(\S+).*", r"; \1 \2", shown)
+    assert "no args.json" not in out and BETTER in re.sub(r"\n  (.*?)  +(\S+).*", r"; \1 \2", shown)
     assert re.search(r"loss +-0.5000 +-0.5000 to -0.5000", out)
     assert sorted(map(said_in, Path("said").iterdir())) == sorted(said.values())
     monkeypatch.setattr(answer, "generate_answers", pytest.fail)
@@ -247,7 +247,7 @@ def test_page_of_base_and_adapters_and_of_an_earlier_pages_answers(stub, run, mo
         write(Path(name, "args.json"), {"system": f"You are {name}."})
     flags = f"--model {BASE} --max-new-tokens 9 --batch-size 4 --device cpu --data"
     line = f"{flags} {Path(pairs).rename('moved.json')} --images data0 --adapter"
-    assert "1.html: 6 questions, 0 of them with equal" in run(compare, f"{line} b base a --to 1.html")
+    assert "1.html: 6 questions, 0 of them with equal" in run(compare, f"{line} b base a --to to/1.html")
     assert stub.load.call_args.args == (str(BASE), ["b", "a"], "cpu")
     assert "2.html: 2 questions" in run(compare, f"{line} b base a --to 2.html --limit 2 --no-image --blind")
     assert len(content_of("2.html")["items"]) == 2 * 3 and not content_of("2.html")["images"]
@@ -255,11 +255,11 @@ def test_page_of_base_and_adapters_and_of_an_earlier_pages_answers(stub, run, mo
     Path("link").symlink_to("nowhere")
     assert "link: already exists" in run(compare, f"{line} b base a --to link", 2)
     theirs = write(Path("theirs.json"), [{"answer": "red"}] * 6)
-    sides = f"b {theirs} 1-answers/base.jsonl"
+    sides = f"b {theirs} to/1-answers/base.jsonl"
     error = run(compare, f"{flags} {other} --adapter {sides} --to 3.html", 2)
     assert "cannot be compared: it began with other values of questions, images" in error
-    run(compare, f"{line} {sides} --answers 1-answers --to 3.html")
-    content, later = content_of("1.html"), content_of("3.html")
+    run(compare, f"{line} {sides} --answers to/1-answers --to 3.html")
+    content, later = content_of("to/1.html"), content_of("3.html")
     examples = read_examples("moved.json", "data0")
     for item, item_later, example in zip(content["items"], later["items"], examples, strict=True):
         # The adapter that the command names first is load_tuned's first, and its system text is all's.
@@ -288,14 +288,15 @@ def test_page_of_a_benchmark_and_files_of_answers(name, run):
     write(Path("two.jsonl"), "\n".join(map(json.dumps, answers)).replace('""', '" Yes. "'))
     Path("images").mkdir()
     Path("1.png").rename("images/1.png")
-    line = f"--benchmark {name} --data q.json --images images --to page.html --adapter one.json two.jsonl"
+    files = "one.json ./one.json two.jsonl"
+    line = f"--benchmark {name} --data q.json --images images --to page.html --adapter {files}"
     write(Path("last.json"), answers[1:])  # of a sample of one, which seed 0 draws
     error = run(compare, f"{line} --limit 1".replace("one.", "last."), 2)
     assert "two.jsonl: cannot be compared: holds 2 answers to 1 questions" in error
     assert "2 questions, 1 of them with equal answers" in run(compare, line)
     content = content_of("page.html")
     rows = [(item["question"], *item["texts"], item["equal"]) for item in content["items"]]
-    assert rows == [("Is it?", "Yes.", "Yes.", True), ("Why?", "", "Yes.", False)]
+    assert rows == [("Is it?", *["Yes."] * 3, True), ("Why?", "", "", "Yes.", False)]
     assert content["items"][1]["id"] == ("1001" if name == "amber" else "2")  # the benchmark's, or its place
     assert content["pictures"][0].format == "PNG"
 

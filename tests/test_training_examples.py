@@ -94,6 +94,7 @@ def test_curves_have_a_colour_a_run_and_points_where_held_out(finished, tmp_path
     assert [line.get_color() for line in legend.legend_handles] == ["C0", "C1", "k"]
     assert run_command(curves.run, [str(finished), str(finished), "--to", str(tmp_path / "x.png")]) == 0
     assert Image.open(tmp_path / "x.png").size[0] == 1620 and f"{tmp_path}/x.png: " in capsys.readouterr().out
+    assert run_command(curves.run, [*map(str, (finished, tmp_path, finished)), "--to", f"{tmp_path}/y"]) == 2
 
 
 TRAIN_ON = throughput.train_on
@@ -225,7 +226,7 @@ def test_throughput_rival_of_trl_is_dpo(tiny):
 def test_throughput_stops_where_the_schemes_must_agree_and_do_not(name, tiny, monkeypatch):
     """The README says that they are checked to give the same log-probabilities before anything is timed."""
     right, given = throughput.authors_logps, timed(monkeypatch)
-    wrong = lambda *batch: right(*batch)._replace(**{name: torch.zeros(2)})
+    wrong = lambda *batch: (found := right(*batch))._replace(**{name: 1.001 * getattr(found, name)})
     monkeypatch.setattr(throughput, "authors_logps", wrong)
     with pytest.raises(AssertionError, match=name):
         throughput.compare(tiny, identical=True)
@@ -260,6 +261,7 @@ def test_texts_are_as_long_as_the_script_says(monkeypatch):
     monkeypatch.setattr(Image, "effect_mandelbrot", lambda *given: Image.new("L", (1, 1), given[-1]))
     pairs = throughput.make_pairs(1500)
     assert sum(one.images != one.images_rejected for one in pairs) > 1400
+    assert throughput.make_pairs(9) == pairs[:9]  # in a fresh process as well
     lengths = zip(*([len(text.split()) for text in one[:3]] for one in pairs))
     assert [*map(statistics.mean, lengths)] == pytest.approx([40, 110, 90], rel=0.06)
 
@@ -371,10 +373,10 @@ def test_throughput_command_measures_all_of_the_real_shape_on_a_gpu(tiny, monkey
     assert shown(capsys, *names) == [("tiny", 2, "CPU, 3 thread(s)", same) for same in (True, False)]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(throughput, "measure_memory", lambda args, name: {})
-    for flags in "--device cuda", "--device cpu", "--device cuda --shape tiny":
+    for flags in "--device cuda", "--device cpu", "--device cuda --shape tiny --dtype float32":
         throughput.run([*flags.split(), "--only", "ours"])
     names, in_bf16 = ("shape", "dtype", "micro_batch_size"), ("torch.bfloat16", 4)
-    assert shown(capsys, *names) == [("bunny-3b", *in_bf16), ("tiny", "torch.float32", 4), ("tiny", *in_bf16)]
+    assert shown(capsys, *names) == [("bunny-3b", *in_bf16), *[("tiny", "torch.float32", 4)] * 2]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: 1 / 0)
     with pytest.raises(BadInput, match="--device cuda: "):
         throughput.run(["--device", "cuda"])
@@ -607,6 +609,8 @@ def test_labels_of_the_base_lie_under_their_shapes(monkeypatch):
         expected = torch.zeros(2, 4, 4)
         expected[1, :2, 2:] = kind
         assert torch.equal(found.view(2, 4, 4).float(), expected)
+    (bias,) = (p for name, p in tower.named_parameters() if name.endswith("norm1.bias"))  # zeros before
+    assert bias.any() and bias.grad is None
 
 
 def test_memory_of_throughput_is_in_gib(monkeypatch):
