@@ -56,7 +56,7 @@ def test_demo_runs_again_and_then_the_readme_snippets_run(tmp_path, monkeypatch,
         out, run = capsys.readouterr().out, Path(f"runs/demo-{number}/out")
         assert str(run) in out and (" mDPO: " in out) == (number == 1) and (run / "picture.png").exists()
         losses = [log_of(folder)[0]["eval/loss"] / math.log(2) for folder in load.call_args.args[1]]
-        assert losses == pytest.approx(log_2s, abs=1e-5)
+        assert losses == pytest.approx(log_2s, abs=1e-5) and (run.parent / "data/held_out.json").exists()
     Path("examples").symlink_to(ROOT / "examples")
     snippets = re.findall(r"```python\n(.*?)```", README + EXAMPLES_README, re.DOTALL)
     assert len(snippets) == 3
