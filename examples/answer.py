@@ -161,9 +161,10 @@ def answer_as(files, name_or_path, questions, max_new_tokens, batch_size=8, devi
     load = cache(lambda: loaded or load_tuned(name_or_path, adapters, device))
     system = read_run(*adapters[:1]).get("system", "")
     within = lambda folder, *kinds: [digest(path) for kind in kinds for path in sorted(Path(folder).glob(kind))]
+    of_model = "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"  # weights, config, chat template, vocabulary
     for name, path in files.items():
         belongs = content_of(questions) | {"max_new_tokens": max_new_tokens, "system": system}
-        belongs["model"] = within(name_or_path, "*.safetensors", "*.json", "*.jinja", "*.txt", "*.model") or name_or_path
+        belongs["model"] = within(name_or_path, *of_model) or name_or_path
         belongs["adapter"] = name and within(name, "adapter_*")
         said[name] = resume(Path(path), belongs, questions)
         to_come = split(questions[len(said[name]) :], batch_size)

@@ -43,12 +43,14 @@ def stub(monkeypatch):
     """No weights: an answer says what was asked of which adapter. `load`: in the place of load_tuned."""
     model = SimpleNamespace()
     model.load = Mock(return_value=(model, None))
-    speaking_as = lambda model, number: nullcontext(setattr(model, "on", number))
+
+    def speaking_as(model, number):
+        model.on = number
+        return nullcontext()
 
     def say(model, processor, questions, limit, batch_size=8, system=""):
-        return [
-            f"{model.on}: {text} {len(images)} {limit} {batch_size} {system}" for images, text in questions
-        ]
+        how = f"{limit} {batch_size} {system}"
+        return [f"{model.on}: {text} {len(images)} {how}" for images, text in questions]
 
     monkeypatch.setattr(answer, "load_tuned", model.load)
     monkeypatch.setattr(answer, "read_adapter", Mock())

@@ -741,7 +741,7 @@ def test_a_base_is_trained_and_loads(tmp_path, monkeypatch):
 
 
 def test_evaluation_reads_its_file_as_the_run_did(tmp_path, monkeypatch):
-    """Else what was trained on has no room, or what was not has. Of full size an image has 9 tokens, not 4."""
+    """Else what was trained on has no room, or what was not has. A full image has 9 tokens here, not 4."""
     monkeypatch.chdir(tmp_path)
     noise(1, (560, 560)).save("a.png")
     record = {"image": "a.png", "chosen": "A cat.", "rejected": "A dog."}

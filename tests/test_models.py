@@ -584,7 +584,7 @@ def test_null_in_bunnys_config_is_no_value(bunny, tmp_path):
 
 
 def test_numbers_of_bunnys_config_reach_the_language_model(bunny, fresh, tmp_path):
-    """Phi-2 rotates 0.4 of a head, the library's default 0.5: each log-probability would be off, in silence."""
+    """Phi-2 rotates 0.4 of a head, the library's default 0.5: each log-probability would be off."""
     batch = make_batch(PAIRS, fresh[1])
     for field, value in {"partial_rotary_factor": 0.25, "rope_theta": 2.0, "layer_norm_eps": 0.5}.items():
         model, _ = train.load_model(changed_model(bunny, tmp_path / field, CONFIG, {field: value}))
